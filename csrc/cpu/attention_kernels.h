@@ -1,0 +1,22 @@
+// The attention kernels of one instruction set, by dtype.
+#pragma once
+
+#include "attention_forward.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+template <class E, class T>
+static void add(AttentionKernels& kernels, DType dtype) {
+  kernels.forward[int(dtype)] = attention_forward<E, T>;
+}
+
+static inline AttentionKernels fma_kernels() {
+  AttentionKernels kernels;
+  add<Fma<float>, f16>(kernels, DType::f16);
+  add<Fma<float>, bf16>(kernels, DType::bf16);
+  add<Fma<float>, float>(kernels, DType::f32);
+  add<Fma<double>, double>(kernels, DType::f64);
+  return kernels;
+}
+
+}  // namespace fusedattn::FUSEDATTN_ISA

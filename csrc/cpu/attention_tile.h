@@ -1,0 +1,85 @@
+// What forward and backward share: a thread's view of the scores of one tile.
+#pragma once
+
+#include <omp.h>
+
+#include "attention.h"
+#include "pack.h"
+#include "workspace.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+constexpr double log2e = 1.4426950408889634;
+constexpr double ln2 = 0.6931471805599453;
+
+template <class T>
+FUSEDATTN_INLINE Source<T> source(const TensorView& x, int64_t b, int64_t h, int64_t i) {
+  return {x.at<const T>(b, h, i), x.stride[2], x.stride[3]};
+}
+
+// Scores leave the products as raw q·k. Reading them as log2 units takes a factor, and where there
+// is a mask, a bias or a scale that is not positive, a pass over the row as well.
+template <class S>
+struct Scores {
+  const AttentionForward& p;
+  const S factor;     // log2(e) · scale
+  const bool rewrite; // rows need `prepare`; the factor is then applied
+
+  explicit Scores(const AttentionForward& p)
+      : p(p),
+        factor(S(p.options.scale * log2e)),
+        rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0)) {}
+
+  S remaining_factor() const { return rewrite ? S(1) : factor; }
+
+  // s[j] = factor · s[j] + log2(e) · bias, −inf where masked: columns [0, n) of query i from key j0.
+  // `scratch` has room for a row.
+  void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch) const {
+    constexpr int w = width<S>;
+    if (p.bias) load_bias(b, h, i, j0, n, scratch);
+    for (int64_t j = 0; j < n; j += w) {
+      vec<S> x = load(s + j) * factor;
+      if (p.bias) x += load(scratch + j) * S(log2e);
+      store(s + j, x);
+    }
+    if (p.mask) apply_mask(s, b, h, i, j0, n);
+  }
+
+ private:
+  void load_bias(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* row) const {
+    const int64_t stride = p.bias.stride[3], wide = round_up(n, width<S>);
+    const auto load_from = [&](const auto* data) {
+      load_row(data + p.bias.offset(b, h, i, j0), stride, n, row, wide);
+    };
+    if constexpr (sizeof(S) == 8) {
+      load_from(static_cast<const double*>(p.bias.data));
+    } else if (p.bias.dtype == DType::f32) {
+      load_from(static_cast<const float*>(p.bias.data));
+    } else if (p.bias.dtype == DType::bf16) {
+      load_from(static_cast<const bf16*>(p.bias.data));
+    } else {
+      load_from(static_cast<const f16*>(p.bias.data));
+    }
+  }
+
+  void apply_mask(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) const {
+    constexpr int w = width<S>;
+    const uint8_t* row = p.mask.at<const uint8_t>(b, h, i, j0);
+    const int64_t stride = p.mask.stride[3];
+    int64_t j = 0;
+    if (stride == 1) {
+      for (; j + w <= n; j += w)
+        store(s + j, select_bytes<S>(row + j, load(s + j), splat(-infinity<S>)));
+    }
+    for (; j < n; ++j)
+      if (!row[j * stride]) s[j] = -infinity<S>;
+  }
+};
+
+// Threads worth waking: none for work that is over before they are.
+FUSEDATTN_INLINE int threads_for(double multiplications) {
+  return multiplications < 1e5 || omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+
+}  // namespace fusedattn::FUSEDATTN_ISA

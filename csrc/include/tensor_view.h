@@ -1,0 +1,36 @@
+// A tensor as the kernels see it: a pointer, a shape, strides and a dtype. No framework.
+#pragma once
+
+#include <cstdint>
+
+// Members are compiled once per instruction set: inlined always, they never become a symbol that the
+// linker could share between them.
+#define FUSEDATTN_MEMBER __attribute__((always_inline))
+
+namespace fusedattn {
+
+enum class DType : int { f16, bf16, f32, f64, boolean, i32 };
+
+constexpr int float_dtypes = 4;  // the first four are what q, k and v may be
+
+// Up to four dimensions; strides in elements, 0 where the tensor is broadcast.
+struct TensorView {
+  void* data = nullptr;
+  int64_t shape[4] = {1, 1, 1, 1};
+  int64_t stride[4] = {0, 0, 0, 0};
+  DType dtype = DType::f32;
+
+  FUSEDATTN_MEMBER explicit operator bool() const { return data != nullptr; }
+
+  // The element at (b, h, i, j), in elements from data.
+  FUSEDATTN_MEMBER int64_t offset(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
+    return b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
+  }
+
+  template <class T>
+  FUSEDATTN_MEMBER T* at(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
+    return static_cast<T*>(data) + offset(b, h, i, j);
+  }
+};
+
+}  // namespace fusedattn

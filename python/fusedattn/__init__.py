@@ -1,0 +1,8 @@
+"""fusedattn: fused transformer kernels for PyTorch, on the GPU and on the CPU."""
+
+from . import autograd, nn
+from .ops._registry import UnsupportedError, strict
+from .ops.attention import attention, explain
+
+__version__ = "0.1.0"
+__all__ = ["UnsupportedError", "attention", "autograd", "explain", "nn", "strict"]

@@ -1,0 +1,1 @@
+"""One file per op, from its maths to its public function."""

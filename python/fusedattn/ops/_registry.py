@@ -1,0 +1,132 @@
+"""Which backend serves a call: an op's backends in order of preference, and why each refused.
+
+A backend is a name, a check and its kernels. The check returns `None` when the backend takes the
+call, else a `Refusal` with the reason and the remedy. `Op.choose` takes the first that accepts;
+falling back to the reference warns once per reason, or raises inside `strict()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+
+class UnsupportedError(RuntimeError):
+    """No backend that was asked for supports the call; the message lists every reason."""
+
+
+class Refusal(NamedTuple):
+    """Why a backend does not take a call, and what the caller can do about it."""
+
+    reason: str
+    remedy: str
+
+
+class Backend(NamedTuple):
+    """One implementation of an op.
+
+    refuse(call, requested) says whether the backend takes `call`; `requested` is true when the
+    caller named it. `kernels` is called once, on first use, so that importing the library does
+    not import a compiler.
+    """
+
+    name: str
+    refuse: Callable[[Any, bool], Refusal | None]
+    kernels: Callable[[], Any]
+
+
+_strict = threading.local()
+_warned: set[tuple[str, ...]] = set()
+
+
+@contextlib.contextmanager
+def strict(enabled: bool = True) -> Iterator[None]:
+    """Within this context a fallback to the slow reference raises `UnsupportedError`.
+
+    It holds for the current thread and nests.
+    """
+    before = getattr(_strict, "enabled", False)
+    _strict.enabled = enabled
+    try:
+        yield
+    finally:
+        _strict.enabled = before
+
+
+class Op:
+    """An op's backends in order of preference; the last one is the reference."""
+
+    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.backends = {backend.name: backend for backend in backends}
+        self._order = tuple(backends)
+        self._kernels: dict[str, Any] = {}
+
+    def kernels(self, backend: str) -> Any:
+        """The kernels of a backend, imported on first use."""
+        found = self._kernels.get(backend)
+        if found is None:
+            found = self._kernels[backend] = self.backends[backend].kernels()
+        return found
+
+    def choose(self, requested: str, call: Any) -> str:
+        """The name of the backend that serves `call`.
+
+        Raises:
+            ValueError: `requested` is neither "auto" nor the name of a backend.
+            UnsupportedError: the backend asked for refuses, or all do.
+        """
+        if requested != "auto":
+            if requested not in self.backends:
+                names = ", ".join(repr(name) for name in ("auto", *self.backends))
+                raise ValueError(f"{self.name}: got backend={requested!r}, expected one of {names}")
+            if self.backends[requested].refuse(call, True) is not None:
+                raise UnsupportedError(
+                    f"{self.name}: backend {requested!r} does not take this call\n"
+                    + self._table(call, requested)
+                )
+            return requested
+        for backend in self._order:
+            if backend.refuse(call, False) is None:
+                if backend is self._order[-1]:
+                    self._note_fallback(call)
+                return backend.name
+        raise UnsupportedError(f"{self.name}: no backend takes this call\n" + self._table(call))
+
+    def explain(self, requested: str, call: Any) -> str:
+        """The backend that would run, and why each of the others would not."""
+        try:
+            with warnings.catch_warnings(), strict(False):
+                warnings.simplefilter("ignore")
+                chosen = self.choose(requested, call)
+        except UnsupportedError as error:
+            return str(error)
+        return f"{self.name}: {chosen}\n" + self._table(call, requested)
+
+    def _refusals(self, call: Any, requested: str = "auto") -> list[tuple[str, Refusal | None]]:
+        return [(b.name, b.refuse(call, b.name == requested)) for b in self._order]
+
+    def _table(self, call: Any, requested: str = "auto") -> str:
+        lines = []
+        for name, refusal in self._refusals(call, requested):
+            text = f"{refusal.reason}; {refusal.remedy}" if refusal else "takes it"
+            lines.append(f"  {name}: {text}")
+        return "\n".join(lines)
+
+    def _note_fallback(self, call: Any) -> None:
+        refused = [(name, refusal) for name, refusal in self._refusals(call) if refusal]
+        if getattr(_strict, "enabled", False):
+            raise UnsupportedError(
+                f"{self.name}: only the reference takes this call, and strict() forbids it\n"
+                + self._table(call)
+            )
+        key = (self.name, *(refusal.reason for _, refusal in refused))
+        if key not in _warned:
+            _warned.add(key)
+            reasons = "; ".join(f"{name}: {refusal.reason}" for name, refusal in refused)
+            warnings.warn(
+                f"fusedattn.{self.name} falls back to the slow reference ({reasons})", stacklevel=4
+            )

@@ -1,0 +1,156 @@
+"""Attention's backends in order of preference: what each takes, and its kernels.
+
+Kernels are objects with
+
+    forward(q, k, v, mask, bias, kv_lengths, out, lse, config)
+    backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config)
+
+that write every element of their outputs; mask and bias have four dimensions, nothing is empty,
+dout or dlse may be None (zero), dbias is None when it is not wanted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference import functional as reference
+from ._registry import Backend, Refusal
+from .attention_config import AttentionCall, AttentionConfig
+
+_DEVICE = "move q, k and v to a {} device"
+
+
+def _refuse_pending(call: AttentionCall) -> Refusal | None:
+    name = call.config.pending
+    name = name or ("alibi_slopes" if call.alibi_slopes is not None else None)
+    name = name or ("sinks" if call.sinks is not None else None)
+    return Refusal(f"{name} is not supported yet", f"leave {name} out") if name else None
+
+
+# --- cpu: csrc/cpu -------------------------------------------------------------------------------
+
+
+def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    if call.q.device.type not in ("cpu", "meta"):
+        return Refusal(f"tensors are on {call.q.device.type}", _DEVICE.format("cpu"))
+    if _native.cpu is None:
+        return Refusal(f"native module missing ({_native.cpu_error})", _native.REMEDY)
+    return _refuse_pending(call)
+
+
+def _cpu_kernels() -> Any:
+    native = _native.cpu
+
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):  # noqa: ANN001
+        native.attention_forward(
+            q, k, v, mask, bias, kv_lengths, out, lse, config.causal, config.scale
+        )
+
+    def backward(
+        dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
+    ):  # noqa: ANN001
+        native.attention_backward(
+            dout, dlse, q, k, v, mask, bias, kv_lengths, out, lse, dq, dk, dv, dbias,
+            config.causal, config.scale,
+        )  # fmt: skip
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+# --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
+
+
+def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    if importlib.util.find_spec("triton") is None:
+        return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
+    device = call.q.device.type
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and not interpreted:
+        return Refusal("tensors are on cpu", _DEVICE.format("cuda"))
+    if device == "cpu" and not requested:
+        return Refusal("on a CPU Triton is interpreted", 'ask for it with backend="triton"')
+    if call.q.dtype == torch.float64:
+        return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
+    widest = max(call.q.shape[3], call.v.shape[3])
+    if widest > 512:
+        return Refusal(f"head dim {widest} is above 512", "use at most 512")
+    return _refuse_pending(call)
+
+
+def _triton_kernels() -> Any:
+    from ..kernels.attention_bwd import attention_backward
+    from ..kernels.attention_fwd import attention_forward
+
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):  # noqa: ANN001
+        attention_forward(
+            q, k, v, out, lse, mask=mask, bias=bias, kv_lengths=kv_lengths, config=config
+        )
+
+    def backward(
+        dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
+    ):  # noqa: ANN001
+        total = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
+        attention_backward(
+            dout, dlse, q, k, v, out, lse, dq, dk, dv, total,
+            mask=mask, bias=bias, kv_lengths=kv_lengths, config=config,
+        )  # fmt: skip
+        if dbias is not None:
+            dbias.copy_(total)
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+# --- reference: reference/functional.py ----------------------------------------------------------
+
+
+def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return _refuse_pending(call)
+
+
+def _reference_kernels() -> Any:
+    def wide(x: Tensor | None) -> Tensor | None:
+        """Half precision computes in float32, as the kernels do."""
+        return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+
+    def options(mask, bias, kv_lengths, config: AttentionConfig) -> dict[str, Any]:  # noqa: ANN001
+        return {
+            "mask": mask,
+            "bias": wide(bias),
+            "kv_lengths": kv_lengths,
+            "causal": config.causal_name,
+            "scale": config.scale,
+        }
+
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):  # noqa: ANN001
+        found = reference.attention(
+            wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
+        )
+        out.copy_(found[0])
+        lse.copy_(found[1])
+
+    def backward(
+        dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
+    ):  # noqa: ANN001
+        *found, ds = reference.attention_backward(
+            wide(dout), dlse, wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
+        )
+        for grad, value in zip((dq, dk, dv), found, strict=True):
+            grad.copy_(value)
+        if dbias is not None:
+            dbias.copy_(ds.sum_to_size(dbias.shape))
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_refuses, _cpu_kernels),
+    Backend("triton", _triton_refuses, _triton_kernels),
+    Backend("reference", _reference_refuses, _reference_kernels),
+)

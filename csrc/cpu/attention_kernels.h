@@ -1,13 +1,22 @@
 // The attention kernels of one instruction set, by dtype.
 #pragma once
 
+#include "attention_backward.h"
+#include "attention_bias_grad.h"
 #include "attention_forward.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
 template <class E, class T>
+static void attention_gradients(const AttentionBackward& f) {
+  attention_backward<E, T>(f);
+  if (f.dbias) attention_bias_grad<E, T>(f);
+}
+
+template <class E, class T>
 static void add(AttentionKernels& kernels, DType dtype) {
   kernels.forward[int(dtype)] = attention_forward<E, T>;
+  kernels.backward[int(dtype)] = attention_gradients<E, T>;
 }
 
 static inline AttentionKernels fma_kernels() {

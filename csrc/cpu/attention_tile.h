@@ -17,6 +17,21 @@ FUSEDATTN_INLINE Source<T> source(const TensorView& x, int64_t b, int64_t h, int
   return {x.at<const T>(b, h, i), x.stride[2], x.stride[3]};
 }
 
+// Σ x·y over the first n columns of a row.
+template <class T>
+FUSEDATTN_INLINE compute_t<T> dot(Source<T> x, Source<T> y, int64_t n) {
+  typedef compute_t<T> S;
+  S sum = 0;
+  int64_t c = 0;
+  if (x.column == 1 && y.column == 1) {
+    vec<S> sums{};
+    for (; c + width<S> <= n; c += width<S>) sums += load_as(x.data + c) * load_as(y.data + c);
+    sum = reduce_add(sums);
+  }
+  for (; c < n; ++c) sum += to_float(*x.at(0, c)) * to_float(*y.at(0, c));
+  return sum;
+}
+
 // Scores leave the products as raw q·k. Reading them as log2 units takes a factor, and where there
 // is a mask, a bias or a scale that is not positive, a pass over the row as well.
 template <class S>

@@ -1,0 +1,392 @@
+// Attention's backward pass on packed operands, any engine.
+//
+// A task owns every `splits`-th block of keys of one (batch, key head) and goes over all queries that
+// see it, so dK and dV are summed in the task's own memory; dQ is summed per split and added up in a
+// fixed order at the end, which makes the result repeatable. With p = 2^(s − lse), per tile:
+//
+//     s = q kᵀ     dp = dO vᵀ     ds = p ∘ (dp − Δ),  Δ = rowsum(dO ∘ O) − dlse
+//     dvᵀ += dOᵀ p     dkᵀ += qᵀ ds     dq += ds k
+//
+// The transposed sums let p and ds be the right-hand operand just as they leave the registers.
+#pragma once
+
+#include "attention_tile.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+// Sizes of a tile; `strip` queries are scored at a time, so that their scores stay in L1.
+template <class E>
+struct BackwardBlocks {
+  static constexpr int64_t queries = 192;
+  static constexpr int64_t keys = 256;
+  static constexpr int64_t strip = 32;
+};
+
+// The operands of one (batch, key head) and its group of query heads, packed block by block.
+template <class E>
+struct BackwardOperands {
+  typedef stat_of<E> S;
+  typedef unit_of<E> Unit;
+  typedef BackwardBlocks<E> Blocks;
+  static constexpr int64_t square = vector_bytes / int64_t(sizeof(Unit));
+  const AttentionBackward& f;
+  int64_t d, dv;                        // head dims
+  int64_t rows_d, rows_dv;              // of transposed operands
+  int64_t units_d, units_dv;            // of rows
+  int64_t depth_d, depth_dv, wide_d;    // of panels
+  int64_t blocks_q, blocks_k, group;
+  int64_t q_units, qt_units, o_units, ot_units, head_units;
+  int64_t kt_units, vt_units, kn_units, block_units;
+
+  explicit BackwardOperands(const AttentionBackward& f)
+      : f(f),
+        d(f.head_dim()),
+        dv(f.head_dim_v()),
+        rows_d(round_up(d, 16)),
+        rows_dv(round_up(dv, 16)),
+        units_d(row_units<E>(d)),
+        units_dv(row_units<E>(dv)),
+        depth_d(panel_depth<E>(d)),
+        depth_dv(panel_depth<E>(dv)),
+        wide_d(panel_columns<E>(d)),
+        blocks_q((f.seq_q() + Blocks::queries - 1) / Blocks::queries),
+        blocks_k((f.seq_k() + Blocks::keys - 1) / Blocks::keys),
+        group(f.group()),
+        q_units(Blocks::queries * units_d),
+        qt_units(rows_d * Blocks::queries / E::per_unit),
+        o_units(Blocks::queries * units_dv),
+        ot_units(rows_dv * Blocks::queries / E::per_unit),
+        head_units(E::planes * (q_units + qt_units + o_units + ot_units)),
+        kt_units(depth_d * Blocks::keys),
+        vt_units(depth_dv * Blocks::keys),
+        kn_units(Blocks::keys / E::per_unit * wide_d),
+        block_units(E::planes * (kt_units + vt_units + kn_units)) {}
+
+  // Units, and Δ and lse, of everything that one (batch, key head) needs.
+  int64_t units() const { return group * blocks_q * head_units + blocks_k * block_units; }
+  int64_t statistics() const { return 2 * group * f.seq_q(); }
+  // Products write whole strips of rows: each head's dq has room for them.
+  int64_t dq_rows() const { return round_up(f.seq_q(), Blocks::strip); }
+  int64_t dq_size() const { return group * dq_rows() * wide_d; }
+
+  Unit* queries(Unit* base, int64_t g, int64_t i) const {
+    return base + (g * blocks_q + i) * head_units;
+  }
+  Rows<Unit> q(Unit* at) const { return {at, units_d, q_units}; }
+  Rows<Unit> qt(Unit* at) const {
+    return {at + E::planes * q_units, Blocks::queries / E::per_unit, qt_units};
+  }
+  Rows<Unit> o(Unit* at) const {
+    return {at + E::planes * (q_units + qt_units), units_dv, o_units};
+  }
+  Rows<Unit> ot(Unit* at) const {
+    return {at + E::planes * (q_units + qt_units + o_units), Blocks::queries / E::per_unit,
+            ot_units};
+  }
+
+  Unit* keys(Unit* base, int64_t j) const {
+    return base + group * blocks_q * head_units + j * block_units;
+  }
+  Panels<Unit> kt(Unit* at) const { return {at, depth_d, kt_units}; }
+  Panels<Unit> vt(Unit* at) const { return {at + E::planes * kt_units, depth_dv, vt_units}; }
+  Panels<Unit> kn(Unit* at) const {
+    return {at + E::planes * (kt_units + vt_units), Blocks::keys / E::per_unit, kn_units};
+  }
+
+  int64_t scratch_units() const {
+    return E::planes * larger(larger(units_d, units_dv) * square,
+                              square * larger(wide_d, panel_columns<E>(dv)));
+  }
+
+  template <class T>
+  void pack_keys(int64_t b, int64_t h, int64_t j, Unit* base, Unit* scratch) const {
+    const int64_t first = j * Blocks::keys, rows = smaller(f.keys(b) - first, Blocks::keys);
+    if (rows <= 0) return;
+    Unit* at = keys(base, j);
+    const int64_t columns = round_up(rows, E::panel);
+    pack_panels_transposed<E>(source<T>(f.k, b, h, first), rows, d, columns, kt(at), scratch);
+    pack_panels_transposed<E>(source<T>(f.v, b, h, first), rows, dv, columns, vt(at), scratch);
+    pack_panels<E>(source<T>(f.k, b, h, first), rows, d, round_up(rows, 2 * width<S>), kn(at));
+  }
+
+  // `statistics`: lse in log2 units, then Δ, for the queries of this head.
+  template <class T>
+  void pack_queries(int64_t b, int64_t h, int64_t g, int64_t i, Unit* base, S* statistics,
+                    Unit* scratch) const {
+    const int64_t first = i * Blocks::queries;
+    const int64_t rows = smaller(f.seq_q() - first, Blocks::queries);
+    const int64_t given = f.dout ? rows : 0;
+    Unit* at = queries(base, g, i);
+    const int64_t padded = round_up(rows, Blocks::strip);
+    pack_rows<E>(source<T>(f.q, b, h, first), rows, d, padded, q(at));
+    pack_rows_transposed<E>(source<T>(f.q, b, h, first), rows, d, padded, qt(at), scratch);
+    pack_rows<E>(source<T>(f.dout, b, h, first), given, dv, padded, o(at));
+    pack_rows_transposed<E>(source<T>(f.dout, b, h, first), given, dv, padded, ot(at), scratch);
+    for (int64_t r = first; r < first + rows; ++r) {
+      statistics[r] = *f.lse.at<S>(b, h, r) * S(log2e);
+      S delta = f.dlse ? -*f.dlse.at<S>(b, h, r) : S(0);
+      if (f.dout) delta += dot(source<T>(f.dout, b, h, r), source<T>(f.out, b, h, r), dv);
+      statistics[f.seq_q() + r] = delta;
+    }
+  }
+};
+
+// A thread's buffers.
+template <class E>
+struct BackwardScratch {
+  typedef stat_of<E> S;
+  typedef unit_of<E> Unit;
+  typedef BackwardBlocks<E> Blocks;
+  S *s, *dp, *dkt, *dvt, *row;
+  Panels<Unit> p, ds;
+  Rows<Unit> ds_rows;
+  Unit* strip;
+
+  BackwardScratch(const BackwardOperands<E>& x, Arena& arena) {
+    constexpr int64_t tile = Blocks::queries * Blocks::keys / E::per_unit;
+    s = arena.take<S>(Blocks::strip * Blocks::keys);
+    dp = arena.take<S>(Blocks::strip * Blocks::keys);
+    dkt = arena.take<S>(x.rows_d * Blocks::keys);
+    dvt = arena.take<S>(x.rows_dv * Blocks::keys);
+    row = arena.take<S>(larger(Blocks::keys, larger(x.rows_d, x.rows_dv) * width<S>));
+    p = {arena.take<Unit>(E::planes * tile), Blocks::queries / E::per_unit, tile};
+    ds = {arena.take<Unit>(E::planes * tile), Blocks::queries / E::per_unit, tile};
+    ds_rows = {arena.take<Unit>(E::planes * tile), Blocks::keys / E::per_unit, tile};
+    strip = arena.take<Unit>(x.scratch_units());
+  }
+};
+
+// What one row of a tile needs to become probabilities and score gradients.
+template <class S>
+struct RowStatistics {
+  int64_t seen;
+  S lse, delta;
+};
+
+// Two rows of a tile: scores and dp in, p and ds out as operands.
+template <class E>
+FUSEDATTN_INLINE void gradient_rows(const stat_of<E>* s, const stat_of<E>* dp, int64_t wide,
+                                    stat_of<E> factor, const RowStatistics<stat_of<E>> (&row)[2],
+                                    int64_t i, const BackwardScratch<E>& t) {
+  typedef stat_of<E> S;
+  constexpr int w = width<S>;
+  constexpr int64_t ld = BackwardBlocks<E>::keys;
+  const int64_t whole = smaller(row[0].seen, row[1].seen) / (2 * w) * (2 * w);
+  const int64_t any = smaller(round_up(larger(row[0].seen, row[1].seen), 2 * w), wide);
+  vec<S> p[2][2], ds[2][2];
+  const auto put = [&](int64_t j) __attribute__((always_inline)) {
+    E::put_across(t.p, i, j, p[0][0], p[1][0]);
+    E::put_across(t.p, i, j + w, p[0][1], p[1][1]);
+    E::put_across(t.ds, i, j, ds[0][0], ds[1][0]);
+    E::put_across(t.ds, i, j + w, ds[0][1], ds[1][1]);
+    E::put_along(t.ds_rows, i, j, ds[0][0], ds[0][1]);
+    E::put_along(t.ds_rows, i + 1, j, ds[1][0], ds[1][1]);
+  };
+  for (int64_t j = 0; j < any; j += 2 * w) {
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const int64_t at = r * ld + j + c * w;
+        p[r][c] = exp2<E::exp2_degree>(load(s + at) * factor - row[r].lse);
+        ds[r][c] = p[r][c] * (load(dp + at) - row[r].delta);
+      }
+    if (j >= whole) {
+      for (int r = 0; r < 2; ++r)
+        for (int c = 0; c < 2; ++c) {
+          const int left = int(row[r].seen - j - c * w);
+          p[r][c] = select_below(left, p[r][c], vec<S>{});
+          ds[r][c] = select_below(left, ds[r][c], vec<S>{});
+        }
+    }
+    put(j);
+  }
+  for (auto& x : p) x[0] = x[1] = vec<S>{};
+  for (auto& x : ds) x[0] = x[1] = vec<S>{};
+  for (int64_t j = any; j < wide; j += 2 * w) put(j);
+}
+
+// dst rows [0, n) get the transpose of src[columns][n] times factor.
+template <class S, class T>
+static void store_transposed(const S* src, int64_t ld, int64_t n, int64_t columns, S factor,
+                             const TensorView& dst, int64_t b, int64_t h, int64_t first, S* rows) {
+  constexpr int w = width<S>;
+  const int64_t padded = round_up(columns, w);
+  for (int64_t j = 0; j < n; j += w) {
+    for (int64_t c = 0; c < padded; c += w) transpose_square(src + c * ld + j, ld, rows + c, padded);
+    for (int64_t r = 0; r < smaller(n - j, w); ++r)
+      store_row(dst.at<T>(b, h, first + j + r), dst.stride[3], columns, rows + r * padded, factor);
+  }
+}
+
+template <class E, class T>
+class BackwardTask {
+  typedef stat_of<E> S;
+  typedef unit_of<E> Unit;
+  typedef BackwardBlocks<E> Blocks;
+  const BackwardOperands<E>& x;
+  const Scores<S>& scores;
+  const BackwardScratch<E>& t;
+  Unit* packed;
+  const S* statistics;
+  S* dq;
+  int64_t b, h;  // batch entry and key head
+
+ public:
+  BackwardTask(const BackwardOperands<E>& x, const Scores<S>& scores, const BackwardScratch<E>& t,
+               Unit* packed, const S* statistics, S* dq, int64_t pair)
+      : x(x), scores(scores), t(t), packed(packed), statistics(statistics), dq(dq),
+        b(pair / x.f.heads_kv()), h(pair % x.f.heads_kv()) {}
+
+  void run(int64_t split, int64_t splits) {
+    const AttentionBackward& f = x.f;
+    memset(dq, 0, x.dq_size() * sizeof(S));
+    const int64_t n = f.keys(b);
+    for (int64_t j = split; j < x.blocks_k; j += splits) {
+      const int64_t j0 = j * Blocks::keys, rows = smaller(Blocks::keys, f.seq_k() - j0);
+      memset(t.dkt, 0, x.rows_d * Blocks::keys * sizeof(S));
+      memset(t.dvt, 0, x.rows_dv * Blocks::keys * sizeof(S));
+      if (j0 < n) {
+        for (int64_t g = 0; g < x.group; ++g)
+          for (int64_t i = f.first_query(j0) / Blocks::queries; i < x.blocks_q; ++i)
+            tile(g, i, j, j0, smaller(Blocks::keys, n - j0));
+      }
+      store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h, j0,
+                             t.row);
+      store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(1), f.dv, b, h, j0, t.row);
+    }
+  }
+
+ private:
+  void tile(int64_t g, int64_t i, int64_t j, int64_t j0, int64_t columns) {
+    const AttentionBackward& f = x.f;
+    constexpr int w = width<S>;
+    const int64_t i0 = i * Blocks::queries, rows = smaller(Blocks::queries, f.seq_q() - i0);
+    const int64_t last = smaller(f.keys_seen(i0 + rows - 1, j0 + columns) - j0, columns);
+    const int64_t wide = round_up(last, 2 * w), padded = round_up(rows, Blocks::strip);
+    Unit* queries = x.queries(packed, g, i);
+    Unit* keys = x.keys(packed, j);
+    const int64_t deep = round_up(x.d, E::depth_step), deep_v = round_up(x.dv, E::depth_step);
+    for (int64_t r = 0; r < padded; r += Blocks::strip) {
+      const int64_t here = smaller(rows - r, Blocks::strip);
+      const int64_t multiplied = round_up(here, E::row_step);
+      E::multiply(multiplied, wide, deep, x.q(queries).from(r), x.kt(keys), t.s, Blocks::keys, false);
+      E::multiply(multiplied, wide, deep_v, x.o(queries).from(r), x.vt(keys), t.dp, Blocks::keys,
+                  false);
+      for (int64_t k = 0; k < Blocks::strip; k += 2) {
+        RowStatistics<S> row[2];
+        for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
+        gradient_rows<E>(t.s + k * Blocks::keys, t.dp + k * Blocks::keys, wide,
+                         scores.remaining_factor(), row, r + k, t);
+      }
+    }
+    E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);
+    E::multiply(x.rows_d, wide, padded, x.qt(queries), t.ds, t.dkt, Blocks::keys, true);
+    E::multiply(round_up(rows, E::row_step), round_up(x.d, w), wide, t.ds_rows, x.kn(keys),
+                dq + (g * x.dq_rows() + i0) * x.wide_d, x.wide_d, true);
+  }
+
+  // Also applies bias and mask to the row's scores.
+  RowStatistics<S> statistics_of(int64_t g, int64_t i, int64_t j0, int64_t last) {
+    const AttentionBackward& f = x.f;
+    if (i >= f.seq_q()) return {0, 0, 0};
+    const S* of_head = statistics + g * 2 * f.seq_q();
+    const S lse = of_head[i], delta = of_head[f.seq_q() + i];
+    const int64_t seen = larger(smaller(f.keys_seen(i, j0 + last) - j0, last), 0);
+    if (lse == -infinity<S>) return {0, 0, 0};
+    if (scores.rewrite) {
+      S* s = t.s + i % Blocks::queries % Blocks::strip * Blocks::keys;
+      scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row);
+    }
+    return {seen, lse, delta};
+  }
+};
+
+// dq = scale · Σ over splits, in order.
+template <class E, class T>
+static void store_dq(const BackwardOperands<E>& x, int64_t pair, int64_t g, int64_t i,
+                     stat_of<E>* sums, int64_t splits, int64_t split_stride) {
+  typedef stat_of<E> S;
+  const AttentionBackward& f = x.f;
+  S* total = sums + (g * x.dq_rows() + i) * x.wide_d;
+  for (int64_t split = 1; split < splits; ++split)
+    for (int64_t c = 0; c < x.d; c += width<S>)
+      store(total + c, load(total + c) + load(total + split * split_stride + c));
+  const int64_t head = pair % f.heads_kv() * x.group + g;
+  store_row(f.dq.at<T>(pair / f.heads_kv(), head, i), f.dq.stride[3], x.d, total,
+            S(f.options.scale));
+}
+
+template <class E, class T>
+static void attention_backward(const AttentionBackward& f) {
+  typedef stat_of<E> S;
+  typedef unit_of<E> Unit;
+  const Scores<S> scores(f);
+  const BackwardOperands<E> x(f);
+  const int64_t pairs = f.batch() * f.heads_kv();
+  const int threads = threads_for(double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
+                                  (f.head_dim() + f.head_dim_v()));
+  // Heads at a time by memory; then key blocks are split until all threads have work, within the
+  // memory that the partial sums of dq may take.
+  const int64_t head_bytes = x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S));
+  const int64_t dq_bytes = x.dq_size() * int64_t(sizeof(S));
+  constexpr int64_t budget = int64_t{24} << 20;
+  const int64_t at_once = smaller(larger(budget / (head_bytes + dq_bytes), 1), pairs);
+  const int64_t wanted = threads == 1 ? 1 : (2 * threads + at_once - 1) / at_once;
+  const int64_t splits =
+      larger(smaller(smaller(wanted, x.blocks_k), budget / (at_once * dq_bytes)), 1);
+
+  Arena count;
+  count.take<Unit>(at_once * x.units());
+  count.take<S>(at_once * x.statistics());
+  count.take<S>(at_once * splits * x.dq_size());
+  const size_t shared = count.used();
+  (void)BackwardScratch<E>(x, count);
+  const size_t own = count.used() - shared;
+  const Workspace workspace(shared + own * threads);
+  Arena arena(workspace.data());
+  Unit* const packed = arena.take<Unit>(at_once * x.units());
+  S* const statistics = arena.take<S>(at_once * x.statistics());
+  S* const dq = arena.take<S>(at_once * splits * x.dq_size());
+
+#pragma omp parallel num_threads(threads)
+  {
+    [[maybe_unused]] const typename E::Scope scope;
+    Arena mine(workspace.data() + shared + own * omp_get_thread_num());
+    const BackwardScratch<E> scratch(x, mine);
+    for (int64_t first = 0; first < pairs; first += at_once) {
+      const int64_t here = smaller(at_once, pairs - first);
+      const int64_t packs = x.blocks_k + x.group * x.blocks_q;
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < here * packs; ++task) {
+        const int64_t local = task / packs, pair = first + local, which = task % packs;
+        const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
+        Unit* base = packed + local * x.units();
+        if (which < x.blocks_k) {
+          x.template pack_keys<T>(b, h, which, base, scratch.strip);
+        } else {
+          const int64_t g = (which - x.blocks_k) / x.blocks_q;
+          x.template pack_queries<T>(b, h * x.group + g, g, (which - x.blocks_k) % x.blocks_q, base,
+                                     statistics + local * x.statistics() + g * 2 * f.seq_q(),
+                                     scratch.strip);
+        }
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < here * splits; ++task) {
+        const int64_t local = task / splits;
+        BackwardTask<E, T>(x, scores, scratch, packed + local * x.units(),
+                           statistics + local * x.statistics(), dq + task * x.dq_size(),
+                           first + local)
+            .run(task % splits, splits);
+      }
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < here * x.group * f.seq_q(); ++row) {
+        const int64_t local = row / (x.group * f.seq_q());
+        store_dq<E, T>(x, first + local, row / f.seq_q() % x.group, row % f.seq_q(),
+                       dq + local * splits * x.dq_size(), splits, x.dq_size());
+      }
+    }
+  }
+}
+
+}  // namespace fusedattn::FUSEDATTN_ISA

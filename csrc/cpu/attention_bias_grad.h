@@ -1,0 +1,153 @@
+// The gradient of attention's bias: ds, summed over the dimensions along which it was broadcast.
+//
+// A task owns a tile of the bias and recomputes ds for all that it was added to, so no two threads
+// ever write to one element, the sum has a fixed order, and nothing larger than a tile is held.
+#pragma once
+
+#include "attention_tile.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+template <class E, class T>
+class BiasGradTask {
+  typedef stat_of<E> S;
+  typedef unit_of<E> Unit;
+  static constexpr int64_t block_q = 96, block_k = 256;
+  const AttentionBackward& f;
+  const Scores<S> scores;
+  const int64_t d, dv, units_d, units_dv, depth_d, depth_dv;
+  Rows<Unit> q, o;
+  Panels<Unit> kt, vt;
+  S *s, *dp, *sums, *row;
+  Unit* strip;
+
+ public:
+  BiasGradTask(const AttentionBackward& f, Arena& arena)
+      : f(f), scores(f), d(f.head_dim()), dv(f.head_dim_v()), units_d(row_units<E>(d)),
+        units_dv(row_units<E>(dv)), depth_d(panel_depth<E>(d)), depth_dv(panel_depth<E>(dv)) {
+    q = {arena.take<Unit>(E::planes * block_q * units_d), units_d, block_q * units_d};
+    o = {arena.take<Unit>(E::planes * block_q * units_dv), units_dv, block_q * units_dv};
+    kt = {arena.take<Unit>(E::planes * block_k * depth_d), depth_d, block_k * depth_d};
+    vt = {arena.take<Unit>(E::planes * block_k * depth_dv), depth_dv, block_k * depth_dv};
+    s = arena.take<S>(block_q * block_k);
+    dp = arena.take<S>(block_q * block_k);
+    sums = arena.take<S>(block_q * block_k);
+    row = arena.take<S>(block_k);
+    strip = arena.take<Unit>(E::planes * larger(units_d, units_dv) *
+                             (vector_bytes / int64_t(sizeof(Unit))));
+  }
+
+  // Tiles along the queries and keys: one for all where the bias is broadcast.
+  static int64_t tiles_q(const AttentionBackward& f) {
+    return f.dbias.shape[2] == 1 ? 1 : (f.seq_q() + block_q - 1) / block_q;
+  }
+  static int64_t tiles_k(const AttentionBackward& f) {
+    return f.dbias.shape[3] == 1 ? 1 : (f.seq_k() + block_k - 1) / block_k;
+  }
+
+  void run(int64_t bias_b, int64_t bias_h, int64_t tile_q, int64_t tile_k) {
+    memset(sums, 0, block_q * block_k * sizeof(S));
+    const TensorView& out = f.dbias;
+    const int64_t b_end = out.shape[0] == 1 ? f.batch() : bias_b + 1;
+    const int64_t h_end = out.shape[1] == 1 ? f.heads() : bias_h + 1;
+    const int64_t i_end = out.shape[2] == 1 ? f.seq_q() : smaller(f.seq_q(), (tile_q + 1) * block_q);
+    const int64_t j_end = out.shape[3] == 1 ? f.seq_k() : smaller(f.seq_k(), (tile_k + 1) * block_k);
+    for (int64_t b = bias_b; b < b_end; ++b)
+      for (int64_t h = bias_h; h < h_end; ++h)
+        for (int64_t j0 = tile_k * block_k; j0 < smaller(j_end, f.keys(b)); j0 += block_k)
+          for (int64_t i0 = tile_q * block_q; i0 < i_end; i0 += block_q)
+            add_tile(b, h, i0, smaller(block_q, i_end - i0), j0,
+                     smaller(block_k, smaller(j_end, f.keys(b)) - j0));
+    const int64_t rows = out.shape[2] == 1 ? 1 : i_end - tile_q * block_q;
+    const int64_t columns = out.shape[3] == 1 ? 1 : j_end - tile_k * block_k;
+    for (int64_t i = 0; i < rows; ++i) write_row(bias_b, bias_h, tile_q * block_q + i,
+                                                 tile_k * block_k, columns, sums + i * block_k);
+  }
+
+ private:
+  void add_tile(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
+    constexpr int w = width<S>;
+    if (f.keys_seen(i0 + rows - 1, j0 + columns) <= j0) return;
+    const int64_t h_kv = h / f.group(), padded = round_up(rows, E::row_step);
+    const int64_t wide = round_up(columns, 2 * w), panels = round_up(columns, E::panel);
+    pack_rows<E>(source<T>(f.q, b, h, i0), rows, d, padded, q);
+    pack_rows<E>(source<T>(f.dout, b, h, i0), f.dout ? rows : 0, dv, padded, o);
+    pack_panels_transposed<E>(source<T>(f.k, b, h_kv, j0), columns, d, panels, kt, strip);
+    pack_panels_transposed<E>(source<T>(f.v, b, h_kv, j0), columns, dv, panels, vt, strip);
+    E::multiply(padded, wide, round_up(d, E::depth_step), q, kt, s, block_k, false);
+    E::multiply(padded, wide, round_up(dv, E::depth_step), o, vt, dp, block_k, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t seen = larger(smaller(f.keys_seen(i0 + i, j0 + columns) - j0, columns), 0);
+      add_row(b, h, i0 + i, i, j0, seen);
+    }
+  }
+
+  void add_row(int64_t b, int64_t h, int64_t i, int64_t local, int64_t j0, int64_t seen) {
+    constexpr int w = width<S>;
+    const S lse = *f.lse.at<S>(b, h, i);
+    if (lse == -infinity<S>) return;
+    S* score = s + local * block_k;
+    const S* grad = dp + local * block_k;
+    const S delta = delta_of(b, h, i);
+    if (scores.rewrite) scores.prepare(score, b, h, i, j0, seen, row);
+    S* sum = sums + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
+    vec<S> total{};
+    for (int64_t j = 0; j < seen; j += w) {
+      const vec<S> p =
+          exp2<E::exp2_degree>(load(score + j) * scores.remaining_factor() - lse * S(log2e));
+      const vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
+      if (f.dbias.shape[3] == 1) {
+        total += ds;
+      } else {
+        store(sum + j, load(sum + j) + ds);
+      }
+    }
+    if (f.dbias.shape[3] == 1) sum[0] += reduce_add(total);
+  }
+
+  S delta_of(int64_t b, int64_t h, int64_t i) const {
+    S delta = f.dlse ? -*f.dlse.at<S>(b, h, i) : S(0);
+    if (f.dout) delta += dot(source<T>(f.dout, b, h, i), source<T>(f.out, b, h, i), dv);
+    return delta;
+  }
+
+  void write_row(int64_t b, int64_t h, int64_t i, int64_t j, int64_t n, const S* sum) const {
+    const auto write_to = [&](auto* data) {
+      store_row(data + f.dbias.offset(b, h, i, j), f.dbias.stride[3], n, sum, S(1));
+    };
+    if constexpr (sizeof(S) == 8) {
+      write_to(static_cast<double*>(f.dbias.data));
+    } else if (f.dbias.dtype == DType::f32) {
+      write_to(static_cast<float*>(f.dbias.data));
+    } else if (f.dbias.dtype == DType::bf16) {
+      write_to(static_cast<bf16*>(f.dbias.data));
+    } else {
+      write_to(static_cast<f16*>(f.dbias.data));
+    }
+  }
+};
+
+template <class E, class T>
+static void attention_bias_grad(const AttentionBackward& f) {
+  typedef BiasGradTask<E, T> Task;
+  const int threads = threads_for(double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
+                                  (f.head_dim() + f.head_dim_v()));
+  const int64_t tiles_q = Task::tiles_q(f), tiles_k = Task::tiles_k(f);
+  const int64_t tasks = f.dbias.shape[0] * f.dbias.shape[1] * tiles_q * tiles_k;
+  Arena count;
+  (void)Task(f, count);
+  const Workspace workspace(count.used() * threads);
+#pragma omp parallel num_threads(threads)
+  {
+    [[maybe_unused]] const typename E::Scope scope;
+    Arena arena(workspace.data() + count.used() * omp_get_thread_num());
+    Task task(f, arena);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t head = i / (tiles_q * tiles_k);
+      task.run(head / f.dbias.shape[1], head % f.dbias.shape[1], i / tiles_k % tiles_q, i % tiles_k);
+    }
+  }
+}
+
+}  // namespace fusedattn::FUSEDATTN_ISA

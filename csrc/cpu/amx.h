@@ -51,22 +51,22 @@ FUSEDATTN_INLINE void multiply_tiles(int64_t depth, Rows<uint32_t> a, const uint
     if (Tall) _tile_zero(2);
     if (Tall) _tile_zero(3);
   }
-  // The smallest products come first, so that they are not lost against the large ones.
-  for (int order = Planes - 1; order >= 0; --order) {
-    for (int p = 0; p <= order; ++p) {
-      const uint32_t* row = a.data + p * a.plane;
-      const uint32_t* column = b + (order - p) * plane_b;
-      for (int64_t k = 0; k < depth; k += 16) {
-        _tile_loadd(6, column + k * 32, panel_bytes);
-        _tile_loadd(4, row + k, a.ld * 4);
+  // All products of one step along k before the next: its parts are then still in L1.
+  for (int64_t k = 0; k < depth; k += 16) {
+#pragma GCC unroll 3
+    for (int p = 0; p < Planes; ++p) {
+      const uint32_t* row = a.data + p * a.plane + k;
+      _tile_loadd(4, row, a.ld * 4);
+      if (Tall) _tile_loadd(5, row + 16 * a.ld, a.ld * 4);
+#pragma GCC unroll 3
+      for (int o = 0; o < Planes - p; ++o) {
+        const uint32_t* column = b + o * plane_b + k * 32;
+        _tile_loadd(6, column, panel_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, column + k * 32 + 16, panel_bytes);
+        _tile_loadd(7, column + 16, panel_bytes);
         _tile_dpbf16ps(1, 4, 7);
-        if (Tall) {
-          _tile_loadd(5, row + 16 * a.ld + k, a.ld * 4);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        if (Tall) _tile_dpbf16ps(2, 5, 6);
+        if (Tall) _tile_dpbf16ps(3, 5, 7);
       }
     }
   }

@@ -324,8 +324,7 @@ static void attention_backward(const AttentionBackward& f) {
   const Scores<S> scores(f);
   const BackwardOperands<E> x(f);
   const int64_t pairs = f.batch() * f.heads_kv();
-  const int threads = threads_for(double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
-                                  (f.head_dim() + f.head_dim_v()));
+  const int threads = threads_for(f);
   // Heads at a time by memory; then key blocks are split until all threads have work, within the
   // memory that the partial sums of dq may take.
   const int64_t head_bytes = x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S));

@@ -130,8 +130,7 @@ class BiasGradTask {
 template <class E, class T>
 static void attention_bias_grad(const AttentionBackward& f) {
   typedef BiasGradTask<E, T> Task;
-  const int threads = threads_for(double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
-                                  (f.head_dim() + f.head_dim_v()));
+  const int threads = threads_for(f);
   const int64_t tiles_q = Task::tiles_q(f), tiles_k = Task::tiles_k(f);
   const int64_t tasks = f.dbias.shape[0] * f.dbias.shape[1] * tiles_q * tiles_k;
   Arena count;

@@ -8,7 +8,7 @@
 //     l = l·2^(m − m') + Σ p        o = o·2^(m − m') + p v        out = o / l,  lse = ln 2·(m + log2 l)
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_decode.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
@@ -16,6 +16,7 @@ template <class E>
 struct ForwardBlocks {
   static constexpr int64_t queries = 96;
   static constexpr int64_t keys = 256;
+  static constexpr int64_t strip = E::row_step == 1 ? queries : 32;  // rows between the products
 };
 
 // K and V of one (batch, key head), packed: Kᵀ as panels over the keys, V as panels over Dv.
@@ -80,59 +81,13 @@ struct ForwardScratch {
   }
 };
 
-// One row of scores becomes probabilities; returns the factor for what was accumulated before.
-template <class E>
-FUSEDATTN_INLINE stat_of<E> softmax_row(stat_of<E>* s, int64_t seen, int64_t wide,
-                                        stat_of<E> factor, stat_of<E>& m, stat_of<E>& l,
-                                        Rows<unit_of<E>> p, int64_t i) {
-  typedef stat_of<E> S;
-  constexpr int w = width<S>;
-  constexpr int degree = E::exp2_degree;
-  const int64_t whole = seen / (2 * w) * (2 * w);
-  const int rest = int(seen - whole);
-  vec<S> high0 = splat(-infinity<S>), high1 = high0;
-  int64_t j = 0;
-  for (; j < whole; j += 2 * w) {
-    high0 = maximum(load(s + j), high0);
-    high1 = maximum(load(s + j + w), high1);
-  }
-  if (rest > 0) {
-    high0 = maximum(select_below(rest, load(s + j), high0), high0);
-    high1 = maximum(select_below(rest - w, load(s + j + w), high1), high1);
-  }
-  const S highest = reduce_max(maximum(high0, high1)) * factor;
-  const S before = m;
-  m = highest > m ? highest : m;
-  const S shift = m == -infinity<S> ? S(0) : m;
-  const S carried = exp2<degree>(splat(before - shift))[0];
-  vec<S> sum0{}, sum1{};
-  const vec<S> zero{};
-  for (j = 0; j < whole; j += 2 * w) {
-    const vec<S> x = exp2<degree>(load(s + j) * factor - shift);
-    const vec<S> y = exp2<degree>(load(s + j + w) * factor - shift);
-    sum0 += x;
-    sum1 += y;
-    E::put_along(p, i, j, x, y);
-  }
-  if (rest > 0) {
-    const vec<S> x = select_below(rest, exp2<degree>(load(s + j) * factor - shift), zero);
-    const vec<S> y = select_below(rest - w, exp2<degree>(load(s + j + w) * factor - shift), zero);
-    sum0 += x;
-    sum1 += y;
-    E::put_along(p, i, j, x, y);
-    j += 2 * w;
-  }
-  for (; j < wide; j += 2 * w) E::put_along(p, i, j, zero, zero);
-  l = l * carried + reduce_add(sum0 + sum1);
-  return carried;
-}
-
 // Queries [i0, i0 + rows) of head h of batch entry b.
 template <class E, class T>
 static void forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>& keys,
                           unit_of<E>* packed, int64_t b, int64_t h, int64_t i0, int64_t rows,
                           const ForwardScratch<E>& t) {
   typedef stat_of<E> S;
+  typedef ForwardBlocks<E> Blocks;
   constexpr int w = width<S>;
   const AttentionForward& f = scores.p;
   const int64_t n = f.keys(b), end = f.keys_seen(i0 + rows - 1, n);
@@ -147,28 +102,22 @@ static void forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>&
   for (int64_t j0 = 0, block = 0; j0 < end; j0 += keys.block, ++block) {
     const int64_t columns = smaller(keys.block, end - j0), wide = round_up(columns, 2 * w);
     E::multiply(padded, wide, depth, t.q, keys.k(packed, block), t.s, keys.block, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      S* s = t.s + i * keys.block;
-      const int64_t seen = larger(smaller(f.keys_seen(i0 + i, n) - j0, columns), 0);
-      if (scores.rewrite) scores.prepare(s, b, h, i0 + i, j0, seen, t.row);
-      const S carried = softmax_row<E>(s, seen, wide, factor, t.m[i], t.l[i], t.p, i);
-      if (block > 0 && carried != S(1))
-        for (int64_t d = 0; d < t.ld_o; d += w)
-          store(t.o + i * t.ld_o + d, load(t.o + i * t.ld_o + d) * carried);
-    }
-    E::multiply(padded, round_up(dv, w), wide, t.p, keys.v(packed, block), t.o, t.ld_o, block > 0);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    T* out = f.out.at<T>(b, h, i0 + i);
-    S& lse = *f.lse.at<S>(b, h, i0 + i);
-    if (t.l[i] == 0) {
-      for (int64_t d = 0; d < dv; ++d) put(out + d * f.out.stride[3], 0);
-      lse = -infinity<S>;
-    } else {
-      store_row(out, f.out.stride[3], dv, t.o + i * t.ld_o, S(1) / t.l[i]);
-      lse = S(ln2 * t.m[i] + __builtin_log(double(t.l[i])));
+    for (int64_t r = 0; r < rows; r += Blocks::strip) {
+      const int64_t strip_end = smaller(r + Blocks::strip, rows);
+      for (int64_t i = r; i < strip_end; ++i) {
+        S* s = t.s + i * keys.block;
+        const int64_t seen = larger(smaller(f.keys_seen(i0 + i, n) - j0, columns), 0);
+        if (scores.rewrite) scores.prepare(s, b, h, i0 + i, j0, seen, t.row);
+        rescale(s, seen, factor, t.m[i], t.l[i], t.o + i * t.ld_o, block > 0 ? t.ld_o : 0);
+        const S shift = t.m[i] == -infinity<S> ? S(0) : t.m[i];
+        t.l[i] += probabilities<E>(s, seen, wide, factor, shift, t.p, i);
+      }
+      E::multiply(round_up(strip_end - r, E::row_step), round_up(dv, w), wide, t.p.from(r),
+                  keys.v(packed, block), t.o + r * t.ld_o, t.ld_o, block > 0);
     }
   }
+  for (int64_t i = 0; i < rows; ++i)
+    write_row<T>(f, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
 }
 
 template <class E, class T>
@@ -179,8 +128,11 @@ static void attention_forward(const AttentionForward& f) {
   const PackedKeys<E> keys(f);
   const int64_t pairs = f.batch() * f.heads_kv(), group = f.group();
   const int64_t blocks_q = (f.seq_q() + Blocks::queries - 1) / Blocks::queries;
-  const int threads = threads_for(double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
-                                  (f.head_dim() + f.head_dim_v()));
+  const int threads = threads_for(f);
+  if (Decode<T>::takes(f)) {
+    Decode<T>(f).run(threads);
+    return;
+  }
   // As many heads at a time as fit the cache, but enough to keep all threads busy.
   const int64_t fitting = (int64_t{4} << 20) / (keys.units() * int64_t(sizeof(Unit)));
   const int64_t busy = (4 * threads + group * blocks_q - 1) / (group * blocks_q);

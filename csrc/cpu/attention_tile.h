@@ -92,9 +92,10 @@ struct Scores {
 };
 
 // Threads worth waking: none for work that is over before they are.
-FUSEDATTN_INLINE int threads_for(double multiplications) {
-  return multiplications < 1e5 || omp_in_parallel() ? 1 : omp_get_max_threads();
+FUSEDATTN_INLINE int threads_for(const AttentionForward& f) {
+  const double work = double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
+                      (f.head_dim() + f.head_dim_v());
+  return work < 1e5 || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
-
 
 }  // namespace fusedattn::FUSEDATTN_ISA

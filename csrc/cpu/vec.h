@@ -89,7 +89,7 @@ FUSEDATTN_INLINE void store(S* p, vec<S> x) {
 
 template <class S>
 FUSEDATTN_INLINE vec<S> splat(S x) {
-  return vec<S>{} + x;
+  return x - vec<S>{};  // unlike x + 0 this is x for every x, and so a plain broadcast
 }
 
 // max(a, b) that returns b where either is NaN.

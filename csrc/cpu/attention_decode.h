@@ -1,0 +1,170 @@
+// Attention for a handful of queries against many keys, as in generation.
+//
+// Here every key is read once and used a few times, so memory sets the pace: K and V are streamed as
+// they are, unpacked. The keys of a (batch, key head) are split among tasks; each keeps a running
+// (m, l, o) per query, and a second pass combines them (split-KV, "Flash-Decoding", Dao et al. 2023).
+#pragma once
+
+#include "attention_softmax.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+template <class T>
+class Decode {
+  typedef compute_t<T> S;
+  static constexpr int w = width<S>;
+  static constexpr int64_t block = 64;         // keys at a time
+  static constexpr int64_t most_queries = 8;   // per key head
+  static constexpr int64_t least_split = 256;  // keys worth a task of their own
+  static constexpr int held = 8;               // vectors of an output row kept in registers
+
+  const AttentionForward& f;
+  const Scores<S> scores;
+  const int64_t d, dv, rows, pairs;
+  int64_t splits;
+
+ public:
+  explicit Decode(const AttentionForward& f)
+      : f(f), scores(f), d(f.head_dim()), dv(f.head_dim_v()), rows(f.group() * f.seq_q()),
+        pairs(f.batch() * f.heads_kv()) {}
+
+  // Whole vectors of contiguous elements, and few queries.
+  static bool takes(const AttentionForward& f) {
+    return f.group() * f.seq_q() <= most_queries && f.head_dim() % w == 0 &&
+           f.head_dim_v() % w == 0 && f.k.stride[3] == 1 && f.v.stride[3] == 1;
+  }
+
+  void run(int threads) {
+    const int64_t wanted = threads == 1 ? 1 : (4 * threads + pairs - 1) / pairs;
+    splits = larger(smaller(wanted, f.seq_k() / least_split), 1);
+    const int64_t partial = rows * (dv + 2);
+    Arena count;
+    count.take<S>(pairs * splits * partial);
+    const size_t shared = count.used();
+    count.take<S>(rows * d);
+    count.take<S>(2 * block);
+    const size_t own = count.used() - shared;
+    const Workspace workspace(shared + own * threads);
+    S* const partials = reinterpret_cast<S*>(workspace.data());
+#pragma omp parallel num_threads(threads)
+    {
+      Arena arena(workspace.data() + shared + own * omp_get_thread_num());
+      S* const q = arena.take<S>(rows * d);
+      S* const s = arena.take<S>(2 * block);
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < pairs * splits; ++task)
+        stream(task / splits, task % splits, q, s, partials + task * partial);
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < pairs * rows; ++task)
+        combine(task / rows, task % rows, partials + task / rows * splits * partial, partial);
+    }
+  }
+
+ private:
+  int64_t query(int64_t row) const { return row % f.seq_q(); }
+  int64_t head(int64_t pair, int64_t row) const {
+    return pair % f.heads_kv() * f.group() + row / f.seq_q();
+  }
+
+  // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
+  void stream(int64_t pair, int64_t split, S* q, S* s, S* partial) const {
+    const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv(), n = f.keys(b);
+    const int64_t each = round_up((n + splits - 1) / splits, block);
+    const int64_t first = split * each, end = smaller(n, first + each);
+    S *m = partial, *l = partial + rows, *o = partial + 2 * rows;
+    memset(o, 0, rows * dv * sizeof(S));
+    for (int64_t r = 0; r < rows; ++r) {
+      m[r] = -infinity<S>;
+      l[r] = 0;
+      const Source<T> from = source<T>(f.q, b, head(pair, r), query(r));
+      load_row(from.data, from.column, d, q + r * d, d);
+    }
+    for (int64_t j0 = first; j0 < end; j0 += block) {
+      const int64_t columns = smaller(block, end - j0);
+      const T* k = f.k.at<const T>(b, h, j0);
+      const T* v = f.v.at<const T>(b, h, j0);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t seen = larger(smaller(f.keys_seen(query(r), n) - j0, columns), 0);
+        if (seen == 0) continue;
+        multiply_keys(q + r * d, k, seen, s);
+        if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j0, seen, s + block);
+        S* row = o + r * dv;
+        rescale(s, seen, scores.remaining_factor(), m[r], l[r], row, dv);
+        const S shift = m[r] == -infinity<S> ? S(0) : m[r];
+        l[r] += probabilities<Fma<S>>(s, seen, round_up(seen, 2 * w), scores.remaining_factor(),
+                                      shift, {s, block, block}, 0);
+        add_values(s, v, seen, row);
+      }
+    }
+  }
+
+  // s[j] = q · k_j for n keys, one vector's width of them at a time: the sums of their lanes are
+  // taken together by a transpose.
+  void multiply_keys(const S* q, const T* k, int64_t n, S* s) const {
+    alignas(64) S lanes[w * w];
+    for (int64_t j = 0; j < n; j += w) {
+      const int64_t here = smaller(w, n - j);
+      for (int64_t c = 0; c < here; ++c) {
+        const T* key = k + (j + c) * f.k.stride[2];
+        vec<S> even{}, odd{};
+        int64_t i = 0;
+        for (; i + 2 * w <= d; i += 2 * w) {
+          even += load(q + i) * load_as(key + i);
+          odd += load(q + i + w) * load_as(key + i + w);
+        }
+        if (i < d) even += load(q + i) * load_as(key + i);
+        store(lanes + c * w, even + odd);
+      }
+      transpose_square(lanes, w, lanes, w);
+      vec<S> sum = load(lanes);
+      for (int i = 1; i < w; ++i) sum += load(lanes + i * w);
+      store(s + j, sum);
+    }
+  }
+
+  // o += Σ p_j v_j
+  void add_values(const S* p, const T* v, int64_t n, S* o) const {
+    int64_t i = 0;
+    for (; i + held * w <= dv; i += held * w) add_columns<held>(p, v + i, n, o + i);
+    for (; i < dv; i += w) add_columns<1>(p, v + i, n, o + i);
+  }
+
+  template <int N>
+  void add_columns(const S* p, const T* v, int64_t n, S* o) const {
+    vec<S> sum[N];
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) sum[c] = load(o + c * w);
+    for (int64_t j = 0; j < n; ++j, v += f.v.stride[2]) {
+      const vec<S> weight = splat(p[j]);
+#pragma GCC unroll 8
+      for (int c = 0; c < N; ++c) sum[c] += weight * load_as(v + c * w);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) store(o + c * w, sum[c]);
+  }
+
+  // Bring the splits of one row to their common maximum, add them up and write the row.
+  void combine(int64_t pair, int64_t r, S* partials, int64_t stride) const {
+    S m = -infinity<S>, l = 0;
+    for (int64_t k = 0; k < splits; ++k) {
+      const S of_split = partials[k * stride + r];
+      m = of_split > m ? of_split : m;
+    }
+    S* const total = partials + 2 * rows + r * dv;
+    for (int64_t k = 0; k < splits; ++k) {
+      const S* partial = partials + k * stride;
+      const S of_split = partial[r];
+      const S factor =
+          of_split == -infinity<S> ? S(1) : exp2<Fma<S>::exp2_degree>(splat(of_split - m))[0];
+      l += partial[rows + r] * factor;
+      const S* row = partial + 2 * rows + r * dv;
+      for (int64_t i = 0; i < dv; i += w) {
+        const vec<S> x = load(row + i) * factor;
+        store(total + i, k == 0 ? x : load(total + i) + x);
+      }
+    }
+    write_row<T>(f, pair / f.heads_kv(), head(pair, r), query(r), m, l, total);
+  }
+};
+
+}  // namespace fusedattn::FUSEDATTN_ISA

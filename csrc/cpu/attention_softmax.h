@@ -1,0 +1,90 @@
+// Online softmax, row by row: a running maximum m and sum l, in log2 units.
+//
+// A maximum that rises by less than `slack` is left as it is: p then reaches 2^slack at most, and
+// what was summed before needs no rescaling (Shah et al., FlashAttention-4, 2025).
+#pragma once
+
+#include "attention_tile.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+constexpr int slack = 8;
+
+// The largest of the first n scores of a row.
+template <class S>
+FUSEDATTN_INLINE S highest_score(const S* s, int64_t n) {
+  constexpr int w = width<S>;
+  vec<S> high0 = splat(-infinity<S>), high1 = high0;
+  int64_t j = 0;
+  for (; j + 2 * w <= n; j += 2 * w) {
+    high0 = maximum(load(s + j), high0);
+    high1 = maximum(load(s + j + w), high1);
+  }
+  if (j < n) {
+    high0 = maximum(select_below(int(n - j), load(s + j), high0), high0);
+    high1 = maximum(select_below(int(n - j - w), load(s + j + w), high1), high1);
+  }
+  return reduce_max(maximum(high0, high1));
+}
+
+// p = 2^(factor · s − shift) for the first n scores of a row, 0 up to `wide`; returns their sum.
+template <class E>
+FUSEDATTN_INLINE stat_of<E> probabilities(const stat_of<E>* s, int64_t n, int64_t wide,
+                                          stat_of<E> factor, stat_of<E> shift,
+                                          Rows<unit_of<E>> p, int64_t i) {
+  typedef stat_of<E> S;
+  constexpr int w = width<S>;
+  constexpr int degree = E::exp2_degree;
+  vec<S> sum0{}, sum1{};
+  const vec<S> zero{};
+  int64_t j = 0;
+  for (; j + 2 * w <= n; j += 2 * w) {
+    const vec<S> x = exp2<degree>(load(s + j) * factor - shift);
+    const vec<S> y = exp2<degree>(load(s + j + w) * factor - shift);
+    sum0 += x;
+    sum1 += y;
+    E::put_along(p, i, j, x, y);
+  }
+  if (j < n) {
+    vec<S> x = exp2<degree>(load(s + j) * factor - shift);
+    vec<S> y = exp2<degree>(load(s + j + w) * factor - shift);
+    x = select_below(int(n - j), x, zero);
+    y = select_below(int(n - j - w), y, zero);
+    sum0 += x;
+    sum1 += y;
+    E::put_along(p, i, j, x, y);
+    j += 2 * w;
+  }
+  for (; j < wide; j += 2 * w) E::put_along(p, i, j, zero, zero);
+  return reduce_add(sum0 + sum1);
+}
+
+// Take a block's scores into the maximum m; where it rises, l and the n sums of o shrink.
+template <class S>
+FUSEDATTN_INLINE void rescale(const S* s, int64_t seen, S factor, S& m, S& l, S* o, int64_t n) {
+  const S highest = highest_score(s, seen) * factor;
+  if (!(highest > m + S(slack))) return;
+  const S carried = exp2<Fma<S>::exp2_degree>(splat(m - highest))[0];
+  m = highest;
+  l *= carried;
+  for (int64_t i = 0; i < n; i += width<S>) store(o + i, load(o + i) * carried);
+}
+
+// out = o / l and lse = ln 2 · (m + log2 l); 0 and −inf for a query that saw nothing.
+template <class T>
+static void write_row(const AttentionForward& f, int64_t b, int64_t h, int64_t i, compute_t<T> m,
+                      compute_t<T> l, const compute_t<T>* o) {
+  typedef compute_t<T> S;
+  const int64_t dv = f.head_dim_v(), stride = f.out.stride[3];
+  T* const out = f.out.at<T>(b, h, i);
+  S& lse = *f.lse.at<S>(b, h, i);
+  if (l == 0) {
+    for (int64_t c = 0; c < dv; ++c) put(out + c * stride, 0);
+    lse = -infinity<S>;
+  } else {
+    store_row(out, stride, dv, o, S(1) / l);
+    lse = S(ln2 * m + __builtin_log(double(l)));
+  }
+}
+
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -99,35 +99,37 @@ struct BackwardOperands {
   }
 
   template <class T>
-  void pack_keys(int64_t b, int64_t h, int64_t j, Unit* base, Unit* scratch) const {
+  bool pack_keys(int64_t b, int64_t h, int64_t j, Unit* base, Unit* scratch) const {
     const int64_t first = j * Blocks::keys, rows = smaller(f.keys(b) - first, Blocks::keys);
-    if (rows <= 0) return;
+    if (rows <= 0) return true;
     Unit* at = keys(base, j);
     const int64_t columns = round_up(rows, E::panel);
-    pack_panels_transposed<E>(source<T>(f.k, b, h, first), rows, d, columns, kt(at), scratch);
-    pack_panels_transposed<E>(source<T>(f.v, b, h, first), rows, dv, columns, vt(at), scratch);
-    pack_panels<E>(source<T>(f.k, b, h, first), rows, d, round_up(rows, 2 * width<S>), kn(at));
+    const Source<T> k = source<T>(f.k, b, h, first), v = source<T>(f.v, b, h, first);
+    pack_panels<E>(k, rows, d, round_up(rows, 2 * width<S>), kn(at));
+    return pack_panels_transposed<E>(k, rows, d, columns, kt(at), scratch) &
+           pack_panels_transposed<E>(v, rows, dv, columns, vt(at), scratch);
   }
 
   // `statistics`: lse in log2 units, then Δ, for the queries of this head.
   template <class T>
-  void pack_queries(int64_t b, int64_t h, int64_t g, int64_t i, Unit* base, S* statistics,
+  bool pack_queries(int64_t b, int64_t h, int64_t g, int64_t i, Unit* base, S* statistics,
                     Unit* scratch) const {
     const int64_t first = i * Blocks::queries;
     const int64_t rows = smaller(f.seq_q() - first, Blocks::queries);
     const int64_t given = f.dout ? rows : 0;
     Unit* at = queries(base, g, i);
     const int64_t padded = round_up(rows, Blocks::strip);
-    pack_rows<E>(source<T>(f.q, b, h, first), rows, d, padded, q(at));
-    pack_rows_transposed<E>(source<T>(f.q, b, h, first), rows, d, padded, qt(at), scratch);
-    pack_rows<E>(source<T>(f.dout, b, h, first), given, dv, padded, o(at));
-    pack_rows_transposed<E>(source<T>(f.dout, b, h, first), given, dv, padded, ot(at), scratch);
+    const Source<T> from = source<T>(f.q, b, h, first), dout = source<T>(f.dout, b, h, first);
+    pack_rows_transposed<E>(from, rows, d, padded, qt(at), scratch);
+    pack_rows_transposed<E>(dout, given, dv, padded, ot(at), scratch);
     for (int64_t r = first; r < first + rows; ++r) {
       statistics[r] = *f.lse.at<S>(b, h, r) * S(log2e);
       S delta = f.dlse ? -*f.dlse.at<S>(b, h, r) : S(0);
       if (f.dout) delta += dot(source<T>(f.dout, b, h, r), source<T>(f.out, b, h, r), dv);
       statistics[f.seq_q() + r] = delta;
     }
+    return pack_rows<E>(from, rows, d, padded, q(at)) &
+           pack_rows<E>(dout, given, dv, padded, o(at));
   }
 };
 
@@ -318,7 +320,7 @@ static void store_dq(const BackwardOperands<E>& x, int64_t pair, int64_t g, int6
 }
 
 template <class E, class T>
-static void attention_backward(const AttentionBackward& f) {
+static bool attention_backward(const AttentionBackward& f) {
   typedef stat_of<E> S;
   typedef unit_of<E> Unit;
   const Scores<S> scores(f);
@@ -347,8 +349,9 @@ static void attention_backward(const AttentionBackward& f) {
   Unit* const packed = arena.take<Unit>(at_once * x.units());
   S* const statistics = arena.take<S>(at_once * x.statistics());
   S* const dq = arena.take<S>(at_once * splits * x.dq_size());
+  bool good = true;
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(&& : good)
   {
     [[maybe_unused]] const typename E::Scope scope;
     Arena mine(workspace.data() + shared + own * omp_get_thread_num());
@@ -362,12 +365,12 @@ static void attention_backward(const AttentionBackward& f) {
         const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
         Unit* base = packed + local * x.units();
         if (which < x.blocks_k) {
-          x.template pack_keys<T>(b, h, which, base, scratch.strip);
+          good &= x.template pack_keys<T>(b, h, which, base, scratch.strip);
         } else {
           const int64_t g = (which - x.blocks_k) / x.blocks_q;
-          x.template pack_queries<T>(b, h * x.group + g, g, (which - x.blocks_k) % x.blocks_q, base,
-                                     statistics + local * x.statistics() + g * 2 * f.seq_q(),
-                                     scratch.strip);
+          good &= x.template pack_queries<T>(
+              b, h * x.group + g, g, (which - x.blocks_k) % x.blocks_q, base,
+              statistics + local * x.statistics() + g * 2 * f.seq_q(), scratch.strip);
         }
       }
 #pragma omp for schedule(dynamic)
@@ -386,6 +389,7 @@ static void attention_backward(const AttentionBackward& f) {
       }
     }
   }
+  return good;
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -17,6 +17,7 @@ class Decode {
   static constexpr int64_t most_queries = 8;   // per key head
   static constexpr int64_t least_split = 256;  // keys worth a task of their own
   static constexpr int held = 8;               // vectors of an output row kept in registers
+  static constexpr int64_t ahead = 16;         // rows of K and V asked for before they are needed
 
   const AttentionForward& f;
   const Scores<S> scores;
@@ -61,6 +62,12 @@ class Decode {
   }
 
  private:
+  // A row that the hardware's own prefetch, which stops at page ends, would fetch late.
+  FUSEDATTN_INLINE void prefetch(const T* row, int64_t n) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(row + i);
+  }
+
   int64_t query(int64_t row) const { return row % f.seq_q(); }
   int64_t head(int64_t pair, int64_t row) const {
     return pair % f.heads_kv() * f.group() + row / f.seq_q();
@@ -106,6 +113,7 @@ class Decode {
       const int64_t here = smaller(w, n - j);
       for (int64_t c = 0; c < here; ++c) {
         const T* key = k + (j + c) * f.k.stride[2];
+        prefetch(key + ahead * f.k.stride[2], d);
         vec<S> even{}, odd{};
         int64_t i = 0;
         for (; i + 2 * w <= d; i += 2 * w) {
@@ -135,6 +143,7 @@ class Decode {
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) sum[c] = load(o + c * w);
     for (int64_t j = 0; j < n; ++j, v += f.v.stride[2]) {
+      prefetch(v + ahead * f.v.stride[2], N * w);
       const vec<S> weight = splat(p[j]);
 #pragma GCC unroll 8
       for (int c = 0; c < N; ++c) sum[c] += weight * load_as(v + c * w);

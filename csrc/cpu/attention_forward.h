@@ -42,14 +42,14 @@ struct PackedKeys {
   }
 
   template <class T>
-  void pack(const AttentionForward& p, int64_t b, int64_t h, int64_t j, Unit* base,
+  bool pack(const AttentionForward& p, int64_t b, int64_t h, int64_t j, Unit* base,
             Unit* scratch) const {
     const int64_t first = j * block, rows = smaller(p.keys(b) - first, block);
-    if (rows <= 0) return;
-    pack_panels_transposed<E>(source<T>(p.k, b, h, first), rows, p.head_dim(),
-                              round_up(rows, E::panel), k(base, j), scratch);
-    pack_panels<E>(source<T>(p.v, b, h, first), rows, p.head_dim_v(),
-                   round_up(rows, 2 * width<stat_of<E>>), v(base, j));
+    if (rows <= 0) return true;
+    return pack_panels_transposed<E>(source<T>(p.k, b, h, first), rows, p.head_dim(),
+                                     round_up(rows, E::panel), k(base, j), scratch) &
+           pack_panels<E>(source<T>(p.v, b, h, first), rows, p.head_dim_v(),
+                          round_up(rows, 2 * width<stat_of<E>>), v(base, j));
   }
 };
 
@@ -81,9 +81,9 @@ struct ForwardScratch {
   }
 };
 
-// Queries [i0, i0 + rows) of head h of batch entry b.
+// Queries [i0, i0 + rows) of head h of batch entry b; false where the engine cannot take them.
 template <class E, class T>
-static void forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>& keys,
+static bool forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>& keys,
                           unit_of<E>* packed, int64_t b, int64_t h, int64_t i0, int64_t rows,
                           const ForwardScratch<E>& t) {
   typedef stat_of<E> S;
@@ -94,7 +94,7 @@ static void forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>&
   const int64_t padded = round_up(rows, E::row_step), dv = f.head_dim_v();
   const int64_t depth = round_up(f.head_dim(), E::depth_step);
   const S factor = scores.remaining_factor();
-  pack_rows<E>(source<T>(f.q, b, h, i0), rows, f.head_dim(), padded, t.q);
+  if (!pack_rows<E>(source<T>(f.q, b, h, i0), rows, f.head_dim(), padded, t.q)) return false;
   for (int64_t i = 0; i < rows; ++i) {
     t.m[i] = -infinity<S>;
     t.l[i] = 0;
@@ -118,10 +118,11 @@ static void forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>&
   }
   for (int64_t i = 0; i < rows; ++i)
     write_row<T>(f, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
+  return true;
 }
 
 template <class E, class T>
-static void attention_forward(const AttentionForward& f) {
+static bool attention_forward(const AttentionForward& f) {
   typedef unit_of<E> Unit;
   typedef ForwardBlocks<E> Blocks;
   const Scores<stat_of<E>> scores(f);
@@ -131,7 +132,7 @@ static void attention_forward(const AttentionForward& f) {
   const int threads = threads_for(f);
   if (Decode<T>::takes(f)) {
     Decode<T>(f).run(threads);
-    return;
+    return true;
   }
   // As many heads at a time as fit the cache, but enough to keep all threads busy.
   const int64_t fitting = (int64_t{4} << 20) / (keys.units() * int64_t(sizeof(Unit)));
@@ -145,8 +146,9 @@ static void attention_forward(const AttentionForward& f) {
   const size_t own = count.used() - shared;
   const Workspace workspace(shared + own * threads);
   Unit* const packed = reinterpret_cast<Unit*>(workspace.data());
+  bool good = true;
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(&& : good)
   {
     [[maybe_unused]] const typename E::Scope scope;
     Arena arena(workspace.data() + shared + own * omp_get_thread_num());
@@ -156,8 +158,9 @@ static void attention_forward(const AttentionForward& f) {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < here * keys.blocks; ++task) {
         const int64_t pair = first + task / keys.blocks;
-        keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), task % keys.blocks,
-                              packed + task / keys.blocks * keys.units(), scratch.strip);
+        good &= keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(),
+                                      task % keys.blocks,
+                                      packed + task / keys.blocks * keys.units(), scratch.strip);
       }
       // Under a causal mask the last queries have most to do: they start first.
 #pragma omp for schedule(dynamic)
@@ -166,11 +169,13 @@ static void attention_forward(const AttentionForward& f) {
         const int64_t local = task % (here * group) / group, pair = first + local;
         const int64_t head = pair % f.heads_kv() * group + task % group;
         const int64_t i0 = block * Blocks::queries;
-        forward_block<E, T>(scores, keys, packed + local * keys.units(), pair / f.heads_kv(), head,
-                            i0, smaller(Blocks::queries, f.seq_q() - i0), scratch);
+        good &= forward_block<E, T>(scores, keys, packed + local * keys.units(),
+                                    pair / f.heads_kv(), head, i0,
+                                    smaller(Blocks::queries, f.seq_q() - i0), scratch);
       }
     }
   }
+  return good;
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

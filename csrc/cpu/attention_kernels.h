@@ -8,9 +8,10 @@
 namespace fusedattn::FUSEDATTN_ISA {
 
 template <class E, class T>
-static void attention_gradients(const AttentionBackward& f) {
-  attention_backward<E, T>(f);
+static bool attention_gradients(const AttentionBackward& f) {
+  if (!attention_backward<E, T>(f)) return false;
   if (f.dbias) attention_bias_grad<E, T>(f);
+  return true;
 }
 
 template <class E, class T>

@@ -79,13 +79,16 @@ const std::vector<InstructionSet>& available() {
 
 std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
 
-// The kernel of the best allowed set that has one for this dtype.
-template <class Kernel>
-Kernel best(DType dtype, Kernel (AttentionKernels::*kernels)[float_dtypes]) {
+// Runs the kernel of the best allowed set that takes the call.
+template <class Params>
+void run(const Params& params, bool (*(AttentionKernels::*kernels)[float_dtypes])(const Params&)) {
   const auto& sets = available();
   const int chosen = limit.load(std::memory_order_relaxed);
   for (int i = chosen < 0 ? int(sets.size()) - 1 : chosen; i >= 0; --i) {
-    if (Kernel kernel = (sets[i].attention.*kernels)[int(dtype)]) return kernel;
+    const AttentionKernels& set = sets[i].attention;
+    const auto kernel = (set.*kernels)[int(params.q.dtype)];
+    if (kernel == nullptr || params.seq_q() * params.seq_k() < set.least_scores) continue;
+    if (kernel(params)) return;
   }
   throw std::logic_error("no attention kernel for this dtype");
 }
@@ -116,11 +119,11 @@ void select_instruction_set(const std::string& name) {
 }
 
 void attention_forward(const AttentionForward& params) {
-  best(params.q.dtype, &AttentionKernels::forward)(params);
+  run(params, &AttentionKernels::forward);
 }
 
 void attention_backward(const AttentionBackward& params) {
-  best(params.q.dtype, &AttentionKernels::backward)(params);
+  run(params, &AttentionKernels::backward);
 }
 
 }  // namespace fusedattn

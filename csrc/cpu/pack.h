@@ -1,4 +1,6 @@
-// From tensors to the packed operands of gemm.h, converting dtypes on the way.
+// From tensors to the packed operands of gemm.h, converting dtypes on the way. Each function returns
+// whether the engine can multiply what it packed: one that splits numbers cannot take infinities
+// (∞ · 0 of the parts would be NaN), nor needs it take NaN.
 #pragma once
 
 #include <utility>
@@ -63,52 +65,70 @@ FUSEDATTN_INLINE int64_t panel_columns(int64_t n) {
   return round_up(n, E::panel);
 }
 
+template <class E, class S>
+FUSEDATTN_INLINE bool multipliable(const S* row, int64_t n) {
+  if constexpr (E::planes == 1) return true;
+  ints<S> exceptional{};
+  for (int64_t j = 0; j < n; j += width<S>) {
+    const vec<S> x = load(row + j);
+    exceptional |= !(x - x == x - x);
+  }
+  return !any(exceptional);
+}
+
 // A[i][k] = src[i][k]; rows up to `padded` and columns up to row_units(columns) are zero.
 template <class E, class T>
-static void pack_rows(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
+static bool pack_rows(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
                       Rows<unit_of<E>> dst) {
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   alignas(64) S row[chunk];
+  bool good = true;
   for (int64_t c = 0; c < columns; c += chunk) {
     const int64_t n = smaller(columns - c, chunk), wide = round_up(n, 2 * w);
     for (int64_t i = 0; i < padded; ++i) {
       load_row(src.at(i, c), src.column, i < rows ? n : 0, row, wide);
+      good &= multipliable<E>(row, wide);
       for (int64_t j = 0; j < wide; j += 2 * w)
         E::put_along(dst, i, c + j, load(row + j), load(row + j + w));
     }
   }
+  return good;
 }
 
 // B[k][n] = src[k][n]; rows up to `padded` (even) and columns up to panel_columns(columns) are zero.
 template <class E, class T>
-static void pack_panels(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
+static bool pack_panels(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
                         Panels<unit_of<E>> dst) {
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   alignas(64) S even[chunk], odd[chunk];
+  bool good = true;
   for (int64_t c = 0; c < columns; c += chunk) {
     const int64_t n = smaller(columns - c, chunk), wide = panel_columns<E>(n);
     for (int64_t k = 0; k < padded; k += 2) {
       load_row(src.at(k, c), src.column, k < rows ? n : 0, even, wide);
       load_row(src.at(k + 1, c), src.column, k + 1 < rows ? n : 0, odd, wide);
+      good &= multipliable<E>(even, wide) && multipliable<E>(odd, wide);
       for (int64_t j = 0; j < wide; j += w)
         E::put_across(dst, k, c + j, load(even + j), load(odd + j));
     }
   }
+  return good;
 }
 
 // B[k][n] = src[n][k]: the rows of src become columns. `scratch` holds one vector's width of rows.
 template <class E, class T>
-static void pack_panels_transposed(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
+static bool pack_panels_transposed(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
                                    Panels<unit_of<E>> dst, unit_of<E>* scratch) {
   typedef unit_of<E> Unit;
   constexpr int w = vector_bytes / int(sizeof(Unit));
   const int64_t units = row_units<E>(columns), depth = panel_depth<E>(columns);
   const Rows<Unit> strip{scratch, units, units * w};
   alignas(64) Unit square[w * w];
+  bool good = true;
   for (int64_t n = 0; n < padded; n += w) {
-    pack_rows<E>(src.from(n), larger(smaller(rows - n, w), 0), columns, w, strip);
+    good &= pack_rows<E>(src.from(n), larger(smaller(rows - n, w), 0), columns, w, strip);
     for (int p = 0; p < E::planes; ++p) {
       Unit* panel = dst.data + p * dst.plane + n / E::panel * dst.depth * E::panel + n % E::panel;
       for (int64_t k = 0; k < depth; k += w) {
@@ -123,21 +143,23 @@ static void pack_panels_transposed(Source<T> src, int64_t rows, int64_t columns,
       }
     }
   }
+  return good;
 }
 
 // A[i][k] = src[k][i]: the columns of src become rows, whole squares of them, so dst has room for
 // columns and depth rounded up to a square. `scratch` holds one square's depth of panels.
 template <class E, class T>
-static void pack_rows_transposed(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
+static bool pack_rows_transposed(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
                                  Rows<unit_of<E>> dst, unit_of<E>* scratch) {
   typedef unit_of<E> Unit;
   constexpr int w = vector_bytes / int(sizeof(Unit));
   constexpr int strip_rows = w * E::per_unit;
   const int64_t wide = panel_columns<E>(columns);
   const Panels<Unit> strip{scratch, w, wide * w};
+  bool good = true;
   for (int64_t k = 0; k < padded; k += strip_rows) {
-    pack_panels<E>(src.from(k), larger(smaller(rows - k, strip_rows), 0), columns, strip_rows,
-                   strip);
+    good &= pack_panels<E>(src.from(k), larger(smaller(rows - k, strip_rows), 0), columns,
+                           strip_rows, strip);
     for (int p = 0; p < E::planes; ++p)
       for (int64_t i = 0; i < columns; i += w) {
         const Unit* from =
@@ -146,6 +168,7 @@ static void pack_rows_transposed(Source<T> src, int64_t rows, int64_t columns, i
                          dst.ld);
       }
   }
+  return good;
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

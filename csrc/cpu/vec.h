@@ -124,6 +124,13 @@ FUSEDATTN_INLINE auto reduce_add(V x) {
   return result;
 }
 
+template <class V>
+FUSEDATTN_INLINE bool any(V mask) {
+  auto result = mask[0];
+  for (int i = 1; i < lanes<V>; ++i) result |= mask[i];
+  return result != 0;
+}
+
 // The lanes below n keep x, the others take y.
 template <class V>
 FUSEDATTN_INLINE V select_below(int n, V x, V y) {

@@ -68,10 +68,12 @@ struct AttentionBackward : AttentionForward {
   TensorView dbias;        // the shape of bias; may be absent
 };
 
-// One entry per dtype of q; an absent one means that a simpler instruction set serves.
+// One entry per dtype of q. Where it is absent, returns false or Sq·Sk is below `least_scores`, a
+// simpler instruction set serves.
 struct AttentionKernels {
-  void (*forward[float_dtypes])(const AttentionForward&) = {};
-  void (*backward[float_dtypes])(const AttentionBackward&) = {};
+  bool (*forward[float_dtypes])(const AttentionForward&) = {};
+  bool (*backward[float_dtypes])(const AttentionBackward&) = {};
+  int64_t least_scores = 0;
 };
 
 }  // namespace fusedattn

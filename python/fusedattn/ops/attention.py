@@ -12,11 +12,11 @@ size Sq·Sk is ever stored (Milakov and Gimelshein 2018; Dao et al. 2022).
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..reference import functional as reference
 from .attention_backends import BACKENDS
@@ -52,9 +52,11 @@ _library.define(
 def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out laid out in memory as (B, Sq, Hq, Dv), so that merging the heads is a view; and lse."""
     batch, heads, seq, _ = q.shape
-    out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty((batch, heads, seq), dtype=lse_dtype)
+    dim, dtype, device = v.shape[3], q.dtype, q.device
+    strides = (seq * heads * dim, dim, heads * dim, 1)
+    out = torch.empty_strided((batch, heads, seq, dim), strides, dtype=dtype, device=device)
+    lse_dtype = dtype if dtype is torch.float64 else torch.float32
+    return out, torch.empty((batch, heads, seq), dtype=lse_dtype, device=device)
 
 
 def _empty_gradients(
@@ -77,12 +79,25 @@ def _backward_fake(
     return _empty_gradients(q, k, v, bias if bias_grad else None)
 
 
-def _forbid_autograd(*inputs: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        raise RuntimeError(
-            "torch.ops.fusedattn.attention_fwd and attention_bwd are not differentiable: "
-            "call fusedattn.attention instead"
-        )
+def _run_forward(q, k, v, mask, bias, kv_lengths, config, backend) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_outputs(q, v)
+    if out.numel() == 0 or k.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    _op.kernels(backend).forward(q, k, v, mask, bias, kv_lengths, out, lse, config)
+    return out, lse
+
+
+def _run_backward(
+    dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _empty_gradients(q, k, v, bias if bias_grad else None)
+    if lse.numel() == 0 or k.numel() == 0:
+        return tuple(x.zero_() for x in grads)
+    _op.kernels(backend).backward(
+        dout, dlse, q, k, v, out, lse, *grads[:3], grads[3] if bias_grad else None,
+        mask, bias, kv_lengths, config,
+    )  # fmt: skip
+    return grads
 
 
 def _forward(
@@ -90,13 +105,7 @@ def _forward(
     kv_lengths: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, backend: str, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _forbid_autograd(q, k, v, bias)
-    out, lse = _empty_outputs(q, v)
-    if out.numel() == 0 or k.shape[2] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    config = AttentionConfig(*options)
-    _op.kernels(backend).forward(q, k, v, mask, bias, kv_lengths, out, lse, config)
-    return out, lse
+    return _run_forward(q, k, v, mask, bias, kv_lengths, AttentionConfig(*options), backend)
 
 
 def _backward(
@@ -105,16 +114,37 @@ def _backward(
     kv_lengths: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, bias_grad: bool, backend: str, *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _forbid_autograd(dout, dlse, q, k, v, bias)
-    grads = _empty_gradients(q, k, v, bias if bias_grad else None)
-    if lse.numel() == 0 or k.numel() == 0:
-        return tuple(x.zero_() for x in grads)
     config = AttentionConfig(*options)
-    _op.kernels(backend).backward(
-        dout, dlse, q, k, v, out, lse, *grads[:3], grads[3] if bias_grad else None,
-        mask, bias, kv_lengths, config,
-    )  # fmt: skip
-    return grads
+    return _run_backward(
+        dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
+    )
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """A raw op on tensors that require a gradient: it runs, but nothing flows back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "torch.ops.fusedattn.attention_fwd and attention_bwd have no gradient: "
+            "call fusedattn.attention instead"
+        )
+
+
+def _below_autograd(op: Any) -> Any:
+    def kernel(*args: Any) -> Any:
+        tensors = (x for x in args if isinstance(x, Tensor))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return _Undifferentiable.apply(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
 
 
 for _name, _kernel, _fake in (
@@ -122,6 +152,7 @@ for _name, _kernel, _fake in (
     ("attention_bwd", _backward, _backward_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _below_autograd(getattr(torch.ops.fusedattn, _name)), "Autograd")
     torch.library.register_fake(f"fusedattn::{_name}", _fake, lib=_library)
 
 
@@ -130,16 +161,54 @@ def _flops(q: torch.Size, k: torch.Size, v: torch.Size) -> int:
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
-@register_flop_formula(torch.ops.fusedattn.attention_fwd)
-def _forward_flops(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return _flops(q, k, v)
 
 
-@register_flop_formula(torch.ops.fusedattn.attention_bwd)
 def _backward_flops(
     dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any
 ) -> int:
     return _flops(q, k, v) * 5 // 2
+
+
+def _register_flops() -> None:
+    """Tell torch's FLOP counter, if it is there: importing it here would import triton."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is not None and torch.ops.fusedattn.attention_fwd not in counter.flop_registry:
+        counter.register_flop_formula(torch.ops.fusedattn.attention_fwd)(_forward_flops)
+        counter.register_flop_formula(torch.ops.fusedattn.attention_bwd)(_backward_flops)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _call_forward(q, k, v, mask, bias, kv_lengths, config, backend):
+    if _plain(q, k, v):
+        return _run_forward(q, k, v, mask, bias, kv_lengths, config, backend)
+    _register_flops()
+    return torch.ops.fusedattn.attention_fwd(
+        q, k, v, mask, bias, kv_lengths, None, None, None, backend, *config
+    )
+
+
+def _call_backward(
+    dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
+):
+    if _plain(q, k, v):
+        return _run_backward(
+            dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
+        )
+    return torch.ops.fusedattn.attention_bwd(
+        dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, None, None, None, bias_grad,
+        backend, *config,
+    )  # fmt: skip
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -154,17 +223,15 @@ class AttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, mask, bias, kv_lengths, config, backend):  # noqa: ANN001
-        out, lse = torch.ops.fusedattn.attention_fwd(
-            q, k, v, mask, bias, kv_lengths, None, None, None, backend, *config
-        )
+    def forward(ctx: Any, q, k, v, mask, bias, kv_lengths, config, backend):
+        out, lse = _call_forward(q, k, v, mask, bias, kv_lengths, config, backend)
         ctx.save_for_backward(q, k, v, out, lse, mask, bias, kv_lengths)
         ctx.set_materialize_grads(False)
         ctx.config, ctx.backend = config, backend
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout, dlse):  # noqa: ANN001
+    def backward(ctx: Any, dout, dlse):
         if dout is None and dlse is None:
             return (None,) * 8
         saved = ctx.saved_tensors
@@ -179,25 +246,18 @@ class AttentionFunction(torch.autograd.Function):
         return dq, dk, dv, None, dbias if bias_grad else None, None, None, None
 
 
-def _call_backward(dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend):
-    return torch.ops.fusedattn.attention_bwd(
-        dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, None, None, None,
-        bias_grad, backend, *config,
-    )  # fmt: skip
-
-
 class _AttentionBackward(torch.autograd.Function):
     """The backward as a differentiable function; its own gradient is that of the formula."""
 
     @staticmethod
-    def forward(ctx: Any, dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest):  # noqa: ANN001
+    def forward(ctx: Any, dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest):
         ctx.save_for_backward(dout, dlse, q, k, v, mask, bias, kv_lengths)
         ctx.bias_grad, ctx.config, _ = rest
         ctx.set_materialize_grads(False)
         return _call_backward(dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents):  # noqa: ANN001
+    def backward(ctx: Any, *cotangents):
         dout, dlse, q, k, v, mask, bias, kv_lengths = ctx.saved_tensors
         outer = (dout, dlse, q, k, v, bias)
         wanted = [x is not None and x.requires_grad for x in outer]
@@ -235,7 +295,7 @@ class _AttentionBackward(torch.autograd.Function):
 def _prepare(
     q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
 ) -> AttentionCall:
-    if torch.is_autocast_enabled(q.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
         if bias is not None and bias.dtype not in (dtype, torch.float32):
@@ -323,9 +383,7 @@ def attention(
         v = v.view_as(v) if v is q or v is call.k else v
         result = AttentionFunction.apply(q, k, v, mask, bias, kv_lengths, config, chosen)
     else:
-        result = torch.ops.fusedattn.attention_fwd(
-            q, k, v, mask, bias, kv_lengths, None, None, None, chosen, *config
-        )
+        result = _call_forward(q, k, v, mask, bias, kv_lengths, config, chosen)
     return result if return_lse else result[0]
 
 

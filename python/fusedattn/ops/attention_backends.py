@@ -29,8 +29,10 @@ _DEVICE = "move q, k and v to a {} device"
 
 def _refuse_pending(call: AttentionCall) -> Refusal | None:
     name = call.config.pending
-    name = name or ("alibi_slopes" if call.alibi_slopes is not None else None)
-    name = name or ("sinks" if call.sinks is not None else None)
+    if call.alibi_slopes is not None:
+        name = "alibi_slopes"
+    elif call.sinks is not None:
+        name = "sinks"
     return Refusal(f"{name} is not supported yet", f"leave {name} out") if name else None
 
 
@@ -38,7 +40,7 @@ def _refuse_pending(call: AttentionCall) -> Refusal | None:
 
 
 def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
-    if call.q.device.type not in ("cpu", "meta"):
+    if not call.q.is_cpu and not call.q.is_meta:
         return Refusal(f"tensors are on {call.q.device.type}", _DEVICE.format("cpu"))
     if _native.cpu is None:
         return Refusal(f"native module missing ({_native.cpu_error})", _native.REMEDY)
@@ -48,14 +50,14 @@ def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 def _cpu_kernels() -> Any:
     native = _native.cpu
 
-    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):  # noqa: ANN001
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):
         native.attention_forward(
             q, k, v, mask, bias, kv_lengths, out, lse, config.causal, config.scale
         )
 
     def backward(
         dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
-    ):  # noqa: ANN001
+    ):
         native.attention_backward(
             dout, dlse, q, k, v, mask, bias, kv_lengths, out, lse, dq, dk, dv, dbias,
             config.causal, config.scale,
@@ -88,14 +90,14 @@ def _triton_kernels() -> Any:
     from ..kernels.attention_bwd import attention_backward
     from ..kernels.attention_fwd import attention_forward
 
-    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):  # noqa: ANN001
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):
         attention_forward(
             q, k, v, out, lse, mask=mask, bias=bias, kv_lengths=kv_lengths, config=config
         )
 
     def backward(
         dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
-    ):  # noqa: ANN001
+    ):
         total = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
         attention_backward(
             dout, dlse, q, k, v, out, lse, dq, dk, dv, total,
@@ -119,7 +121,7 @@ def _reference_kernels() -> Any:
         """Half precision computes in float32, as the kernels do."""
         return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
-    def options(mask, bias, kv_lengths, config: AttentionConfig) -> dict[str, Any]:  # noqa: ANN001
+    def options(mask, bias, kv_lengths, config: AttentionConfig) -> dict[str, Any]:
         return {
             "mask": mask,
             "bias": wide(bias),
@@ -128,7 +130,7 @@ def _reference_kernels() -> Any:
             "scale": config.scale,
         }
 
-    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):  # noqa: ANN001
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):
         found = reference.attention(
             wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
         )
@@ -137,7 +139,7 @@ def _reference_kernels() -> Any:
 
     def backward(
         dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
-    ):  # noqa: ANN001
+    ):
         *found, ds = reference.attention_backward(
             wide(dout), dlse, wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
         )

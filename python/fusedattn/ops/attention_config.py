@@ -35,14 +35,10 @@ class AttentionConfig(NamedTuple):
     @property
     def pending(self) -> str | None:
         """The first option in use that no kernel takes yet."""
-        for name, used in (
-            ("window", self.window_left >= 0 or self.window_right >= 0),
-            ("softcap", self.softcap != 0.0),
-            ("dropout_p", self.dropout_p != 0.0),
-        ):
-            if used:
-                return name
-        return None
+        if self[2:] == (-1, -1, 0.0, 0.0):
+            return None
+        windowed = self.window_left >= 0 or self.window_right >= 0
+        return "window" if windowed else "softcap" if self.softcap else "dropout_p"
 
 
 class AttentionCall(NamedTuple):

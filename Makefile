@@ -1,0 +1,66 @@
+# make bench    measure and plot everything here, and train the reference transformers
+# make test     the whole suite, then once more with every fresh tensor full of NaN
+# make lint     ruff, clang-format, mypy
+# make gpu      on a machine with a GPU: its tests and its benchmark grid
+# make format   let ruff and clang-format mend what they can
+# make clean    remove builds and the environment
+#
+# Everything runs in .venv, made on the first call. With PYTHON=… that interpreter is used instead,
+# as it is: only fusedattn itself is installed into it, and nothing is fetched.
+
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+BUILT := .venv/built
+else
+INSTALLED := build/installed-$(subst /,_,$(PYTHON))
+BUILT := build/built-$(subst /,_,$(PYTHON))
+endif
+
+CLANG_FORMAT := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))clang-format
+
+.PHONY: bench test lint gpu format clean
+.DELETE_ON_ERROR:
+
+bench: $(BUILT)
+	$(PYTHON) -m fusedattn.cli bench
+
+test: $(BUILT)
+	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest tests -m "not slow" --deterministic
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(if $(NATIVE),$(CLANG_FORMAT) --dry-run -Werror $(NATIVE))
+
+format: $(INSTALLED)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(if $(NATIVE),$(CLANG_FORMAT) -i $(NATIVE))
+
+gpu: $(BUILT)
+	$(PYTHON) -m pytest tests -m gpu
+	$(PYTHON) -m fusedattn.cli bench --output $(or $(OUT),benchmarks/results)
+
+clean:
+	rm -rf build dist .venv python/*.egg-info python/fusedattn/*.so
+
+# Torch comes first and under the constraints: an unpinned one can be gigabytes. The build's own
+# requirements live in the environment, so that a rebuild finds the same headers and is incremental.
+.venv/installed: pyproject.toml setup.py constraints.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -c constraints.txt torch setuptools pybind11 ninja
+	$(PYTHON) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,bench,dev]'
+	touch $@
+
+build/installed-%:
+	mkdir -p build
+	touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE) pyproject.toml setup.py
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@

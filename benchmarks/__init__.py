@@ -1,0 +1,10 @@
+"""The benchmark suite behind `fusedattn bench` and `pytest benchmarks`.
+
+harness.py      clocks, interleaved turns, percentiles, memory, the machine's limits
+accuracy.py     the tolerance rule, on a sample of a large result
+peers.py        the versions that stand beside each other in one case
+attention.py    the attention cases and what one row of the result says
+transformer.py  the reference transformers trained side by side
+report.py       JSON, CSV, terminal tables and plots
+suite.py        the whole run
+"""

@@ -1,0 +1,292 @@
+"""The attention cases, and what one row of the result says about each.
+
+FLOPs: 2·B·H·Sq·Sk·(D + Dv), halved for causal; a backward pass counts 2.5 times as much again.
+Bytes: every input once, every output once. A decoding step is bound by bytes and given in GB/s,
+all else in FLOP/s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .accuracy import expected_attention
+from .harness import DTYPES, Limits, Measured, Unavailable, Version, measure
+from .peers import COMPILED, OURS, PEERS, Problem, fused, peers_on
+
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+INPUT_SETS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention: q (batch, heads, seq_q, head_dim) against seq_k keys and values."""
+
+    batch: int
+    heads: int
+    seq_q: int
+    seq_k: int
+    head_dim: int
+    causal: bool
+    dtype: str
+    backward: bool = False
+    regime: str = "self-attention"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Case: got dtype={self.dtype!r}, expected one of {list(DTYPES)}")
+        if self.causal and self.seq_q != self.seq_k:
+            raise ValueError(
+                f"Case: got causal with seq_q={self.seq_q} and seq_k={self.seq_k}, expected equal "
+                "lengths: the peers do not agree on the diagonal of others"
+            )
+
+    @property
+    def label(self) -> str:
+        """What tells the case apart from the others, for people and as a pytest id."""
+        length = f"{self.seq_q}" if self.seq_q == self.seq_k else f"{self.seq_q}v{self.seq_k}"
+        shape = f"{self.batch}x{self.heads}x{length}x{self.head_dim}"
+        kind = "causal" if self.causal else "full"
+        return f"{self.dtype} {shape} {kind} {'fwd+bwd' if self.backward else 'fwd'}"
+
+    @property
+    def bound_by_bytes(self) -> bool:
+        return self.seq_q == 1
+
+    @property
+    def flops(self) -> float:
+        forward = 2 * self.batch * self.heads * self.seq_q * self.seq_k * 2 * self.head_dim
+        return forward * (0.5 if self.causal else 1.0) * (3.5 if self.backward else 1.0)
+
+    @property
+    def bytes(self) -> int:
+        """q, k, v read and out written; backward: out and dout read too, dq, dk, dv written."""
+        query_like = self.batch * self.heads * self.seq_q * self.head_dim
+        key_like = self.batch * self.heads * self.seq_k * self.head_dim
+        passes = 2 if not self.backward else 5
+        return DTYPES[self.dtype].itemsize * (
+            passes * query_like + (4 if self.backward else 2) * key_like
+        )
+
+    @property
+    def work(self) -> float:
+        """What a second of this case is counted in: bytes or FLOPs."""
+        return self.bytes if self.bound_by_bytes else self.flops
+
+    def limit(self, limits: Limits) -> float:
+        if self.bound_by_bytes:
+            return limits.bytes_per_second
+        return limits.flops_per_second[self.dtype]
+
+
+# --- the grids -----------------------------------------------------------------------------------
+
+
+def _square(
+    device: torch.device, length: int, head_dim: int, causal: bool, dtype: str, backward: bool
+) -> Case:
+    """Self-attention with as many batches and heads as the device needs to be busy."""
+    gpu = device.type == "cuda"
+    batch = max(1, (16384 if gpu else 1024) // length)
+    heads = 2048 // head_dim if gpu else 8
+    return Case(batch, heads, length, length, head_dim, causal, dtype, backward)
+
+
+def _special_cases() -> list[Case]:
+    bert = [
+        Case(8, 12, 128, 128, 64, False, dtype, backward, regime="BERT-like")
+        for dtype, backward in itertools.product(DTYPES, (False, True))
+    ]
+    decode = [Case(1, 32, 1, 8192, 128, False, dtype, regime="decode") for dtype in DTYPES]
+    return bert + decode
+
+
+def full_grid(device: torch.device) -> list[Case]:
+    """Lengths 128 to 8192, D 64 and 128, full and causal, three dtypes, forward and backward."""
+    axes = itertools.product((False, True), (64, 128), (False, True), DTYPES, LENGTHS)
+    squares = [_square(device, n, d, causal, dtype, bwd) for bwd, d, causal, dtype, n in axes]
+    return squares + _special_cases()
+
+
+def quick_grid(device: torch.device) -> list[Case]:
+    """A subset of the full grid with every regime in it, for a few minutes on a CPU.
+
+    A series over lengths in each dtype (causal, D 64), two long shapes full and causal, training
+    steps on those, and the BERT-like and decoding cases.
+    """
+    chosen: dict[Case, None] = {}
+    for dtype, length in itertools.product(DTYPES, (128, 512, 2048, 8192)):
+        chosen[_square(device, length, 64, True, dtype, False)] = None
+    for dtype, causal in itertools.product(DTYPES, (False, True)):
+        chosen[_square(device, 2048, 128, causal, dtype, False)] = None
+        chosen[_square(device, 4096, 64, causal, dtype, False)] = None
+    for dtype in DTYPES:
+        chosen[_square(device, 2048, 128, True, dtype, True)] = None
+    for dtype in ("fp32", "bf16"):
+        chosen[_square(device, 4096, 64, True, dtype, True)] = None
+    for case in _special_cases():
+        if case.dtype != "fp16":
+            chosen[case] = None
+    return list(chosen)
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def make_problem(
+    case: Case, device: torch.device, seed: int, score_bytes: float = 2**30
+) -> Problem:
+    """The case with fresh normal random inputs; the same seed gives the same inputs."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(seq: int) -> torch.Tensor:
+        shape = (case.batch, case.heads, seq, case.head_dim)
+        x = torch.randn(shape, generator=generator, device=device)
+        return x.to(DTYPES[case.dtype])
+
+    sets = [
+        (random(case.seq_q), random(case.seq_k), random(case.seq_k), random(case.seq_q))
+        for _ in range(INPUT_SETS)
+    ]
+    return Problem(case, sets, score_bytes)
+
+
+def build_versions(
+    problem: Problem, names: Sequence[str], skipped: dict[str, str]
+) -> dict[str, Version]:
+    """fusedattn and the named peers; `skipped` receives name → reason for those that cannot run."""
+    versions = {}
+    for name, build in {OURS: fused, **{n: PEERS[n] for n in names}}.items():
+        try:
+            versions[name] = build(problem)
+        except Unavailable as reason:
+            skipped[name] = str(reason)
+    return versions
+
+
+def run_case(
+    problem: Problem,
+    *,
+    limits: Limits,
+    budget: float,
+    seed: int,
+    peers: Sequence[str] | None = None,
+    versions: dict[str, Version] | None = None,
+) -> dict[str, Any]:
+    """One row: every version's time, rate, memory and error on this case.
+
+    `peers` are by default all that the device can have; `versions` replaces fusedattn and them.
+    """
+    case = problem.case
+    skipped: dict[str, str] = {}
+    if versions is None:
+        names = peers_on(problem.device) if peers is None else peers
+        versions = build_versions(problem, names, skipped)
+    measured = measure(
+        versions, device=problem.device, budget=budget, sets=len(problem.sets), failed=skipped
+    )
+    used = {m.set_index for m in measured.values()}
+    expected = {}
+    for index in used:
+        q, k, v, dout = problem.sets[index]
+        expected[index] = expected_attention(
+            q, k, v, causal=case.causal, dout=dout if case.backward else None, seed=seed
+        )
+    limit = case.limit(limits)
+    rows = {}
+    for name, m in measured.items():
+        error = expected[m.set_index].error(m.output)
+        rows[name] = {
+            **_rates(case, m, limit),
+            "peak_bytes": m.peak_bytes,
+            "max_error": error.max_abs,
+            "error_of_allowed": error.of_allowed,
+            "within_tolerance": error.within,
+            "detail": versions[name].detail,
+        }
+    return {
+        "case": {**asdict(case), "label": case.label, "flops": case.flops, "bytes": case.bytes},
+        "unit": "byte/s" if case.bound_by_bytes else "FLOP/s",
+        "limit": limit,
+        "versions": rows,
+        "skipped": skipped,
+        **_ratios(rows),
+    }
+
+
+def _rates(case: Case, m: Measured, limit: float) -> dict[str, Any]:
+    rate = case.work / m.timing.median
+    return {
+        "median_s": m.timing.median,
+        "p20_s": m.timing.p20,
+        "p80_s": m.timing.p80,
+        "samples": m.timing.samples,
+        "rate": rate,
+        "rate_p20": case.work / m.timing.p80,
+        "rate_p80": case.work / m.timing.p20,
+        "of_limit": rate / limit,
+    }
+
+
+def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many times as fast as each peer fusedattn is; a peer with a wrong result is no peer."""
+    ours = rows.get(OURS)
+    if ours is None:
+        return {"speedup": {}, "best_peer": None, "speedup_over_best": None}
+    speedup = {
+        name: row["median_s"] / ours["median_s"] for name, row in rows.items() if name != OURS
+    }
+    right = [name for name in speedup if rows[name]["within_tolerance"]]
+    best = min(right, key=speedup.__getitem__, default=None)
+    return {
+        "speedup": speedup,
+        "best_peer": best,
+        "speedup_over_best": None if best is None else speedup[best],
+    }
+
+
+def run_cases(
+    cases: Sequence[Case],
+    device: torch.device,
+    *,
+    limits: Limits,
+    seconds: float,
+    seed: int,
+    thorough: bool = False,
+    progress: Callable[[int, str], None] = lambda done, label: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of all cases, in about `seconds` seconds; each case gets its share of what is left.
+
+    Unless `thorough`, versions that are compiled anew for every shape, which takes many seconds,
+    stand beside the cases of `_worth_compiling` alone, and versions that store all scores stop at
+    128 MiB of them (on a GPU 8 GiB).
+    """
+    end = time.perf_counter() + seconds
+    score_bytes = 2**33 if device.type == "cuda" else 2**30 if thorough else 2**27
+    for n, case in enumerate(cases):
+        progress(n, case.label)
+        compiling = thorough or _worth_compiling(case, device)
+        known = peers_on(device)
+        names = [name for name in known if compiling or name not in COMPILED]
+        left = max(0.0, end - time.perf_counter())
+        problem = make_problem(case, device, seed + n, score_bytes)
+        # Half of the share is for timing; warming up, the reference and compiling take the rest.
+        budget = max(0.2, 0.5 * left / (len(cases) - n))
+        row = run_case(problem, limits=limits, budget=budget, seed=seed + n, peers=names)
+        for name in set(known) - set(names):
+            row["skipped"][name] = "compiled for a few cases, with --full for all"
+        yield row
+    progress(len(cases), "done")
+
+
+def _worth_compiling(case: Case, device: torch.device) -> bool:
+    on_gpu = device.type == "cuda"
+    if case.dtype != ("bf16" if on_gpu else "fp32"):
+        return False
+    long = (case.seq_q, case.head_dim, case.causal) == (2048, 128, True)
+    return case.regime == "BERT-like" or (long and (on_gpu or not case.backward))

@@ -1,0 +1,186 @@
+"""The whole run: environment, limits, attention cases, training; then tables, files and plots."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusedattn import environment
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from . import attention, report, transformer
+from .harness import measure_limits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, where and for how long. `limit_scale` shrinks the limits' matmul and copy."""
+
+    device: torch.device
+    thorough: bool
+    cases: Sequence[attention.Case]
+    size: transformer.Size
+    parts: tuple[str, ...] = ("attention", "transformer")
+    seed: int = 0
+    seconds: float = 110.0
+    limit_seconds: float = 4.0
+    limit_scale: float = 1.0
+
+
+def make_plan(
+    device: str = "auto",
+    *,
+    quick: bool = False,
+    full: bool = False,
+    seed: int = 0,
+    only: str | None = None,
+) -> Plan:
+    """On a CPU the quick grid, on a GPU the whole one; `full` also compiles for every shape.
+
+    Raises:
+        ValueError: `device` is "cuda" where torch finds no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device: got 'cuda', but torch finds no GPU here (see `fusedattn env`)")
+    where = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
+    on_gpu = where.type == "cuda"
+    whole = full or (on_gpu and not quick)
+    cases = (attention.full_grid if whole else attention.quick_grid)(where)
+    return Plan(
+        device=where,
+        thorough=full,
+        cases=cases,
+        size=transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK,
+        parts=(only,) if only else ("attention", "transformer"),
+        seed=seed,
+        seconds=3600.0 if full else 240.0 if on_gpu else 110.0,
+    )
+
+
+def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Run the plan and write the JSON, attention.csv and the plots into `folder`.
+
+    Returns what the JSON holds: results.json, or <name of the GPU>.json. It is written after every
+    case, so a run that is stopped keeps what it has measured.
+    """
+    # Where nobody says how wide the terminal is (a pipe, a log), the tables need this much.
+    console = console or Console(width=None if sys.stdout.isatty() else 132)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    found = environment.collect()
+    console.print(environment.as_text(found), highlight=False, markup=False, soft_wrap=True)
+    results: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "full": plan.thorough,
+        "seed": plan.seed,
+        "device": plan.device.type,
+        "threads": torch.get_num_threads(),
+        "environment": found,
+        "limits": None,
+        "attention": [],
+        "training": [],
+    }
+    with _progress(console) as progress:
+        if "attention" in plan.parts:
+            _measure_attention(plan, results, folder, progress)
+        if "transformer" in plan.parts:
+            _train(plan, results, folder, progress)
+    results["seconds"] = time.perf_counter() - start
+    _show(results, console)
+    files = [report.write_json(results, folder)]
+    if results["attention"]:
+        files.append(report.write_csv(results["attention"], folder))
+    files += report.plot_all(results, folder)
+    console.print(f"\n{results['seconds']:.0f} s; written:")
+    for path in files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        # A thread that redraws would take a core from what is being timed.
+        auto_refresh=False,
+    )
+
+
+def _measure_attention(
+    plan: Plan, results: dict[str, Any], folder: Path, progress: Progress
+) -> None:
+    bar = progress.add_task("the machine's limits", total=len(plan.cases))
+    progress.refresh()
+    limits = measure_limits(plan.device, plan.limit_seconds, plan.limit_scale)
+    results["limits"] = asdict(limits)
+
+    def update(done: int, label: str) -> None:
+        progress.update(bar, completed=done, description=f"attention {label}", refresh=True)
+
+    rows = attention.run_cases(
+        plan.cases,
+        plan.device,
+        limits=limits,
+        seconds=plan.seconds,
+        seed=plan.seed,
+        thorough=plan.thorough,
+        progress=update,
+    )
+    for row in rows:
+        results["attention"].append(row)
+        report.write_json(results, folder)
+
+
+def _train(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
+    for model in transformer.MODELS.values():
+        bar = progress.add_task(model.title, total=plan.size.steps)
+
+        def update(done: int, label: str, bar: Any = bar) -> None:
+            progress.update(bar, completed=done, description=label, refresh=True)
+
+        results["training"].append(
+            transformer.train(model, plan.size, plan.device, plan.seed, update)
+        )
+        progress.update(bar, total=results["training"][-1]["steps"], refresh=True)
+        report.write_json(results, folder)
+
+
+def _show(results: dict[str, Any], console: Console) -> None:
+    rows = results["attention"]
+    if rows:
+        limits = results["limits"]
+        console.print()
+        console.print(report.attention_table(rows))
+        report.print_skipped(rows, console)
+        matmul = ", ".join(
+            f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops_per_second"].items()
+        )
+        copy = limits["bytes_per_second"] / 1e9
+        console.print(f"  [dim]limits measured here: matmul {matmul}; copy {copy:.1f} GB/s[/]")
+    if results["training"]:
+        console.print()
+        console.print(report.training_table(results["training"]))
+        for model in results["training"]:
+            sample = model["sample"]
+            console.print(f"\n[bold]{model['title']}[/]: {model['task']}; {model['steps']} steps")
+            for name in ("prompt", "text"):
+                console.print(f"  {name}: {sample[name]!r}", highlight=False, markup=False)

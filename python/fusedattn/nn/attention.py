@@ -1,0 +1,306 @@
+"""Multi-head attention as a module: `torch.nn.MultiheadAttention` over the fused op.
+
+With E = embed_dim, H = num_heads and D = E / H, per head h:
+
+    out = Σ_h softmax(q_h k_hᵀ / √D + mask) v_h · W_out[h],    q, k, v = x W_in + b_in
+
+The projections are torch's; the heads are views of their results, (N, L, H, D) read as
+(N, H, L, D), so nothing is copied on the way to the kernel (Vaswani et al. 2017, §3.2.2).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.attention import attention
+from ..reference import functional as reference
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """Drop-in for `torch.nn.MultiheadAttention`: same arguments, parameters and mask conventions.
+
+    It differs from torch's in four things. It never builds the (L, S) weights unless they are asked
+    for. A query whose keys are all blocked gets weights 0 and attends to nothing, never NaN. Inside
+    `torch.nn.TransformerEncoderLayer` it runs in evaluation too, where that layer would bypass its
+    attention module. Bad arguments raise `ValueError` or `TypeError`, not `AssertionError`.
+
+    Dropout acts on the weights, so while training with `dropout > 0` they are built in full and
+    memory grows with L·S; in evaluation dropout costs nothing.
+
+    Args:
+        embed_dim, num_heads: E and H; E is a multiple of H.
+        dropout: probability of dropping an attention weight while training, in [0, 1].
+        bias: whether the projections have biases.
+        add_bias_kv: append one learned key and value to every sequence.
+        add_zero_attn: append a key and a value of zeros to every sequence.
+        kdim, vdim: features of key and value; E by default.
+        batch_first: whether batched tensors are (N, L, E) rather than (L, N, E).
+        device, dtype: of the parameters; fp16, bf16, fp32 or fp64.
+
+    Raises:
+        ValueError: sizes that are not positive, E not a multiple of H, dropout outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads != 0:
+            raise ValueError(
+                f"MultiheadAttention: got embed_dim={embed_dim} and num_heads={num_heads}, "
+                "expected positive sizes and embed_dim a multiple of num_heads"
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(
+                f"MultiheadAttention: got dropout={dropout}, expected 0 <= dropout <= 1"
+            )
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+            batch_first, device, dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.MultiheadAttention) -> MultiheadAttention:
+        """The fused twin of `module`. It shares the parameters, so optimizers stay valid."""
+        twin: Any = copy.copy(module)
+        twin.__class__ = cls
+        twin._keep_off_torch_fast_path()
+        return twin
+
+    def _keep_off_torch_fast_path(self) -> None:
+        # TransformerEncoder and its layers take this flag, which nothing else here reads, as leave
+        # to compute the whole layer from our weights without calling us.
+        self._qkv_same_embed_dim = False
+
+    def _reset_parameters(self) -> None:
+        # torch's own, also the last act of its __init__, reads the flag in its plain meaning.
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._keep_off_torch_fast_path()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `query` to `key` and `value`.
+
+        In both masks True means *blocked* and floats are added to the scores, with gradient; the
+        two may be of different kinds. This is torch's convention here, and the opposite of
+        `fusedattn.attention`.
+
+        Args:
+            query: (L, N, E), with batch_first (N, L, E), or unbatched (L, E).
+            key, value: (S, N, kdim) and (S, N, vdim), laid out likewise. Passing one tensor as
+                all three, or as key and value, projects it in one product.
+            key_padding_mask: (N, S), or (S,) unbatched; bool or float.
+            need_weights: also return the weights; the output costs the same, they come on top.
+            attn_mask: (L, S) or (N·H, L, S); bool or float.
+            average_attn_weights: return the mean of the weights over the heads.
+            is_causal: promises that `attn_mask`, which must be given, is the causal mask; its
+                values are then not read unless keys are appended.
+
+        Returns:
+            The output, laid out as `query`, and the weights, (N, L, S) or (N, H, L, S) without N
+            when unbatched; None in their place without `need_weights`. S counts appended keys.
+
+        Raises:
+            TypeError: an argument that is no tensor, or a mask neither bool nor floating.
+            ValueError: shapes that do not fit, or `is_causal` without `attn_mask`.
+        """
+        if isinstance(query, Tensor) and query.is_nested:
+            masks = (key_padding_mask, attn_mask)
+            return self._forward_nested(query, key, value, masks, need_weights)
+        _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        k, v = self._append_keys(k, v)
+        appended = k.shape[2] - key.shape[_length_dim(self, key)]
+        causal: bool | str = "top_left" if is_causal and not appended else False
+        mask, bias = self._merge(q, key_padding_mask, None if causal else attn_mask, appended)
+
+        out: Any
+        weights: Tensor | None = None
+        if self.training and self.dropout > 0.0:
+            weights = F.dropout(_attention_weights(q, k, mask, bias, causal), self.dropout)
+            out = torch.matmul(weights, v)
+        else:
+            out = attention(q, k, v, mask=mask, bias=bias, causal=causal)
+            if need_weights:
+                weights = _attention_weights(q, k, mask, bias, causal)
+        out = self.out_proj(self._join_heads(out, batched=query.dim() == 3))
+        if weights is None or not need_weights:
+            return out, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return out, weights if query.dim() == 3 else weights[0]
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v, their last dimension split into (H, D); one product for inputs that agree."""
+        heads = (self.num_heads, self.head_dim)
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if weight is not None and query is key and key is value:
+            return F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+        b_q, b_k, b_v = (None,) * 3 if bias is None else bias.chunk(3)
+        if weight is not None and key is value:
+            b_kv = None if bias is None else bias[width:]
+            q = F.linear(query, weight[:width], b_q).unflatten(-1, heads)
+            return q, *F.linear(key, weight[width:], b_kv).unflatten(-1, (2, *heads)).unbind(-3)
+        if weight is not None:
+            w_q, w_k, w_v = weight.chunk(3)
+        else:
+            w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        inputs = ((query, w_q, b_q), (key, w_k, b_k), (value, w_v, b_v))
+        return tuple(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """A view (N, H, L, D) of (L, H, D), (N, L, H, D) or (L, N, H, D)."""
+        if x.dim() == 3:
+            return x.transpose(0, 1)[None]
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _join_heads(self, x: Tensor, batched: bool) -> Tensor:
+        """(N, H, L, D) back to (L, E), (N, L, E) or (L, N, E)."""
+        if not batched:
+            return x[0].transpose(0, 1).flatten(-2)
+        return (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+
+    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v, (N, H, S, D), with the learned key and the zero key after the last."""
+        one = (k.shape[0], self.num_heads, 1, self.head_dim)
+        more_k: list[Tensor] = []
+        more_v: list[Tensor] = []
+        if self.bias_k is not None and self.bias_v is not None:
+            more_k.append(self.bias_k.view(1, *one[1:]).expand(one).to(k.dtype))
+            more_v.append(self.bias_v.view(1, *one[1:]).expand(one).to(v.dtype))
+        if self.add_zero_attn:
+            more_k.append(k.new_zeros(one))
+            more_v.append(v.new_zeros(one))
+        if not more_k:
+            return k, v
+        return torch.cat([k, *more_k], 2), torch.cat([v, *more_v], 2)
+
+    def _merge(
+        self, q: Tensor, padding: Tensor | None, attn_mask: Tensor | None, appended: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The op's `mask` (True = may attend) and `bias` from torch's two masks."""
+        parts = []
+        if attn_mask is not None:
+            by_head = (q.shape[0], self.num_heads)
+            parts.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, by_head))
+        if padding is not None:
+            parts.append(padding[..., None, None, :])
+        blocked = bias = None
+        for part in parts:
+            if part.dtype == torch.bool:
+                blocked = part if blocked is None else blocked | part
+            else:
+                bias = part if bias is None else bias + part
+        mask = None if blocked is None else ~blocked
+        if bias is not None and bias.dtype != q.dtype:
+            bias = bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        if appended:  # every query sees the appended keys
+            mask = None if mask is None else F.pad(mask, (0, appended), value=True)
+            bias = None if bias is None else F.pad(bias, (0, appended))
+        return mask, bias
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: tuple, need_weights: bool
+    ) -> tuple[Tensor, None]:
+        """Self-attention over a nested tensor, which is how `TransformerEncoder` drops padding."""
+        plain = masks == (None, None) and not need_weights
+        if not (self.batch_first and plain and query is key and key is value):
+            raise ValueError(
+                "MultiheadAttention: got a nested query, expected with it batch_first=True, "
+                "query is key is value, no masks and need_weights=False"
+            )
+        lengths = [len(x) for x in query.unbind()]
+        padded = query.to_padded_tensor(0.0)
+        position = torch.arange(padded.shape[1], device=padded.device)
+        blocked = position >= torch.tensor(lengths, device=padded.device)[:, None]
+        out, _ = self.forward(padded, padded, padded, blocked, need_weights=False)
+        rows = [x[:n] for x, n in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout), None
+
+
+def _attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str
+) -> Tensor:
+    """softmax(q kᵀ / √D + bias) in full, (N, H, L, S); 0 for a query that sees no key."""
+    seen = reference.visible_keys(q, k, mask=mask, causal=causal)
+    s = reference.scores(q, k, q.shape[-1] ** -0.5, bias, seen).to(q.dtype)
+    if mask is None and bias is None:  # then every query sees the first key
+        return torch.softmax(s, -1)
+    # An all -inf row would be NaN, and 0·NaN in its gradient: softmax it as zeros, then drop it.
+    nothing = (s == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+
+
+def _length_dim(module: MultiheadAttention, x: Tensor) -> int:
+    return 1 if x.dim() == 3 and module.batch_first else 0
+
+
+def _check(
+    module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor,
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool,
+) -> None:  # fmt: skip
+    """Check the arguments of `forward` against each other and the module's sizes."""
+    widths = (module.embed_dim, module.kdim, module.vdim)
+    for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
+        if not isinstance(x, Tensor):
+            raise _wrong(TypeError, name, f"of type {type(x).__name__}", "a Tensor")
+        if x.dim() not in (2, 3) or x.dim() != query.dim():
+            wanted = "(L, features), or 3 dimensions with a batch, the same for all three"
+            raise _wrong(ValueError, name, f"of shape {tuple(x.shape)}", wanted)
+        if x.shape[-1] != width:
+            wanted = f"{width} features in the last dimension"
+            raise _wrong(ValueError, name, f"of shape {tuple(x.shape)}", wanted)
+    if key.shape[:-1] != value.shape[:-1]:
+        wanted = f"the batch and length of key, {tuple(key.shape[:-1])}"
+        raise _wrong(ValueError, "value", f"of shape {tuple(value.shape)}", wanted)
+    dim = _length_dim(module, query)
+    length, length_k = query.shape[dim], key.shape[dim]
+    batch = query.shape[1 - dim] if query.dim() == 3 else 1
+    if query.dim() == 3 and key.shape[1 - dim] != batch:
+        wanted = f"the batch size of query, {batch}, in dimension {1 - dim}"
+        raise _wrong(ValueError, "key", f"of shape {tuple(key.shape)}", wanted)
+    padding_shape: tuple[int, ...] = (batch, length_k) if query.dim() == 3 else (length_k,)
+    mask_shapes = ((length, length_k), (batch * module.num_heads, length, length_k))
+    for name, mask, shapes in (
+        ("key_padding_mask", key_padding_mask, (padding_shape,)),
+        ("attn_mask", attn_mask, mask_shapes),
+    ):
+        if mask is None:
+            continue
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        if got != torch.bool and not (isinstance(mask, Tensor) and mask.is_floating_point()):
+            wanted = "a bool (True = blocked) or float Tensor"
+            raise _wrong(TypeError, name, f"of type {got}", wanted)
+        if tuple(mask.shape) not in shapes:
+            wanted = " or ".join(str(shape) for shape in shapes)
+            raise _wrong(ValueError, name, f"of shape {tuple(mask.shape)}", wanted)
+    if is_causal and attn_mask is None:
+        raise _wrong(ValueError, "is_causal=True", "without attn_mask", "the causal attn_mask too")
+
+
+def _wrong(error: type[Exception], name: str, got: str, expected: str) -> Exception:
+    return error(f"MultiheadAttention: got {name} {got}, expected {expected}")

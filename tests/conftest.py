@@ -1,0 +1,98 @@
+"""How the suite runs: where Triton runs, on how many threads, with which seeds and backends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads this once, when a kernel is decorated: without a GPU its kernels can only run
+    # under its interpreter, on CPU tensors, so it has to be set before anything imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from fusedattn import _native  # noqa: E402
+
+# Two threads are the fewest that show a race or a wrong split of the work; the tests' shapes are
+# too small to gain from more.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deterministic",
+        action="store_true",
+        help="deterministic algorithms, and torch.empty filled with NaN: shows unwritten elements",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--deterministic"):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _backends() -> list:
+    native = [] if _native.cpu is None else ["cpu"]
+    on_gpu = [pytest.param("triton", marks=pytest.mark.gpu)] if HAS_GPU else []
+    return [*native, "reference", *on_gpu]
+
+
+@pytest.fixture(params=_backends(), scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs here at full speed; `compare.device_for` says on which device."""
+    return request.param
+
+
+@pytest.fixture(params=_backends()[:1], scope="session")
+def fast_backend(request: pytest.FixtureRequest) -> str:
+    """The backend that a CPU tensor gets by default: native where built, else the reference."""
+    return request.param
+
+
+@pytest.fixture(params=["cpu", "reference", "triton"])
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend, Triton interpreted where there is no GPU: for a few small cases."""
+    if request.param == "cpu" and _native.cpu is None:
+        pytest.skip("the native CPU module is not built")
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+def _instruction_sets() -> list:
+    if _native.cpu is None:
+        return [pytest.param("", marks=pytest.mark.skip(reason="fusedattn._cpu is not built"))]
+    return list(_native.cpu.instruction_sets())
+
+
+@pytest.fixture(params=_instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the native CPU kernels in each instruction set that this machine has."""
+    _native.cpu.select_instruction_set(request.param)
+    yield request.param
+    _native.cpu.select_instruction_set("auto")

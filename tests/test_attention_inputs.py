@@ -1,0 +1,200 @@
+"""What attention makes of bad arguments, and of empty tensors."""
+
+from __future__ import annotations
+
+import re
+
+import fusedattn
+import pytest
+import torch
+from compare import device_for
+from processes import in_a_new_process
+
+Q, K, V = (2, 4, 6, 8), (2, 2, 10, 8), (2, 2, 10, 5)
+
+
+def call(q=Q, k=K, v=V, *, dtype=torch.float32, **options):
+    q, k, v = (torch.zeros(x, dtype=dtype) if isinstance(x, tuple) else x for x in (q, k, v))
+    return fusedattn.attention(q, k, v, **options)
+
+
+def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# What is passed, the error, and what its message names: argument, what was got, what is expected.
+BAD = {
+    "q is a list": ({"q": [1.0]}, TypeError, ["q of type list", "expected a Tensor"]),
+    "v is None": ({"v": None}, TypeError, ["v of type NoneType", "expected a Tensor"]),
+    "q of rank 3": ({"q": (4, 6, 8)}, ValueError, ["q of shape (4, 6, 8)", "expected 4 dim"]),
+    "k of rank 5": ({"k": (1, *K)}, ValueError, ["k of shape (1, 2, 2, 10, 8)", "expected 4 dim"]),
+    "v of rank 2": ({"v": (10, 5)}, ValueError, ["v of shape (10, 5)", "expected 4 dim"]),
+    "integers": ({"dtype": torch.int32}, TypeError, ["q of dtype torch.int32", "expected float16"]),
+    "complex": ({"dtype": torch.complex64}, TypeError, ["torch.complex64", "expected float16"]),
+    "k of another dtype": (
+        {"k": of(torch.bfloat16, *K)},
+        TypeError,
+        ["q, k, v of dtypes torch.float32, torch.bfloat16, torch.float32", "expected one dtype"],
+    ),
+    "v of another device": (
+        {"v": torch.zeros(V, device="meta")},
+        ValueError,
+        ["q, k, v on devices cpu, cpu, meta", "expected one device"],
+    ),
+    "batch of k": ({"k": (3, *K[1:])}, ValueError, ["batch sizes 2, 3, 2 of q, k, v", "expected"]),
+    "batch of v": ({"v": (1, *V[1:])}, ValueError, ["batch sizes 2, 2, 1 of q, k, v", "expected"]),
+    "length of v": ({"v": (2, 2, 9, 5)}, ValueError, ["v of shape (2, 2, 9, 5)", "(2, 2, 10)"]),
+    "heads of v": ({"v": (2, 4, 10, 5)}, ValueError, ["v of shape (2, 4, 10, 5)", "(2, 2, 10)"]),
+    "head dim of k": ({"k": (2, 2, 10, 7)}, ValueError, ["head dims 8 of q and 7 of k"]),
+    "head dim 0": ({"q": (2, 4, 6, 0), "k": (2, 2, 10, 0)}, ValueError, ["head dims 0", "least 1"]),
+    "head dim of v 0": ({"v": (2, 2, 10, 0)}, ValueError, ["v of shape (2, 2, 10, 0)", "least 1"]),
+    "heads 3 over 2": ({"q": (2, 3, 6, 8)}, ValueError, ["3 query heads", "2 key heads", "multip"]),
+    "heads 33 over 2": ({"q": (2, 33, 6, 8)}, ValueError, ["33 query heads", "2 key", "multiple"]),
+    "heads 1 over 2": ({"q": (2, 1, 6, 8)}, ValueError, ["1 query heads", "2 key", "multiple"]),
+    "no key heads": (
+        {"k": (2, 0, 10, 8), "v": (2, 0, 10, 5)},
+        ValueError,
+        ["4 query heads", "0 key heads", "multiple"],
+    ),
+    "mask longer than the keys": (
+        {"mask": of(torch.bool, 6, 20)},
+        ValueError,
+        ["mask of shape (6, 20)", "broadcasts to (B, Hq, Sq, Sk) = (2, 4, 6, 10)"],
+    ),
+    "mask of the wrong batch": (
+        {"mask": of(torch.bool, 3, 1, 6, 10)},
+        ValueError,
+        ["mask of shape (3, 1, 6, 10)", "(2, 4, 6, 10)"],
+    ),
+    "mask of rank 5": ({"mask": of(torch.bool, 1, 1, 1, 6, 10)}, ValueError, ["mask", "(B, Hq"]),
+    "float mask": ({"mask": of(torch.float32, 6, 10)}, TypeError, ["mask", "float32", "as bias"]),
+    "uint8 mask": ({"mask": of(torch.uint8, 6, 10)}, TypeError, ["mask", "uint8", "a bool"]),
+    "mask is a list": ({"mask": [[True]]}, TypeError, ["mask of type list", "a bool"]),
+    "mask of another device": (
+        {"mask": torch.ones(6, 10, dtype=torch.bool, device="meta")},
+        ValueError,
+        ["mask on meta", "the device of q, cpu"],
+    ),
+    "bias does not broadcast": (
+        {"bias": of(torch.float32, 2, 2, 6, 10)},
+        ValueError,
+        ["bias of shape (2, 2, 6, 10)", "(2, 4, 6, 10)"],
+    ),
+    "bool bias": ({"bias": of(torch.bool, 6, 10)}, TypeError, ["bias", "torch.bool", "float32"]),
+    "integer bias": ({"bias": of(torch.uint8, 6, 10)}, TypeError, ["bias", "uint8", "float32"]),
+    "half bias of float32 queries": (
+        {"bias": of(torch.float16, 6, 10)},
+        TypeError,
+        ["bias", "torch.float16", "expected a tensor of torch.float32"],
+    ),
+    "bias is a float": ({"bias": 1.0}, TypeError, ["bias of type float", "expected a tensor"]),
+    "bias of another device": (
+        {"bias": torch.zeros(6, 10, device="meta")},
+        ValueError,
+        ["bias on meta", "the device of q, cpu"],
+    ),
+    "kv_lengths of floats": ({"kv_lengths": of(torch.float32, 2)}, TypeError, ["float32", "int32"]),
+    "kv_lengths is a list": ({"kv_lengths": [1, 2]}, TypeError, ["type list", "int32"]),
+    "kv_lengths of the wrong size": (
+        {"kv_lengths": of(torch.int32, 3)},
+        ValueError,
+        ["kv_lengths of shape (3,)", "expected (2,)"],
+    ),
+    "kv_lengths per head": ({"kv_lengths": of(torch.int32, 2, 4)}, ValueError, ["(2, 4)", "(2,)"]),
+    "causal misspelt": ({"causal": "lower"}, ValueError, ["causal='lower'", "'top_left'"]),
+    "scale is a string": ({"scale": "1"}, TypeError, ["scale of type str", "expected a float"]),
+    "window negative": ({"window": (-2, 0)}, ValueError, ["window=(-2, 0)", "expected"]),
+    "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap=-1.0", "expected"]),
+    "dropout negative": ({"dropout_p": -0.1}, ValueError, ["dropout_p=-0.1", "0 <= dropout_p"]),
+    "dropout above one": ({"dropout_p": 1.5}, ValueError, ["dropout_p=1.5", "0 <= dropout_p <= 1"]),
+    "dropout NaN": ({"dropout_p": float("nan")}, ValueError, ["dropout_p=nan", "0 <= dropout_p"]),
+    "unknown backend": ({"backend": "cuda9"}, ValueError, ["backend='cuda9'", "'auto'", "'cpu'"]),
+    "backend is None": ({"backend": None}, ValueError, ["backend=None", "'auto'", "'reference'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error", "parts"), BAD.values(), ids=BAD)
+def test_bad_argument(options, error, parts):
+    with pytest.raises(error, match=r"^attention: got ") as raised:
+        call(**options)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (3, 0)},
+        {"window": (None, 2)},
+        {"softcap": 30.0},
+        {"alibi_slopes": torch.ones(4)},
+        {"sinks": torch.zeros(4)},
+        {"dropout_p": 0.1},
+        {"dropout_p": 1.0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_option_not_supported_yet(options):
+    """The error lists every backend with its reason and the remedy."""
+    name = next(iter(options))
+    with pytest.raises(fusedattn.UnsupportedError) as raised:
+        call(**options)
+    for backend in ("cpu", "triton", "reference"):
+        assert re.search(rf"^  {backend}: .+; .+$", str(raised.value), re.MULTILINE)
+    assert f"reference: {name} is not supported yet; leave {name} out" in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [{"softcap": None}, {"window": (None, None)}, {"dropout_p": 0}])
+def test_option_that_is_off(options):
+    assert torch.equal(call(**options), call())
+
+
+def test_nothing_is_launched_and_nothing_is_written_on_error():
+    q = torch.ones(Q, requires_grad=True)
+    with pytest.raises(ValueError, match="mask"):
+        call(q=q, mask=of(torch.bool, 6, 20))
+    assert q.grad is None
+    assert q._version == 0
+
+
+EMPTY = {
+    "no batch": ((0, 4, 6, 8), (0, 2, 10, 8), (0, 2, 10, 5)),
+    "no heads": ((2, 0, 6, 8), (2, 0, 10, 8), (2, 0, 10, 5)),
+    "no queries": ((2, 4, 0, 8), K, V),
+    "no keys": (Q, (2, 2, 0, 8), (2, 2, 0, 5)),
+    "nothing, odd dims": ((7, 9, 0, 7), (7, 9, 0, 7), (7, 9, 0, 7)),
+    "no keys, odd dims": ((7, 9, 3, 7), (7, 9, 0, 7), (7, 9, 0, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+@pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
+def test_empty(shapes, causal, dtype, backend):
+    device = device_for(backend)
+    q, k, v = (torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes)
+    bias = torch.zeros(q.shape[1], 1, k.shape[2], device=device, requires_grad=True)
+    out, lse = fusedattn.attention(
+        q, k, v, bias=bias, causal=causal, return_lse=True, backend=backend
+    )
+    assert out.shape == (*q.shape[:3], v.shape[3])
+    assert lse.shape == q.shape[:3]
+    assert out.dtype == dtype
+    assert torch.equal(out, torch.zeros_like(out))
+    if k.shape[2] == 0:
+        assert torch.equal(lse, torch.full_like(lse, float("-inf")))
+    out.sum().backward()
+    for leaf in (q, k, v, bias):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_empty_tensors_do_not_kill_the_process():
+    """pytorch#141218: a division by a zero size ends the interpreter, not the test."""
+    code = (
+        "import torch, fusedattn\n"
+        "for shape in ((7, 9, 0, 7), (7, 7, 0, 7), (0, 1, 1, 1), (1, 0, 5, 3)):\n"
+        "    q, k, v = (torch.zeros(shape, dtype=torch.half, requires_grad=True) for _ in 'qkv')\n"
+        "    fusedattn.attention(q, k, v, causal=True).sum().backward()\n"
+        "print('alive')"
+    )
+    assert in_a_new_process(code) == "alive"

@@ -1,0 +1,258 @@
+"""The package as a user gets it: what is built, what a wheel holds, needs and links."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from fusedattn import _native
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = {"fusedattn": "python/fusedattn", "fusedattn/kernels": "kernels",
+           "fusedattn/benchmarks": "benchmarks"}  # fmt: skip
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+needs_native = pytest.mark.skipif(_native.cpu is None, reason="needs fusedattn._cpu")
+
+
+def run(*command: object, cwd: Path, check: bool = True, **environment: str) -> str:
+    """Both outputs of a command; with `check` it has to succeed, without it has to fail."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode == 0) == check, done.stdout
+    return done.stdout
+
+
+# --- what is here --------------------------------------------------------------------------------
+
+
+def test_torch_is_the_only_requirement() -> None:
+    requirements = importlib.metadata.requires("fusedattn") or []
+    assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.11"]
+
+
+def test_native_code_includes_no_torch_header() -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    includes = {
+        (str(path.relative_to(ROOT)), name)
+        for path in sources
+        for name in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())
+    }
+    assert includes
+    assert not {pair for pair in includes if re.match(r"torch|ATen|c10", pair[1])}
+
+
+@needs_compiler
+def test_native_module_is_built_where_there_is_a_compiler() -> None:
+    assert _native.cpu is not None, _native.cpu_error
+
+
+@needs_native
+def test_native_module_needs_libgomp_and_no_other_openmp() -> None:
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    dynamic = run("readelf", "-d", _native.cpu.__file__, cwd=ROOT)
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+    assert [name for name in needed if re.search(r"omp", name)] == ["libgomp.so.1"]
+
+
+CALL = """
+import re, torch, fusedattn
+q = torch.randn(2, 2, 64, 16)
+fusedattn.attention(q, q, q, backend="cpu")
+maps = open("/proc/self/maps").read()
+print(sorted(set(re.findall(r"/\\S*lib(?:gomp|omp|iomp)\\S*", maps))))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.parametrize("first", ["torch", "numpy", "fusedattn"])
+def test_process_holds_one_openmp_runtime(first: str) -> None:
+    libraries = run(sys.executable, "-c", f"import {first}, numpy\n{CALL}", cwd=ROOT)
+    assert re.fullmatch(r"\['\S+/torch\S*/libgomp\S*'\]", libraries.strip())
+
+
+def test_import_loads_nothing_optional() -> None:
+    code = "import sys, fusedattn; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(run(sys.executable, "-c", code, cwd=ROOT).split())
+    assert not loaded & {"triton", "transformers", "rich", "matplotlib", "onnxruntime", "openvino"}
+
+
+# --- how it is built: setup.py on small sources --------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A source tree whose native module is three files of a few lines."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in SHIPPED.values():
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    sources = {
+        "csrc/include/seven.h": "#pragma once\nint seven();\n",
+        "csrc/cpu/isa_generic.cpp": '#include "seven.h"\nint seven() { return 7; }\n',
+        "csrc/cpu/isa_avx2.cpp": '#include "seven.h"\nint fast_seven() { return 7; }\n',
+        "csrc/cpu/module.cpp": '#include <Python.h>\n#include "seven.h"\n'
+        'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr};\n'
+        "PyMODINIT_FUNC PyInit__cpu() { seven(); return PyModule_Create(&module); }\n",
+    }
+    for name, text in sources.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def build(tree: Path, check: bool = True, **environment: str) -> str:
+    return run(sys.executable, "setup.py", "-q", "build_ext", cwd=tree, check=check, **environment)
+
+
+@needs_compiler
+def test_rebuild_compiles_what_has_changed(tree: Path) -> None:
+    assert {"module.cpp", "isa_generic.cpp"} <= set(re.findall(r"\w+\.cpp", build(tree)))
+    assert "compiling" not in build(tree)
+    (tree / "csrc/include/seven.h").write_text("#pragma once\nint seven(void);\n")
+    assert "compiling csrc/cpu/isa_generic.cpp" in build(tree)
+
+
+@needs_compiler
+def test_build_error_names_file_and_flags(tree: Path) -> None:
+    (tree / "csrc/cpu/isa_generic.cpp").write_text("int seven() { return eight; }\n")
+    log = build(tree, check=False, LC_ALL="C")
+    assert "error: csrc/cpu/isa_generic.cpp did not compile\n  compiler: " in log
+    assert "  flags: -std=" in log
+    assert "'eight' was not declared" in log
+
+
+@needs_compiler
+def test_simultaneous_builds_compile_once(tree: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    builds = [
+        subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    logs = [process.communicate(timeout=120)[0] for process in builds]
+    assert [process.returncode for process in builds] == [0, 0, 0]
+    assert "".join(logs).count("compiling csrc/cpu/module.cpp") == 1
+
+
+def compiler_that(tree: Path, on: str, does: str) -> str:
+    """g++, but for command lines that match a shell pattern."""
+    compiler = tree / "peculiar-g++"
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in {on}) {does};; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+@needs_compiler
+def test_build_after_a_killed_one(tree: Path) -> None:
+    slow = compiler_that(tree, on="*isa_generic.cpp*", does="touch compiling; sleep 5; exit 1")
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    killed = subprocess.Popen(
+        command, cwd=tree, env={**os.environ, "CXX": slow}, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tree / "compiling").exists():
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert "compiling csrc/cpu/isa_generic.cpp" in build(tree)
+
+
+@needs_compiler
+def test_unknown_flag_leaves_the_file_out(tree: Path) -> None:
+    old = compiler_that(tree, on='*" -mavx2 "*', does='echo "unknown -mavx2" >&2; exit 1')
+    log = build(tree, CXX=old)
+    assert "leaving out csrc/cpu/isa_avx2.cpp" in log
+    assert "compiling csrc/cpu/isa_generic.cpp" in log
+    assert "HAS_AVX2" not in next((tree / "build").rglob("build.ninja")).read_text()
+
+
+# --- wheels --------------------------------------------------------------------------------------
+
+
+def wheel(tree: Path, **environment: str) -> tuple[Path, str]:
+    """Build the wheel of a tree; its path and the log."""
+    target = tree / "wheels"
+    pip = (sys.executable, "-m", "pip", "wheel", "-v", ".", "--no-deps", "--no-build-isolation")
+    log = run(*pip, "-w", target, cwd=tree, **environment)
+    (found,) = target.glob("*.whl")
+    return found, log
+
+
+def installed(archive: Path) -> tuple[Path, Path]:
+    """A fresh environment with the wheel beside this one's packages: its Python and its folder."""
+    folder = archive.parent / "environment"
+    venv.create(folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(site)
+    # Packages are found through this file, but no .pth file among them is read: an editable
+    # fusedattn stays out.
+    (site / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
+    return folder / "bin/python", site
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_reference_serves(tree: Path) -> None:
+    archive, log = wheel(tree, CXX="/nonexistent")
+    assert "WITHOUT native CPU kernels: no C++ compiler found" in log
+    assert archive.name.endswith("-py3-none-any.whl")
+    python, site = installed(archive)
+    code = (
+        "import torch, fusedattn; q = torch.ones(1, 1, 3, 4); print(fusedattn.__file__);"
+        "print(fusedattn.explain(q, q, q)); print(fusedattn.attention(q, q, q).shape)"
+    )
+    log = run(python, "-c", code, cwd=tree.parent, TRITON_INTERPRET="0")
+    assert str(site) in log
+    assert "attention: reference" in log
+    assert "torch.Size([1, 1, 3, 4])" in log
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_holds_the_package_and_works(tree: Path) -> None:
+    shutil.rmtree(tree / "csrc")
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    archive, _ = wheel(tree)
+    with zipfile.ZipFile(archive) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+        metadata = next(n for n in file.namelist() if n.endswith("/METADATA"))
+        assert "Requires-Dist: torch>=2.11" in file.read(metadata).decode().splitlines()
+    native = {name for name in names if name.startswith("fusedattn/_cpu.")}
+    modules = {
+        f"{package}/{path.relative_to(ROOT / folder)}"
+        for package, folder in SHIPPED.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert len(native) == 1
+    assert names - native == modules | {"fusedattn/py.typed"}
+
+    python, site = installed(archive)
+    code = (
+        "import torch, fusedattn, fusedattn.kernels, fusedattn.benchmarks; print(fusedattn._cpu);"
+        "q = torch.ones(1, 1, 3, 4); print(fusedattn.attention(q, q, q, backend='cpu'))"
+    )
+    log = run(python, "-c", code, cwd=tree.parent)
+    assert f"from '{site}/fusedattn/_cpu." in log

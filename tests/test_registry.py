@@ -1,0 +1,174 @@
+"""The choice of a backend: order, refusals, fallback warnings, strict()."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import fusedattn
+import pytest
+import torch
+from fusedattn.ops import _registry
+from fusedattn.ops._registry import Backend, Op, Refusal
+
+
+def never(call, requested):
+    return Refusal("the moon is full", "wait a week")
+
+
+def small(call, requested):
+    return Refusal(f"{call} is above 10", "pass at most 10") if call > 10 else None
+
+
+def always(call, requested):
+    return None
+
+
+def on_request(call, requested):
+    return None if requested else Refusal("it is slow", 'ask for it with backend="slow"')
+
+
+def make(**checks) -> Op:
+    return Op("double", [Backend(name, check, dict) for name, check in checks.items()])
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings(monkeypatch):
+    monkeypatch.setattr(_registry, "_warned", set())
+
+
+def test_first_that_accepts_is_chosen():
+    op = make(gpu=never, cpu=small, reference=always)
+    assert op.choose("auto", 5) == "cpu"
+    with pytest.warns(UserWarning, match="falls back"):
+        assert op.choose("auto", 50) == "reference"
+
+
+def test_named_backend_is_chosen_or_refused():
+    op = make(gpu=never, slow=on_request, cpu=small, reference=always)
+    assert op.choose("cpu", 5) == "cpu"
+    assert op.choose("slow", 5) == "slow"
+    assert op.choose("auto", 5) == "cpu"
+    with pytest.raises(fusedattn.UnsupportedError, match="backend 'cpu' does not take this call"):
+        op.choose("cpu", 50)
+
+
+def test_naming_the_reference_is_no_fallback():
+    op = make(gpu=never, reference=always)
+    with warnings.catch_warnings(), fusedattn.strict():
+        warnings.simplefilter("error")
+        assert op.choose("reference", 5) == "reference"
+
+
+def test_refusal_lists_every_backend_with_reason_and_remedy():
+    op = make(gpu=never, cpu=small, slow=on_request)
+    with pytest.raises(fusedattn.UnsupportedError) as error:
+        op.choose("auto", 50)
+    assert str(error.value).splitlines() == [
+        "double: no backend takes this call",
+        "  gpu: the moon is full; wait a week",
+        "  cpu: 50 is above 10; pass at most 10",
+        '  slow: it is slow; ask for it with backend="slow"',
+    ]
+
+
+def test_unknown_backend():
+    with pytest.raises(
+        ValueError, match=r"double: got backend='tpu', expected one of 'auto', 'cpu'"
+    ):
+        make(cpu=always).choose("tpu", 1)
+
+
+def test_fallback_warns_once_per_reason():
+    op = make(gpu=never, cpu=small, reference=always)
+    with pytest.warns(UserWarning, match=r"double falls back to the slow reference .*50 is above"):
+        op.choose("auto", 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.choose("auto", 50)
+    with pytest.warns(UserWarning, match="60 is above 10"):
+        op.choose("auto", 60)
+
+
+def test_strict_forbids_the_fallback_and_nests():
+    op = make(cpu=small, reference=always)
+    with fusedattn.strict():
+        assert op.choose("auto", 5) == "cpu"
+        with pytest.raises(
+            fusedattn.UnsupportedError, match=r"(?s)strict\(\) forbids.*50 is above"
+        ):
+            op.choose("auto", 50)
+        with fusedattn.strict(False), pytest.warns(UserWarning, match="falls back"):
+            assert op.choose("auto", 50) == "reference"
+        with pytest.raises(fusedattn.UnsupportedError):
+            op.choose("auto", 50)
+    assert op.choose("auto", 50) == "reference"
+
+
+def test_strict_ends_with_an_exception():
+    op = make(cpu=small, reference=always)
+    with pytest.raises(KeyError), fusedattn.strict():
+        raise KeyError
+    with pytest.warns(UserWarning, match="falls back"):
+        op.choose("auto", 50)
+
+
+def test_strict_holds_for_its_own_thread():
+    op = make(cpu=small, reference=always)
+    found = []
+
+    def elsewhere():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(op.choose("auto", 50))
+
+    with fusedattn.strict():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert found == ["reference"]
+
+
+def test_kernels_are_loaded_on_first_use_and_once():
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return "kernels"
+
+    op = Op("double", [Backend("cpu", always, load)])
+    op.choose("auto", 1)
+    assert not loaded
+    assert op.kernels("cpu") == op.kernels("cpu") == "kernels"
+    assert loaded == [1]
+
+
+def test_explain():
+    op = make(gpu=never, cpu=small, reference=always)
+    assert op.explain("auto", 5).splitlines() == [
+        "double: cpu",
+        "  gpu: the moon is full; wait a week",
+        "  cpu: takes it",
+        "  reference: takes it",
+    ]
+    with warnings.catch_warnings(), fusedattn.strict():
+        warnings.simplefilter("error")
+        assert op.explain("auto", 50).startswith("double: reference\n")
+    assert "backend 'gpu' does not take this call" in op.explain("gpu", 5)
+    with pytest.raises(ValueError, match="tpu"):
+        op.explain("tpu", 5)
+
+
+def test_attention_explains_itself():
+    q, k, v = torch.zeros(3, 1, 2, 4, 8)
+    lines = fusedattn.explain(q, k, v).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["  cpu", "  triton", "  reference"]
+    assert fusedattn.explain(q, k, v, backend="reference").startswith("attention: reference\n")
+    assert "triton: dtype is torch.float64" in fusedattn.explain(
+        q.double(), k.double(), v.double(), backend="triton"
+    )
+
+
+def test_attention_serves_cpu_tensors_natively(fast_backend):
+    q, k, v = torch.zeros(3, 1, 2, 4, 8)
+    assert fusedattn.explain(q, k, v).startswith(f"attention: {fast_backend}\n")

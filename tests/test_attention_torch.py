@@ -193,6 +193,18 @@ def test_flop_counter(kv_heads, dim_v, fast_backend):
     assert counter.get_total_flops() == flop_counter.sdpa_backward_flop_count(out.shape, *shapes)
 
 
+def test_flop_counter_at_first_use():
+    """The counter copies the table of formulas when it is made: ours must be there by then."""
+    code = (
+        "import torch, fusedattn\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    fusedattn.attention(*torch.randn(3, 1, 2, 8, 4))\n"
+        "print(counter.get_total_flops())"
+    )
+    assert in_a_new_process(code) == str(2 * 2 * 8 * 8 * 8)
+
+
 def test_import_is_light():
     """TransformerEngine#872: no CUDA context; nothing but torch is imported eagerly."""
     heavy = ("triton", "transformers", "matplotlib", "rich", "torch._dynamo", "torch._inductor")

@@ -1,8 +1,9 @@
 // Attention's backward pass on packed operands, any engine.
 //
-// A task owns every `splits`-th block of keys of one (batch, key head) and goes over all queries that
-// see it, so dK and dV are summed in the task's own memory; dQ is summed per split and added up in a
-// fixed order at the end, which makes the result repeatable. With p = 2^(s − lse), per tile:
+// A task owns every `splits`-th block of keys of one (batch, key head) and goes over all queries
+// that see it, so dK and dV are summed in the task's own memory; dQ is summed per split and added
+// up in a fixed order at the end, which makes the result repeatable. With p = 2^(s − lse), per
+// tile:
 //
 //     s = q kᵀ     dp = dO vᵀ     ds = p ∘ (dp − Δ),  Δ = rowsum(dO ∘ O) − dlse
 //     dvᵀ += dOᵀ p     dkᵀ += qᵀ ds     dq += ds k
@@ -30,10 +31,10 @@ struct BackwardOperands {
   typedef BackwardBlocks<E> Blocks;
   static constexpr int64_t square = vector_bytes / int64_t(sizeof(Unit));
   const AttentionBackward& f;
-  int64_t d, dv;                        // head dims
-  int64_t rows_d, rows_dv;              // of transposed operands
-  int64_t units_d, units_dv;            // of rows
-  int64_t depth_d, depth_dv, wide_d;    // of panels
+  int64_t d, dv;                      // head dims
+  int64_t rows_d, rows_dv;            // of transposed operands
+  int64_t units_d, units_dv;          // of rows
+  int64_t depth_d, depth_dv, wide_d;  // of panels
   int64_t blocks_q, blocks_k, group;
   int64_t q_units, qt_units, o_units, ot_units, head_units;
   int64_t kt_units, vt_units, kn_units, block_units;
@@ -110,7 +111,7 @@ struct BackwardOperands {
            pack_panels_transposed<E>(v, rows, dv, columns, vt(at), scratch);
   }
 
-  // `statistics`: lse in log2 units, then Δ, for the queries of this head.
+  // `statistics`: lse, then Δ, for the queries of this head.
   template <class T>
   bool pack_queries(int64_t b, int64_t h, int64_t g, int64_t i, Unit* base, S* statistics,
                     Unit* scratch) const {
@@ -123,7 +124,7 @@ struct BackwardOperands {
     pack_rows_transposed<E>(from, rows, d, padded, qt(at), scratch);
     pack_rows_transposed<E>(dout, given, dv, padded, ot(at), scratch);
     for (int64_t r = first; r < first + rows; ++r) {
-      statistics[r] = *f.lse.at<S>(b, h, r) * S(log2e);
+      statistics[r] = *f.lse.at<S>(b, h, r);
       S delta = f.dlse ? -*f.dlse.at<S>(b, h, r) : S(0);
       if (f.dout) delta += dot(source<T>(f.dout, b, h, r), source<T>(f.out, b, h, r), dv);
       statistics[f.seq_q() + r] = delta;
@@ -215,7 +216,8 @@ static void store_transposed(const S* src, int64_t ld, int64_t n, int64_t column
   constexpr int w = width<S>;
   const int64_t padded = round_up(columns, w);
   for (int64_t j = 0; j < n; j += w) {
-    for (int64_t c = 0; c < padded; c += w) transpose_square(src + c * ld + j, ld, rows + c, padded);
+    for (int64_t c = 0; c < padded; c += w)
+      transpose_square(src + c * ld + j, ld, rows + c, padded);
     for (int64_t r = 0; r < smaller(n - j, w); ++r)
       store_row(dst.at<T>(b, h, first + j + r), dst.stride[3], columns, rows + r * padded, factor);
   }
@@ -237,8 +239,14 @@ class BackwardTask {
  public:
   BackwardTask(const BackwardOperands<E>& x, const Scores<S>& scores, const BackwardScratch<E>& t,
                Unit* packed, const S* statistics, S* dq, int64_t pair)
-      : x(x), scores(scores), t(t), packed(packed), statistics(statistics), dq(dq),
-        b(pair / x.f.heads_kv()), h(pair % x.f.heads_kv()) {}
+      : x(x),
+        scores(scores),
+        t(t),
+        packed(packed),
+        statistics(statistics),
+        dq(dq),
+        b(pair / x.f.heads_kv()),
+        h(pair % x.f.heads_kv()) {}
 
   void run(int64_t split, int64_t splits) {
     const AttentionBackward& f = x.f;
@@ -272,14 +280,15 @@ class BackwardTask {
     for (int64_t r = 0; r < padded; r += Blocks::strip) {
       const int64_t here = smaller(rows - r, Blocks::strip);
       const int64_t multiplied = round_up(here, E::row_step);
-      E::multiply(multiplied, wide, deep, x.q(queries).from(r), x.kt(keys), t.s, Blocks::keys, false);
+      E::multiply(multiplied, wide, deep, x.q(queries).from(r), x.kt(keys), t.s, Blocks::keys,
+                  false);
       E::multiply(multiplied, wide, deep_v, x.o(queries).from(r), x.vt(keys), t.dp, Blocks::keys,
                   false);
       for (int64_t k = 0; k < Blocks::strip; k += 2) {
         RowStatistics<S> row[2];
         for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
         gradient_rows<E>(t.s + k * Blocks::keys, t.dp + k * Blocks::keys, wide,
-                         scores.remaining_factor(), row, r + k, t);
+                         scores.factor, row, r + k, t);
       }
     }
     E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);
@@ -296,11 +305,11 @@ class BackwardTask {
     const S lse = of_head[i], delta = of_head[f.seq_q() + i];
     const int64_t seen = larger(smaller(f.keys_seen(i, j0 + last) - j0, last), 0);
     if (lse == -infinity<S>) return {0, 0, 0};
-    if (scores.rewrite) {
-      S* s = t.s + i % Blocks::queries % Blocks::strip * Blocks::keys;
-      scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row);
-    }
-    return {seen, lse, delta};
+    if (!scores.rewrite) return {seen, lse * S(log2e), delta};
+    S* s = t.s + i % Blocks::queries % Blocks::strip * Blocks::keys;
+    scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row);
+    scores.rebase(s, seen, lse);
+    return {seen, 0, delta};
   }
 };
 
@@ -329,7 +338,8 @@ static bool attention_backward(const AttentionBackward& f) {
   const int threads = threads_for(f);
   // Heads at a time by memory; then key blocks are split until all threads have work, within the
   // memory that the partial sums of dq may take.
-  const int64_t head_bytes = x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S));
+  const int64_t head_bytes =
+      x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S));
   const int64_t dq_bytes = x.dq_size() * int64_t(sizeof(S));
   constexpr int64_t budget = int64_t{24} << 20;
   const int64_t at_once = smaller(larger(budget / (head_bytes + dq_bytes), 1), pairs);

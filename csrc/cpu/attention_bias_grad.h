@@ -23,8 +23,14 @@ class BiasGradTask {
 
  public:
   BiasGradTask(const AttentionBackward& f, Arena& arena)
-      : f(f), scores(f), d(f.head_dim()), dv(f.head_dim_v()), units_d(row_units<E>(d)),
-        units_dv(row_units<E>(dv)), depth_d(panel_depth<E>(d)), depth_dv(panel_depth<E>(dv)) {
+      : f(f),
+        scores(f),
+        d(f.head_dim()),
+        dv(f.head_dim_v()),
+        units_d(row_units<E>(d)),
+        units_dv(row_units<E>(dv)),
+        depth_d(panel_depth<E>(d)),
+        depth_dv(panel_depth<E>(dv)) {
     q = {arena.take<Unit>(E::planes * block_q * units_d), units_d, block_q * units_d};
     o = {arena.take<Unit>(E::planes * block_q * units_dv), units_dv, block_q * units_dv};
     kt = {arena.take<Unit>(E::planes * block_k * depth_d), depth_d, block_k * depth_d};
@@ -50,8 +56,10 @@ class BiasGradTask {
     const TensorView& out = f.dbias;
     const int64_t b_end = out.shape[0] == 1 ? f.batch() : bias_b + 1;
     const int64_t h_end = out.shape[1] == 1 ? f.heads() : bias_h + 1;
-    const int64_t i_end = out.shape[2] == 1 ? f.seq_q() : smaller(f.seq_q(), (tile_q + 1) * block_q);
-    const int64_t j_end = out.shape[3] == 1 ? f.seq_k() : smaller(f.seq_k(), (tile_k + 1) * block_k);
+    const int64_t i_end =
+        out.shape[2] == 1 ? f.seq_q() : smaller(f.seq_q(), (tile_q + 1) * block_q);
+    const int64_t j_end =
+        out.shape[3] == 1 ? f.seq_k() : smaller(f.seq_k(), (tile_k + 1) * block_k);
     for (int64_t b = bias_b; b < b_end; ++b)
       for (int64_t h = bias_h; h < h_end; ++h)
         for (int64_t j0 = tile_k * block_k; j0 < smaller(j_end, f.keys(b)); j0 += block_k)
@@ -60,8 +68,9 @@ class BiasGradTask {
                      smaller(block_k, smaller(j_end, f.keys(b)) - j0));
     const int64_t rows = out.shape[2] == 1 ? 1 : i_end - tile_q * block_q;
     const int64_t columns = out.shape[3] == 1 ? 1 : j_end - tile_k * block_k;
-    for (int64_t i = 0; i < rows; ++i) write_row(bias_b, bias_h, tile_q * block_q + i,
-                                                 tile_k * block_k, columns, sums + i * block_k);
+    for (int64_t i = 0; i < rows; ++i)
+      write_row(bias_b, bias_h, tile_q * block_q + i, tile_k * block_k, columns,
+                sums + i * block_k);
   }
 
  private:
@@ -89,12 +98,13 @@ class BiasGradTask {
     S* score = s + local * block_k;
     const S* grad = dp + local * block_k;
     const S delta = delta_of(b, h, i);
-    if (scores.rewrite) scores.prepare(score, b, h, i, j0, seen, row);
+    scores.prepare(score, b, h, i, j0, seen, row);
+    scores.rebase(score, seen, lse);
     S* sum = sums + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
     vec<S> total{};
     for (int64_t j = 0; j < seen; j += w) {
       const vec<S> p =
-          exp2<E::exp2_degree>(load(score + j) * scores.remaining_factor() - lse * S(log2e));
+          exp2<E::exp2_degree>(load(score + j));
       const vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
       if (f.dbias.shape[3] == 1) {
         total += ds;
@@ -144,7 +154,8 @@ static void attention_bias_grad(const AttentionBackward& f) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t head = i / (tiles_q * tiles_k);
-      task.run(head / f.dbias.shape[1], head % f.dbias.shape[1], i / tiles_k % tiles_q, i % tiles_k);
+      task.run(head / f.dbias.shape[1], head % f.dbias.shape[1], i / tiles_k % tiles_q,
+               i % tiles_k);
     }
   }
 }

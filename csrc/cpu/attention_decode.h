@@ -1,8 +1,9 @@
 // Attention for a handful of queries against many keys, as in generation.
 //
-// Here every key is read once and used a few times, so memory sets the pace: K and V are streamed as
-// they are, unpacked. The keys of a (batch, key head) are split among tasks; each keeps a running
-// (m, l, o) per query, and a second pass combines them (split-KV, "Flash-Decoding", Dao et al. 2023).
+// Here every key is read once and used a few times, so memory sets the pace: K and V are streamed
+// as they are, unpacked. The keys of a (batch, key head) are split among tasks; each keeps a
+// running (m, l, o) per query, and a second pass combines them (split-KV, "Flash-Decoding", Dao et
+// al. 2023).
 #pragma once
 
 #include "attention_softmax.h"
@@ -26,7 +27,11 @@ class Decode {
 
  public:
   explicit Decode(const AttentionForward& f)
-      : f(f), scores(f), d(f.head_dim()), dv(f.head_dim_v()), rows(f.group() * f.seq_q()),
+      : f(f),
+        scores(f),
+        d(f.head_dim()),
+        dv(f.head_dim_v()),
+        rows(f.group() * f.seq_q()),
         pairs(f.batch() * f.heads_kv()) {}
 
   // Whole vectors of contiguous elements, and few queries.
@@ -96,10 +101,8 @@ class Decode {
         multiply_keys(q + r * d, k, seen, s);
         if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j0, seen, s + block);
         S* row = o + r * dv;
-        rescale(s, seen, scores.remaining_factor(), m[r], l[r], row, dv);
-        const S shift = m[r] == -infinity<S> ? S(0) : m[r];
-        l[r] += probabilities<Fma<S>>(s, seen, round_up(seen, 2 * w), scores.remaining_factor(),
-                                      shift, {s, block, block}, 0);
+        softmax_row<Fma<S>>(scores, s, seen, round_up(seen, 2 * w), m[r], l[r], row, dv,
+                            {s, block, block}, 0);
         add_values(s, v, seen, row);
       }
     }
@@ -164,7 +167,7 @@ class Decode {
       const S* partial = partials + k * stride;
       const S of_split = partial[r];
       const S factor =
-          of_split == -infinity<S> ? S(1) : exp2<Fma<S>::exp2_degree>(splat(of_split - m))[0];
+          of_split == -infinity<S> ? S(1) : exp2<Fma<S>::exp2_degree>(splat((of_split - m) * scores.to_log2))[0];
       l += partial[rows + r] * factor;
       const S* row = partial + 2 * rows + r * dv;
       for (int64_t i = 0; i < dv; i += w) {
@@ -172,7 +175,7 @@ class Decode {
         store(total + i, k == 0 ? x : load(total + i) + x);
       }
     }
-    write_row<T>(f, pair / f.heads_kv(), head(pair, r), query(r), m, l, total);
+    write_row<T>(scores, pair / f.heads_kv(), head(pair, r), query(r), m, l, total);
   }
 };
 

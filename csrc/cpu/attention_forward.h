@@ -5,7 +5,8 @@
 // of keys that they see with a running maximum m and sum l (in log2 units):
 //
 //     s = q kᵀ          m' = max(m, max s)        p = 2^(s − m')
-//     l = l·2^(m − m') + Σ p        o = o·2^(m − m') + p v        out = o / l,  lse = ln 2·(m + log2 l)
+//     l = l·2^(m − m') + Σ p        o = o·2^(m − m') + p v        out = o / l,  lse = ln 2·(m +
+//     log2 l)
 #pragma once
 
 #include "attention_decode.h"
@@ -93,7 +94,6 @@ static bool forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>&
   const int64_t n = f.keys(b), end = f.keys_seen(i0 + rows - 1, n);
   const int64_t padded = round_up(rows, E::row_step), dv = f.head_dim_v();
   const int64_t depth = round_up(f.head_dim(), E::depth_step);
-  const S factor = scores.remaining_factor();
   if (!pack_rows<E>(source<T>(f.q, b, h, i0), rows, f.head_dim(), padded, t.q)) return false;
   for (int64_t i = 0; i < rows; ++i) {
     t.m[i] = -infinity<S>;
@@ -108,16 +108,15 @@ static bool forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>&
         S* s = t.s + i * keys.block;
         const int64_t seen = larger(smaller(f.keys_seen(i0 + i, n) - j0, columns), 0);
         if (scores.rewrite) scores.prepare(s, b, h, i0 + i, j0, seen, t.row);
-        rescale(s, seen, factor, t.m[i], t.l[i], t.o + i * t.ld_o, block > 0 ? t.ld_o : 0);
-        const S shift = t.m[i] == -infinity<S> ? S(0) : t.m[i];
-        t.l[i] += probabilities<E>(s, seen, wide, factor, shift, t.p, i);
+        softmax_row<E>(scores, s, seen, wide, t.m[i], t.l[i], t.o + i * t.ld_o,
+                       block > 0 ? t.ld_o : 0, t.p, i);
       }
       E::multiply(round_up(strip_end - r, E::row_step), round_up(dv, w), wide, t.p.from(r),
                   keys.v(packed, block), t.o + r * t.ld_o, t.ld_o, block > 0);
     }
   }
   for (int64_t i = 0; i < rows; ++i)
-    write_row<T>(f, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
+    write_row<T>(scores, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
   return true;
 }
 
@@ -158,9 +157,9 @@ static bool attention_forward(const AttentionForward& f) {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < here * keys.blocks; ++task) {
         const int64_t pair = first + task / keys.blocks;
-        good &= keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(),
-                                      task % keys.blocks,
-                                      packed + task / keys.blocks * keys.units(), scratch.strip);
+        good &=
+            keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), task % keys.blocks,
+                                  packed + task / keys.blocks * keys.units(), scratch.strip);
       }
       // Under a causal mask the last queries have most to do: they start first.
 #pragma omp for schedule(dynamic)
@@ -169,9 +168,9 @@ static bool attention_forward(const AttentionForward& f) {
         const int64_t local = task % (here * group) / group, pair = first + local;
         const int64_t head = pair % f.heads_kv() * group + task % group;
         const int64_t i0 = block * Blocks::queries;
-        good &= forward_block<E, T>(scores, keys, packed + local * keys.units(),
-                                    pair / f.heads_kv(), head, i0,
-                                    smaller(Blocks::queries, f.seq_q() - i0), scratch);
+        good &=
+            forward_block<E, T>(scores, keys, packed + local * keys.units(), pair / f.heads_kv(),
+                                head, i0, smaller(Blocks::queries, f.seq_q() - i0), scratch);
       }
     }
   }

@@ -1,4 +1,4 @@
-// Online softmax, row by row: a running maximum m and sum l, in log2 units.
+// Online softmax, row by row: a running maximum m, in the units of `Scores`, and a running sum l.
 //
 // A maximum that rises by less than `slack` is left as it is: p then reaches 2^slack at most, and
 // what was summed before needs no rescaling (Shah et al., FlashAttention-4, 2025).
@@ -30,8 +30,8 @@ FUSEDATTN_INLINE S highest_score(const S* s, int64_t n) {
 // p = 2^(factor · s − shift) for the first n scores of a row, 0 up to `wide`; returns their sum.
 template <class E>
 FUSEDATTN_INLINE stat_of<E> probabilities(const stat_of<E>* s, int64_t n, int64_t wide,
-                                          stat_of<E> factor, stat_of<E> shift,
-                                          Rows<unit_of<E>> p, int64_t i) {
+                                          stat_of<E> factor, stat_of<E> shift, Rows<unit_of<E>> p,
+                                          int64_t i) {
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   constexpr int degree = E::exp2_degree;
@@ -59,22 +59,33 @@ FUSEDATTN_INLINE stat_of<E> probabilities(const stat_of<E>* s, int64_t n, int64_
   return reduce_add(sum0 + sum1);
 }
 
-// Take a block's scores into the maximum m; where it rises, l and the n sums of o shrink.
-template <class S>
-FUSEDATTN_INLINE void rescale(const S* s, int64_t seen, S factor, S& m, S& l, S* o, int64_t n) {
-  const S highest = highest_score(s, seen) * factor;
-  if (!(highest > m + S(slack))) return;
-  const S carried = exp2<Fma<S>::exp2_degree>(splat(m - highest))[0];
-  m = highest;
-  l *= carried;
-  for (int64_t i = 0; i < n; i += width<S>) store(o + i, load(o + i) * carried);
+// One block of a row: scores in, probabilities out as row i of p; m, l and the n sums of o follow.
+template <class E>
+FUSEDATTN_INLINE void softmax_row(const Scores<stat_of<E>>& scores, stat_of<E>* s, int64_t seen,
+                                  int64_t wide, stat_of<E>& m, stat_of<E>& l, stat_of<E>* o,
+                                  int64_t n, Rows<unit_of<E>> p, int64_t i) {
+  typedef stat_of<E> S;
+  const S highest = highest_score(s, seen) * scores.factor;
+  if (highest > m + S(slack)) {
+    const S carried = exp2<E::exp2_degree>(splat((m - highest) * scores.to_log2))[0];
+    m = highest;
+    l *= carried;
+    for (int64_t c = 0; c < n; c += width<S>) store(o + c, load(o + c) * carried);
+  }
+  S origin = m == -infinity<S> ? S(0) : m;
+  if (scores.rewrite) {
+    scores.rebase(s, seen, origin);
+    origin = 0;
+  }
+  l += probabilities<E>(s, seen, wide, scores.factor, origin, p, i);
 }
 
-// out = o / l and lse = ln 2 · (m + log2 l); 0 and −inf for a query that saw nothing.
+// out = o / l and lse = m + log l; 0 and −inf for a query that saw nothing.
 template <class T>
-static void write_row(const AttentionForward& f, int64_t b, int64_t h, int64_t i, compute_t<T> m,
-                      compute_t<T> l, const compute_t<T>* o) {
+static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, int64_t i,
+                      compute_t<T> m, compute_t<T> l, const compute_t<T>* o) {
   typedef compute_t<T> S;
+  const AttentionForward& f = scores.p;
   const int64_t dv = f.head_dim_v(), stride = f.out.stride[3];
   T* const out = f.out.at<T>(b, h, i);
   S& lse = *f.lse.at<S>(b, h, i);
@@ -83,7 +94,7 @@ static void write_row(const AttentionForward& f, int64_t b, int64_t h, int64_t i
     lse = -infinity<S>;
   } else {
     store_row(out, stride, dv, o, S(1) / l);
-    lse = S(ln2 * m + __builtin_log(double(l)));
+    lse = S(ln2 * scores.to_log2 * m + __builtin_log(double(l)));
   }
 }
 

@@ -17,47 +17,54 @@ FUSEDATTN_INLINE Source<T> source(const TensorView& x, int64_t b, int64_t h, int
   return {x.at<const T>(b, h, i), x.stride[2], x.stride[3]};
 }
 
-// Σ x·y over the first n columns of a row.
+// Σ x·y over the first n columns of a row; the order of the sum does not depend on strides.
 template <class T>
-FUSEDATTN_INLINE compute_t<T> dot(Source<T> x, Source<T> y, int64_t n) {
+static compute_t<T> dot(Source<T> x, Source<T> y, int64_t n) {
   typedef compute_t<T> S;
-  S sum = 0;
-  int64_t c = 0;
-  if (x.column == 1 && y.column == 1) {
-    vec<S> sums{};
-    for (; c + width<S> <= n; c += width<S>) sums += load_as(x.data + c) * load_as(y.data + c);
-    sum = reduce_add(sums);
+  alignas(64) S a[chunk], b[chunk];
+  vec<S> sums{};
+  for (int64_t c = 0; c < n; c += chunk) {
+    const int64_t here = smaller(n - c, chunk), wide = round_up(here, width<S>);
+    load_row(x.at(0, c), x.column, here, a, wide);
+    load_row(y.at(0, c), y.column, here, b, wide);
+    for (int64_t i = 0; i < wide; i += width<S>) sums += load(a + i) * load(b + i);
   }
-  for (; c < n; ++c) sum += to_float(*x.at(0, c)) * to_float(*y.at(0, c));
-  return sum;
+  return reduce_add(sums);
 }
 
-// Scores leave the products as raw q·k. Reading them as log2 units takes a factor, and where there
-// is a mask, a bias or a scale that is not positive, a pass over the row as well.
+// Scores leave the products as raw q·k. Mostly they are read as scale · log2(e) · s, in log2 units.
+// Where there is a mask, a bias or a scale that is not positive, `prepare` rewrites the row first; it
+// is then in natural units, because a bias of −FLT_MAX has no logarithm to base 2 in float.
 template <class S>
 struct Scores {
   const AttentionForward& p;
-  const S factor;     // log2(e) · scale
-  const bool rewrite; // rows need `prepare`; the factor is then applied
+  const bool rewrite;
+  const S factor;   // from a score, as it stands once prepared, to the units of the row's maximum
+  const S to_log2;  // from those units to log2
 
   explicit Scores(const AttentionForward& p)
       : p(p),
-        factor(S(p.options.scale * log2e)),
-        rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0)) {}
+        rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0)),
+        factor(rewrite ? S(1) : S(p.options.scale * log2e)),
+        to_log2(rewrite ? S(log2e) : S(1)) {}
 
-  S remaining_factor() const { return rewrite ? S(1) : factor; }
-
-  // s[j] = factor · s[j] + log2(e) · bias, −inf where masked: columns [0, n) of query i from key j0.
+  // s[j] = scale · s[j] + bias, −inf where masked: columns [0, n) of query i from key j0.
   // `scratch` has room for a row.
   void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch) const {
     constexpr int w = width<S>;
+    const S scale = S(p.options.scale);
     if (p.bias) load_bias(b, h, i, j0, n, scratch);
     for (int64_t j = 0; j < n; j += w) {
-      vec<S> x = load(s + j) * factor;
-      if (p.bias) x += load(scratch + j) * S(log2e);
+      vec<S> x = load(s + j) * scale;
+      if (p.bias) x += load(scratch + j);
       store(s + j, x);
     }
     if (p.mask) apply_mask(s, b, h, i, j0, n);
+  }
+
+  // A prepared row relative to `origin`, in log2 units.
+  void rebase(S* s, int64_t n, S origin) const {
+    for (int64_t j = 0; j < n; j += width<S>) store(s + j, (load(s + j) - origin) * S(log2e));
   }
 
  private:
@@ -93,8 +100,8 @@ struct Scores {
 
 // Threads worth waking: none for work that is over before they are.
 FUSEDATTN_INLINE int threads_for(const AttentionForward& f) {
-  const double work = double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() *
-                      (f.head_dim() + f.head_dim_v());
+  const double work =
+      double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() * (f.head_dim() + f.head_dim_v());
   return work < 1e5 || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 

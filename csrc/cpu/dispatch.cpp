@@ -118,9 +118,7 @@ void select_instruction_set(const std::string& name) {
   throw std::invalid_argument("got instruction set '" + name + "', expected one of " + known);
 }
 
-void attention_forward(const AttentionForward& params) {
-  run(params, &AttentionKernels::forward);
-}
+void attention_forward(const AttentionForward& params) { run(params, &AttentionKernels::forward); }
 
 void attention_backward(const AttentionBackward& params) {
   run(params, &AttentionKernels::backward);

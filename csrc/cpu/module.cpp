@@ -15,12 +15,18 @@ const dlpack::ExchangeApi* exchange = nullptr;
 
 DType dtype_of(const dlpack::Type& type) {
   switch (type.code << 8 | type.bits) {
-    case dlpack::type_float << 8 | 16: return DType::f16;
-    case dlpack::type_float << 8 | 32: return DType::f32;
-    case dlpack::type_float << 8 | 64: return DType::f64;
-    case dlpack::type_bfloat << 8 | 16: return DType::bf16;
-    case dlpack::type_bool << 8 | 8: return DType::boolean;
-    case dlpack::type_int << 8 | 32: return DType::i32;
+    case dlpack::type_float << 8 | 16:
+      return DType::f16;
+    case dlpack::type_float << 8 | 32:
+      return DType::f32;
+    case dlpack::type_float << 8 | 64:
+      return DType::f64;
+    case dlpack::type_bfloat << 8 | 16:
+      return DType::bf16;
+    case dlpack::type_bool << 8 | 8:
+      return DType::boolean;
+    case dlpack::type_int << 8 | 32:
+      return DType::i32;
   }
   throw py::type_error("fusedattn._cpu: a tensor of this dtype is not supported");
 }

@@ -1,6 +1,6 @@
-// From tensors to the packed operands of gemm.h, converting dtypes on the way. Each function returns
-// whether the engine can multiply what it packed: one that splits numbers cannot take infinities
-// (∞ · 0 of the parts would be NaN), nor needs it take NaN.
+// From tensors to the packed operands of gemm.h, converting dtypes on the way. Each function
+// returns whether the engine can multiply what it packed: one that splits numbers cannot take
+// infinities (∞ · 0 of the parts would be NaN), nor needs it take NaN.
 #pragma once
 
 #include <utility>
@@ -33,8 +33,7 @@ template <class Unit>
 FUSEDATTN_INLINE void transpose_square(const Unit* src, int64_t ld_src, Unit* dst, int64_t ld_dst) {
   constexpr int n = vector_bytes / int(sizeof(Unit));
   typedef Unit V __attribute__((vector_size(vector_bytes)));
-  typedef Unit loose
-      __attribute__((vector_size(vector_bytes), aligned(sizeof(Unit)), may_alias));
+  typedef Unit loose __attribute__((vector_size(vector_bytes), aligned(sizeof(Unit)), may_alias));
   V x[n], y[n];
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) x[i] = *reinterpret_cast<const loose*>(src + i * ld_src);
@@ -68,12 +67,12 @@ FUSEDATTN_INLINE int64_t panel_columns(int64_t n) {
 template <class E, class S>
 FUSEDATTN_INLINE bool multipliable(const S* row, int64_t n) {
   if constexpr (E::planes == 1) return true;
-  ints<S> exceptional{};
+  ints<S> infinite{};
   for (int64_t j = 0; j < n; j += width<S>) {
     const vec<S> x = load(row + j);
-    exceptional |= !(x - x == x - x);
+    infinite |= (x == infinity<S>) | (x == -infinity<S>);
   }
-  return !any(exceptional);
+  return !any(infinite);
 }
 
 // A[i][k] = src[i][k]; rows up to `padded` and columns up to row_units(columns) are zero.
@@ -96,7 +95,8 @@ static bool pack_rows(Source<T> src, int64_t rows, int64_t columns, int64_t padd
   return good;
 }
 
-// B[k][n] = src[k][n]; rows up to `padded` (even) and columns up to panel_columns(columns) are zero.
+// B[k][n] = src[k][n]; rows up to `padded` (even) and columns up to panel_columns(columns) are
+// zero.
 template <class E, class T>
 static bool pack_panels(Source<T> src, int64_t rows, int64_t columns, int64_t padded,
                         Panels<unit_of<E>> dst) {

@@ -170,7 +170,8 @@ FUSEDATTN_INLINE vec<float> exp2_polynomial(vec<float> f) {
 
 template <int Degree>
 FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
-  // Adding 1.5·2²³ rounds to an integer in the low bits; + 127 makes those bits the exponent of 2^n.
+  // Adding 1.5·2²³ rounds to an integer in the low bits; + 127 makes those bits the exponent of
+  // 2^n.
   constexpr float magic = 12582912.0f + 127.0f;
   x = maximum(splat(-127.0f), x);
   const vec<float> shifted = x + magic;
@@ -182,12 +183,13 @@ FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
 template <int>
 FUSEDATTN_INLINE vec<double> exp2(vec<double> x) {
   constexpr double magic = 6755399441055744.0 + 1023.0;
-  constexpr double c[] = {
-      1.37189234102621641e-12, 2.57378129710722089e-11, 4.44552883835549175e-10,
-      7.05489120288479736e-9,  1.01780860253219111e-7,  1.32154868249533541e-6,
-      1.52527338040457672e-5,  1.54035303933511492e-4,  1.33335581464284493e-3,
-      9.61812910762848985e-3,  5.55041086648215799e-2,  2.40226506959100712e-1,
-      6.93147180559945309e-1,  1.0};
+  constexpr double c[] = {1.37189234102621641e-12, 2.57378129710722089e-11,
+                          4.44552883835549175e-10, 7.05489120288479736e-9,
+                          1.01780860253219111e-7,  1.32154868249533541e-6,
+                          1.52527338040457672e-5,  1.54035303933511492e-4,
+                          1.33335581464284493e-3,  9.61812910762848985e-3,
+                          5.55041086648215799e-2,  2.40226506959100712e-1,
+                          6.93147180559945309e-1,  1.0};
   x = maximum(splat(-1023.0), x);
   const vec<double> shifted = x + magic;
   const vec<double> f = x - (shifted - magic);

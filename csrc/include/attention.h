@@ -63,9 +63,9 @@ struct AttentionForward {
 };
 
 struct AttentionBackward : AttentionForward {
-  TensorView dout, dlse;   // either may be absent: zero
+  TensorView dout, dlse;  // either may be absent: zero
   TensorView dq, dk, dv;
-  TensorView dbias;        // the shape of bias; may be absent
+  TensorView dbias;  // the shape of bias; may be absent
 };
 
 // One entry per dtype of q. Where it is absent, returns false or Sq·Sk is below `least_scores`, a

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// Members are compiled once per instruction set: inlined always, they never become a symbol that the
-// linker could share between them.
+// Members are compiled once per instruction set: inlined always, they never become a symbol that
+// the linker could share between them.
 #define FUSEDATTN_MEMBER __attribute__((always_inline))
 
 namespace fusedattn {

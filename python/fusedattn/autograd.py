@@ -1,5 +1,6 @@
 """The ops as `torch.autograd.Function`s, for code that builds on them directly."""
 
 from .ops.attention import AttentionFunction as Attention
+from .ops.attention_config import AttentionConfig
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "AttentionConfig"]

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 
 class UnsupportedError(RuntimeError):
     """No backend that was asked for supports the call; the message lists every reason."""
@@ -124,7 +126,8 @@ class Op:
                 + self._table(call)
             )
         key = (self.name, *(refusal.reason for _, refusal in refused))
-        if key not in _warned:
+        # Dynamo cannot trace a warning; an eager call will give it.
+        if key not in _warned and not torch.compiler.is_compiling():
             _warned.add(key)
             reasons = "; ".join(f"{name}: {refusal.reason}" for name, refusal in refused)
             warnings.warn(

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import _native
 from ..reference import functional as reference
@@ -55,9 +54,7 @@ def _cpu_kernels() -> Any:
             q, k, v, mask, bias, kv_lengths, out, lse, config.causal, config.scale
         )
 
-    def backward(
-        dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
-    ):
+    def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config):
         native.attention_backward(
             dout, dlse, q, k, v, mask, bias, kv_lengths, out, lse, dq, dk, dv, dbias,
             config.causal, config.scale,
@@ -95,9 +92,7 @@ def _triton_kernels() -> Any:
             q, k, v, out, lse, mask=mask, bias=bias, kv_lengths=kv_lengths, config=config
         )
 
-    def backward(
-        dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
-    ):
+    def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config):
         total = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
         attention_backward(
             dout, dlse, q, k, v, out, lse, dq, dk, dv, total,
@@ -117,7 +112,7 @@ def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 
 
 def _reference_kernels() -> Any:
-    def wide(x: Tensor | None) -> Tensor | None:
+    def wide(x: Any) -> Any:
         """Half precision computes in float32, as the kernels do."""
         return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -131,18 +126,19 @@ def _reference_kernels() -> Any:
         }
 
     def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):
-        found = reference.attention(
-            wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            found = reference.attention(
+                wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
+            )
         out.copy_(found[0])
         lse.copy_(found[1])
 
-    def backward(
-        dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config
-    ):
-        *found, ds = reference.attention_backward(
-            wide(dout), dlse, wide(q), wide(k), wide(v), **options(mask, bias, kv_lengths, config)
-        )
+    def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config):
+        inputs = (wide(dout), dlse, wide(q), wide(k), wide(v))
+        with torch.autocast(q.device.type, enabled=False):
+            *found, ds = reference.attention_backward(
+                *inputs, **options(mask, bias, kv_lengths, config)
+            )
         for grad, value in zip((dq, dk, dv), found, strict=True):
             grad.copy_(value)
         if dbias is not None:

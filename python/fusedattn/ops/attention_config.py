@@ -55,7 +55,7 @@ class AttentionCall(NamedTuple):
     config: AttentionConfig
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def configure(
     head_dim: int,
     causal: bool | str,
@@ -132,6 +132,10 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: got v of shape {tuple(v.shape)}, expected the batch, heads and length of "
             f"k, {tuple(k.shape[:3])}"
         )
+    if v.shape[3] == 0:
+        raise ValueError(
+            f"attention: got v of shape {tuple(v.shape)}, expected a head dim of at least 1"
+        )
     if head_dim_k != head_dim or head_dim == 0:
         raise ValueError(
             f"attention: got head dims {head_dim} of q and {head_dim_k} of k, "
@@ -148,7 +152,9 @@ def broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """`x` as a view of 4 dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if x.device != q.device:
-        raise ValueError(f"attention: got {name} on {x.device}, expected the device of q, {q.device}")
+        raise ValueError(
+            f"attention: got {name} on {x.device}, expected the device of q, {q.device}"
+        )
     fits = x.dim() <= 4 and all(
         have == 1 or have == want
         for have, want in zip(reversed(x.shape), reversed(full), strict=False)

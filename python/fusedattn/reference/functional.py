@@ -39,9 +39,7 @@ def visible_keys(
     return seen
 
 
-def scores(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None
-) -> Tensor:
+def scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None) -> Tensor:
     """scale · qkᵀ + bias, −inf where a query may not look; (B, Hq, Sq, Sk)."""
     s = torch.matmul(q, k.transpose(-1, -2)) * scale
     if bias is not None:
@@ -83,7 +81,7 @@ def attention(
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
     s = scores(q, k, scale, bias, seen)
     if s.shape[-1] == 0:
-        out = torch.matmul(s, v)
+        out = torch.matmul(s.to(v.dtype), v)
         return out, s.sum(-1) - float("inf")
     highest = s.detach().amax(-1, keepdim=True)
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
@@ -91,7 +89,7 @@ def attention(
     total = e.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
-    out = torch.matmul(e / total, v)
+    out = torch.matmul((e / total).to(v.dtype), v)
     lse = (highest + torch.log(total)).masked_fill(nothing, float("-inf"))
     return out, lse.squeeze(-1)
 
@@ -116,7 +114,7 @@ def attention_backward(
     ds, summed over the dimensions along which the bias was broadcast.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    batch, heads_kv, seq_k, _ = k.shape
+    heads_kv = k.shape[1]
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
     s = scores(q, k, scale, bias, seen)
@@ -127,11 +125,10 @@ def attention_backward(
     row = (p * dp).sum(-1, keepdim=True)
     if dlse is not None:
         row = row - dlse.to(row.dtype)[..., None]
-    ds = p * (dp - row)
+    # Where p is 0 so is ds, whatever the gradient of a log-sum-exp of −inf may be.
+    ds = torch.where(p == 0, 0.0, p * (dp - row))
     dq = scale * torch.matmul(ds, k)
     dk = scale * torch.matmul(ds.transpose(-1, -2), q)
     dv = torch.matmul(p.transpose(-1, -2), dout)
-    dk, dv = (
-        drop_absent(x.unflatten(1, (heads_kv, -1)).sum(2), kv_lengths) for x in (dk, dv)
-    )
+    dk, dv = (drop_absent(x.unflatten(1, (heads_kv, -1)).sum(2), kv_lengths) for x in (dk, dv))
     return dq, dk, dv, ds

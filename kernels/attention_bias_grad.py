@@ -1,0 +1,146 @@
+"""The gradient of an attention bias that was broadcast: ds summed over what shared it.
+
+    ds = p ∘ (dout vᵀ − Δ), p = exp(s − lse)       (attention_bwd.py)
+    dbias[b, h, i, j] = Σ ds over every index along which bias has size 1
+
+One program owns one tile of dbias and walks over all tiles of ds that add to it, recomputing each
+from q, k, v and dout: two more matrix products, but no atomics, and so the same bits each time.
+Where dbias has too few tiles to fill the GPU the walk is split, and the parts summed afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_fwd import existing_keys, hide, scores, weights
+from .attention_tiles import bias_grad_tile
+from .common import dot, load_tile, matrix
+
+_LENGTHS = ["seq_q", "seq_k", "diagonal", "tiles_m", "tiles_n", "splits", "summed"]
+
+
+@triton.jit(do_not_specialize=["heads", "group", "summed_heads", *_LENGTHS])
+def bias_grad_kernel(
+    q,  # View (B, Hq, Sq, D)
+    k,  # View (B, Hkv, Sk, D)
+    v,  # View (B, Hkv, Sk, Dv)
+    mask,  # View (B, Hq, Sq, Sk) of bool, or None
+    bias,  # View (B, Hq, Sq, Sk)
+    kv_lengths,  # int32 (B,), or None
+    dout,  # View (B, Hq, Sq, Dv)
+    shift,  # fp32 (B, Hq, Sq), contiguous
+    delta,  # fp32 (B, Hq, Sq), contiguous
+    parts,  # fp32 (splits, *bias.shape), contiguous
+    scale,
+    heads,  # Hq
+    group,  # Hq / Hkv
+    seq_q,
+    seq_k,
+    diagonal,  # query i sees keys up to i + diagonal
+    splits,
+    summed,  # tiles of ds that add to one tile of dbias
+    summed_heads,  # Hq if the bias is shared by the heads, else 1
+    tiles_m,  # tiles of queries, tiles of keys
+    tiles_n,
+    bias_shape,  # (B or 1, Hq or 1, Sq or 1, Sk or 1)
+    SUM_ROWS: tl.constexpr,
+    SUM_COLS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Which tile of dbias: (part, batch, head, m, n), each of the last four 0 where it is summed.
+    program = tl.program_id(0)
+    own_n = 1 if SUM_COLS else tiles_n
+    own_m = 1 if SUM_ROWS else tiles_m
+    n0, program = program % own_n, program // own_n
+    m0, program = program % own_m, program // own_m
+    head0, program = program % bias_shape[1], program // bias_shape[1]
+    batch0, part = program % bias_shape[0], program // bias_shape[0]
+
+    share = tl.cast(summed, tl.int64)
+    low = (share * part // splits).to(tl.int32)
+    high = (share * (part + 1) // splits).to(tl.int32)
+    if CAUSAL and not SUM_ROWS and not SUM_COLS:
+        high = tl.where(n0 * BLOCK_N < (m0 + 1) * BLOCK_M + diagonal, high, low)  # else unseen
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(low, high):
+        # Which tile of ds: `step` counts the summed dimensions, keys fastest, batch slowest.
+        m, n, rest = m0, n0, step
+        if SUM_COLS:
+            n, rest = rest % tiles_n, rest // tiles_n
+        if SUM_ROWS:
+            m, rest = rest % tiles_m, rest // tiles_m
+        head = head0 + rest % summed_heads
+        batch = batch0 + rest // summed_heads
+        i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+        keys = existing_keys(kv_lengths, batch, seq_k)
+        rows = (batch * heads + head).to(tl.int64) * seq_q
+        kv_head = head // group
+        q_tile = load_tile(matrix(q, batch, head), m * BLOCK_M, seq_q, BLOCK_M, D, BLOCK_D)
+        k_tile = load_tile(matrix(k, batch, kv_head), n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(matrix(v, batch, kv_head), n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)
+        do_tile = load_tile(matrix(dout, batch, head), m * BLOCK_M, seq_q, BLOCK_M, DV, BLOCK_DV)
+        shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
+        delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
+        mask_head = matrix(mask, batch, head) if mask is not None else None
+        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+        bias_head = matrix(bias, batch, head)
+        s = scores(s, mask_head, bias_head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
+        p = weights(s, shift_row[:, None], scale, NATURAL)
+        dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+        acc += p * (dp - delta_row[:, None])
+
+    shape_m, shape_n = bias_shape[2], bias_shape[3]
+    i, j = m0 * BLOCK_M + tl.arange(0, BLOCK_M), n0 * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = parts + (tl.program_id(0) // (own_m * own_n)).to(tl.int64) * shape_m * shape_n
+    if SUM_ROWS:
+        acc = tl.sum(acc, 0, keep_dims=True)
+        i = tl.zeros([1], tl.int32)
+    if SUM_COLS:
+        acc = tl.sum(acc, 1, keep_dims=True)
+        j = tl.zeros([1], tl.int32)
+    inside = (i < shape_m)[:, None] & (j < shape_n)[None, :]
+    tl.store(total + i.to(tl.int64)[:, None] * shape_n + j[None, :], acc, mask=inside)
+
+
+def broadcast_bias_gradient(
+    dbias: Tensor, views: tuple, arguments: dict[str, Any], about: tuple, q: Tensor
+) -> None:
+    """Write the gradient of a bias that has size 1 where the scores do not.
+
+    dbias: fp32, of the bias's four dimensions. views, arguments: what `bias_grad_kernel` shares
+    with the other kernels of the backward; about: what its tile is chosen by, the device first.
+    """
+    batch, heads, seq_q, _ = q.shape
+    seq_k = arguments["seq_k"]
+    of_batch, of_heads, of_rows, of_cols = dbias.shape
+    options = bias_grad_tile(*about)
+    tiles_m = triton.cdiv(seq_q, options.kwargs["BLOCK_M"])
+    tiles_n = triton.cdiv(seq_k, options.kwargs["BLOCK_N"])
+    sum_rows, sum_cols = of_rows < seq_q, of_cols < seq_k
+    owned = of_batch * of_heads * (1 if sum_rows else tiles_m) * (1 if sum_cols else tiles_n)
+    summed_heads = heads if of_heads < heads else 1
+    summed = (batch if of_batch < batch else 1) * summed_heads
+    summed *= (tiles_m if sum_rows else 1) * (tiles_n if sum_cols else 1)
+    # Two programs for each processor; the parts stay small, since they multiply few tiles.
+    splits = min(summed, triton.cdiv(2 * about[0].processors, owned))
+    parts = dbias.new_empty((splits, *dbias.shape))
+    bias_grad_kernel[(splits * owned,)](
+        *views, parts, **arguments, splits=splits, summed=summed, summed_heads=summed_heads,
+        tiles_m=tiles_m, tiles_n=tiles_n, bias_shape=tuple(dbias.shape),
+        SUM_ROWS=sum_rows, SUM_COLS=sum_cols, **options.all_kwargs(),
+    )  # fmt: skip
+    torch.sum(parts, 0, out=dbias)

@@ -1,0 +1,326 @@
+"""Attention backward: dq, dk, dv and, where nothing was broadcast, dbias.
+
+With p = exp(s − lse), recomputed tile by tile, and Δ = rowsum(dout ∘ out) − dlse, one number per
+query:
+
+    ds = p ∘ (dout vᵀ − Δ)     dv = pᵀ dout     dq = scale · ds k     dk = scale · dsᵀ q
+    dbias = ds
+
+(Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) Three kernels, none with
+atomics, so that gradients are bitwise repeatable:
+
+    delta_kernel   Δ
+    dkdv_kernel    one tile of keys of one key head; over the queries of all heads of its group
+    dq_kernel      one tile of queries of one head; over the keys, as in the forward
+
+dkdv works on transposed scores (keys × queries): pᵀ and dsᵀ come out of one product in the layout
+of the next one's first operand, and stay in registers.
+The gradient of a broadcast bias is a sum over programs: attention_bias_grad.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_bias_grad import broadcast_bias_gradient
+from .attention_fwd import (
+    common_arguments,
+    existing_keys,
+    heads_in_l2,
+    hide,
+    key_range,
+    pair_bytes,
+    scores,
+    tuning_key,
+    weights,
+    work_item,
+)
+from .attention_tiles import dkdv_tiles, dq_tiles
+from .common import (
+    LOG2E,
+    Tuner,
+    block_width,
+    broadcast_view,
+    device_of,
+    dot,
+    load_tile,
+    matrix,
+    store_tile,
+    view,
+)
+
+if TYPE_CHECKING:
+    from fusedattn.ops.attention_config import AttentionConfig
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["heads", "seq_q"])
+def delta_kernel(
+    out,  # View (B, Hq, Sq, Dv)
+    dout,  # View (B, Hq, Sq, Dv)
+    lse,  # fp32 (B, Hq, Sq), contiguous
+    dlse,  # View (B, Hq, 1, Sq) of fp32, or None
+    shift,  # fp32 (B, Hq, Sq), contiguous: lse in the units of `weights`
+    delta,  # fp32 (B, Hq, Sq), contiguous: rowsum(dout ∘ out) − dlse
+    heads,
+    seq_q,
+    NATURAL: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    flat = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BLOCK_M
+    batch, head = flat // heads, flat % heads
+    i = first + tl.arange(0, BLOCK_M)
+    inside = i < seq_q
+    o = load_tile(matrix(out, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
+    do = load_tile(matrix(dout, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
+    row = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at = flat.to(tl.int64) * seq_q + i
+    if dlse is not None:
+        of_head = matrix(dlse, batch, head)
+        row -= tl.load(of_head.data + i.to(tl.int64) * of_head.col, mask=inside, other=0.0)
+    # A query that saw nothing has p = exp(−inf − inf) = 0, and no gradient whatever dlse is.
+    seen = tl.load(lse + at, mask=inside, other=0.0)
+    nothing = seen == float("-inf")
+    seen = tl.where(nothing, float("inf"), seen)
+    tl.store(shift + at, seen if NATURAL else seen * LOG2E, mask=inside)
+    tl.store(delta + at, tl.where(nothing, 0.0, row), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
+)
+def dkdv_kernel(
+    q,  # View (B, Hq, Sq, D)
+    k,  # View (B, Hkv, Sk, D)
+    v,  # View (B, Hkv, Sk, Dv)
+    mask,  # View (B, Hq, Sq, Sk) of bool, or None
+    bias,  # View (B, Hq, Sq, Sk), or None
+    kv_lengths,  # int32 (B,), or None
+    dout,  # View (B, Hq, Sq, Dv)
+    shift,  # fp32 (B, Hq, Sq), contiguous
+    delta,  # fp32 (B, Hq, Sq), contiguous
+    dk,  # View (B, Hkv, Sk, D)
+    dv,  # View (B, Hkv, Sk, Dv)
+    scale,
+    heads_total,  # B·Hkv
+    heads,  # Hq
+    group,  # Hq / Hkv
+    seq_q,
+    seq_k,
+    diagonal,  # query i sees keys up to i + diagonal
+    section,  # key heads that are worked on together
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_k, BLOCK_N), heads_total, section, False)
+    batch, kv_head = flat // (heads // group), flat % (heads // group)
+    start = index * BLOCK_N
+    j = start + tl.arange(0, BLOCK_N)
+    keys = existing_keys(kv_lengths, batch, seq_k)
+    # Queries [first, full) see a part of this tile, [full, end) all of it. The tail of the keys is
+    # not masked here: a key is a row, what it gets stays in that row, and the row is dropped.
+    first, full = 0, 0
+    if CAUSAL:
+        first = tl.maximum(start - diagonal, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(start + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
+    end = tl.where(start < keys, seq_q, 0)
+
+    k_tile = load_tile(matrix(k, batch, kv_head), start, keys, BLOCK_N, D, BLOCK_D)
+    v_tile = load_tile(matrix(v, batch, kv_head), start, keys, BLOCK_N, DV, BLOCK_DV)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in tl.range(0, group):
+        head = kv_head * group + member
+        q_head, dout_head = matrix(q, batch, head), matrix(dout, batch, head)
+        mask_head = matrix(mask, batch, head) if mask is not None else None
+        bias_head = matrix(bias, batch, head) if bias is not None else None
+        rows = (batch * heads + head).to(tl.int64) * seq_q
+        for at in tl.range(first, end, BLOCK_M):
+            i = at + tl.arange(0, BLOCK_M)
+            q_tile = load_tile(q_head, at, seq_q, BLOCK_M, D, BLOCK_D)
+            do_tile = load_tile(dout_head, at, seq_q, BLOCK_M, DV, BLOCK_DV)
+            shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
+            delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
+            s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
+            s = scores(s, mask_head, bias_head, i[None, :], j[:, None], seq_q, keys, scale, NATURAL)
+            if CAUSAL:  # noqa: SIM102
+                if at < full:
+                    s = hide(s, i[None, :], j[:, None], keys, diagonal, CAUSAL)
+            p = weights(s, shift_row[None, :], scale, NATURAL)
+            dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+            dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
+            ds = p * (dp - delta_row[None, :])
+            dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+
+    exists = (j < keys)[:, None]
+    dk_tile = tl.where(exists, dk_tile * scale, 0.0)
+    dv_tile = tl.where(exists, dv_tile, 0.0)
+    store_tile(matrix(dk, batch, kv_head), dk_tile, start, seq_k, BLOCK_N, D, BLOCK_D)
+    store_tile(matrix(dv, batch, kv_head), dv_tile, start, seq_k, BLOCK_N, DV, BLOCK_DV)
+
+
+@triton.jit(
+    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
+)
+def dq_kernel(
+    q,  # View (B, Hq, Sq, D)
+    k,  # View (B, Hkv, Sk, D)
+    v,  # View (B, Hkv, Sk, Dv)
+    mask,  # View (B, Hq, Sq, Sk) of bool, or None
+    bias,  # View (B, Hq, Sq, Sk), or None
+    kv_lengths,  # int32 (B,), or None
+    dout,  # View (B, Hq, Sq, Dv)
+    shift,  # fp32 (B, Hq, Sq), contiguous
+    delta,  # fp32 (B, Hq, Sq), contiguous
+    dq,  # View (B, Hq, Sq, D)
+    dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
+    scale,
+    heads_total,  # B·Hq
+    heads,  # Hq
+    group,  # Hq / Hkv
+    seq_q,
+    seq_k,
+    diagonal,  # query i sees keys up to i + diagonal
+    section,  # heads that are worked on together
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
+    batch, head = flat // heads, flat % heads
+    k_head, v_head = matrix(k, batch, head // group), matrix(v, batch, head // group)
+    mask_head = matrix(mask, batch, head) if mask is not None else None
+    bias_head = matrix(bias, batch, head) if bias is not None else None
+    first = index * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    rows = flat.to(tl.int64) * seq_q
+    keys = existing_keys(kv_lengths, batch, seq_k)
+    full, end = key_range(first, keys, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
+
+    q_tile = load_tile(matrix(q, batch, head), first, seq_q, BLOCK_M, D, BLOCK_D)
+    do_tile = load_tile(matrix(dout, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
+    shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
+    delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
+    dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in tl.range(0, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
+        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+        s = scores(s, mask_head, bias_head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        if start >= full:
+            s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
+        p = weights(s, shift_row[:, None], scale, NATURAL)
+        dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+        ds = p * (dp - delta_row[:, None])
+        if dbias is not None:
+            of_head = matrix(dbias, batch, head)
+            at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
+            tl.store(of_head.data + at, ds, mask=(i < seq_q)[:, None] & (j < keys)[None, :])
+        dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+    store_tile(matrix(dq, batch, head), dq_tile * scale, first, seq_q, BLOCK_M, D, BLOCK_D)
+
+
+# --- launcher ------------------------------------------------------------------------------------
+
+
+_dkdv_tuner, _dq_tuner = Tuner(), Tuner()
+
+
+def _row_terms(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, natural: bool
+) -> tuple[Tensor, Tensor]:
+    """The shift of each row's scores and Δ = rowsum(dout ∘ out) − dlse: (B, Hq, Sq), fp32."""
+    heads, seq_q, head_dim_v = out.shape[1:]
+    shift, delta = torch.empty_like(lse), torch.empty_like(lse)
+    rows = 32
+    delta_kernel[(out.shape[0] * heads * triton.cdiv(seq_q, rows),)](
+        view(out), view(dout), lse, None if dlse is None else view(dlse[:, :, None]), shift,
+        delta, heads, seq_q, NATURAL=natural, DV=head_dim_v, BLOCK_DV=block_width(head_dim_v),
+        BLOCK_M=rows, num_warps=4,
+    )  # fmt: skip
+    return shift, delta
+
+
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    config: AttentionConfig,
+) -> None:
+    """Write dq, dk and dv (any strides) and dbias, from what the forward was given and gave.
+
+    dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero). dbias, or None: fp32
+    zeros of the bias's four dimensions.
+    """
+    device = device_of(q)
+    arguments = common_arguments(q, k, v, bias, config)
+    key = tuning_key(q, k, mask, bias, arguments)
+    if dout is None:
+        dout = out.new_zeros(()).expand(out.shape)
+    widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
+    about = (device, q.dtype, widths, pair_bytes(mask, bias))
+    heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
+    group = arguments["group"]
+
+    with torch.cuda.device_of(q):
+        shift, delta = _row_terms(dout, dlse, out, lse, arguments["NATURAL"])
+        views = (
+            view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias), kv_lengths,
+            view(dout), shift, delta,
+        )  # fmt: skip
+
+        def launch_dkdv(options: triton.Config) -> None:
+            section = min(heads_k, heads_in_l2(device, q, dout, 1))
+            dkdv_kernel[(heads_k * triton.cdiv(k.shape[2], options.kwargs["BLOCK_N"]),)](
+                *views, view(dk), view(dv), heads_total=heads_k, section=section, **arguments,
+                **options.all_kwargs(),
+            )  # fmt: skip
+
+        def launch_dq(options: triton.Config) -> None:
+            section = min(heads_q, heads_in_l2(device, k, v, group))
+            dq_kernel[(heads_q * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)](
+                *views, view(dq), view(dbias) if whole else None, heads_total=heads_q,
+                section=section, **arguments, **options.all_kwargs(),
+            )  # fmt: skip
+
+        whole = dbias is not None and dbias.shape == (*q.shape[:3], k.shape[2])
+        launch_dkdv(_dkdv_tuner.pick(key, dkdv_tiles(*about), launch_dkdv))
+        launch_dq(_dq_tuner.pick(key, dq_tiles(*about), launch_dq))
+        if dbias is not None and not whole:
+            broadcast_bias_gradient(dbias, views, arguments, about, q)

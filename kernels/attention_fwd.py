@@ -1,0 +1,284 @@
+r"""Attention forward: out = softmax(scale · qkᵀ + bias) v and lse = log Σ exp(scores).
+
+    q (B, Hq, Sq, D)   k (B, Hkv, Sk, D)   v (B, Hkv, Sk, Dv)   →   out (B, Hq, Sq, Dv)
+    mask, bias: (B, Hq, Sq, Sk), each dimension full or 1        →   lse (B, Hq, Sq), fp32
+
+One program computes BLOCK_M queries of one head. It walks over the keys in tiles of BLOCK_N and
+keeps, per query, the maximum m, the sum l of exp(s − m), and the output of the keys seen so far;
+when m grows, l and the output are scaled by exp(m_old − m_new) (Milakov and Gimelshein 2018; Dao
+et al. 2022). Only tiles on the diagonal or at the end of the keys are masked:
+
+    keys →   0 …… full …… end           the tiles [0, full) are seen whole by every query of the
+    queries  . . . x \ - - -            program, [full, end) in part, the rest not at all
+             . . . x x \ - -
+
+Scores in two units. Without a bias and with scale > 0, m is kept in units of log 2 and scale·log₂e
+is folded into the exponent: exp2(qk·scale·log₂e − m) is one fused multiply-add and one exp2. Else
+scores are natural, exp2((s − m)·log₂e): a bias of finfo.min must not overflow when it is scaled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tiles import forward_tiles
+from .common import (
+    LN2,
+    LOG2E,
+    Device,
+    Tuner,
+    block_width,
+    broadcast_view,
+    bucket,
+    device_of,
+    dot,
+    dot_precision,
+    load_pairs,
+    load_tile,
+    matrix,
+    store_tile,
+    view,
+)
+
+if TYPE_CHECKING:
+    from fusedattn.ops.attention_config import AttentionConfig
+
+# --- shared with the backward --------------------------------------------------------------------
+
+
+@triton.jit
+def existing_keys(kv_lengths, batch, seq_k):
+    """How many keys this batch element has."""
+    keys = seq_k
+    if kv_lengths is not None:
+        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k)
+    return keys
+
+
+@triton.jit
+def key_range(
+    first, keys, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(full, end) for queries first … first + BLOCK_M: see the drawing above."""
+    full = keys
+    end = keys
+    if CAUSAL:
+        full = tl.maximum(tl.minimum(keys, first + diagonal + 1), 0)
+        end = tl.maximum(tl.minimum(keys, first + diagonal + BLOCK_M), 0)
+    return full // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def scores(s, mask, bias, i, j, seq_q, keys, scale, NATURAL: tl.constexpr):
+    """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
+
+    −inf where the mask forbids. If NATURAL the result is the score, else score / scale.
+    """
+    if NATURAL:
+        s = s * scale
+    if bias is not None:
+        s = s + load_pairs(bias, i, j, seq_q, keys).to(tl.float32)
+    if mask is not None:
+        s = tl.where(load_pairs(mask, i, j, seq_q, keys) != 0, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def hide(s, i, j, keys, diagonal, CAUSAL: tl.constexpr):
+    """−inf where key j does not exist or lies after the diagonal of query i."""
+    limit = keys
+    if CAUSAL:
+        limit = tl.minimum(keys, i + diagonal + 1)
+    return tl.where(j < limit, s, float("-inf"))
+
+
+@triton.jit
+def weights(s, shift, scale, NATURAL: tl.constexpr):
+    """exp(score − shift); the shift is natural if NATURAL, else in units of log 2."""
+    if NATURAL:
+        return tl.exp2((s - shift) * LOG2E)
+    return tl.exp2(tl.fma(s, scale * LOG2E, -shift))
+
+
+@triton.jit
+def work_item(program, tiles, heads_total, section, LAST_FIRST: tl.constexpr):
+    """(tile, head): in sections of heads that fit in L2 together, the longest tiles first."""
+    first = program // (section * tiles) * section
+    width = tl.minimum(section, heads_total - first)
+    program -= first * tiles
+    index = program // width
+    if LAST_FIRST:
+        index = tiles - 1 - index
+    return index, first + program % width
+
+
+# --- kernel --------------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
+)
+def forward_kernel(
+    q,  # View (B, Hq, Sq, D)
+    k,  # View (B, Hkv, Sk, D)
+    v,  # View (B, Hkv, Sk, Dv)
+    mask,  # View (B, Hq, Sq, Sk) of bool, or None
+    bias,  # View (B, Hq, Sq, Sk), or None
+    kv_lengths,  # int32 (B,), or None
+    out,  # View (B, Hq, Sq, Dv)
+    lse,  # fp32 (B, Hq, Sq), contiguous
+    scale,
+    heads_total,  # B·Hq
+    heads,  # Hq
+    group,  # Hq / Hkv
+    seq_q,
+    seq_k,
+    diagonal,  # query i sees keys up to i + diagonal
+    section,  # heads that are worked on together
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
+    batch, head = flat // heads, flat % heads
+    k_head, v_head = matrix(k, batch, head // group), matrix(v, batch, head // group)
+    if mask is not None:
+        mask = matrix(mask, batch, head)
+    if bias is not None:
+        bias = matrix(bias, batch, head)
+    first = index * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    keys = existing_keys(kv_lengths, batch, seq_k)
+    full, end = key_range(first, keys, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
+
+    q_tile = load_tile(matrix(q, batch, head), first, seq_q, BLOCK_M, D, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for start in tl.range(0, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
+        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+        s = scores(s, mask, bias, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        if start >= full:
+            s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
+        highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
+        m_new = tl.maximum(m, highest)
+        # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = weights(s, shift[:, None], scale, NATURAL)
+        alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        acc = acc * alpha[:, None]
+        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+        m = m_new
+
+    inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
+    store_tile(
+        matrix(out, batch, head), acc * inverse[:, None], first, seq_q, BLOCK_M, DV, BLOCK_DV
+    )
+    total = m + tl.log2(l) * LN2 if NATURAL else (m + tl.log2(l)) * LN2
+    tl.store(lse + flat.to(tl.int64) * seq_q + i, total, mask=i < seq_q)
+
+
+# --- launcher ------------------------------------------------------------------------------------
+
+
+def common_arguments(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, config: AttentionConfig
+) -> dict[str, Any]:
+    """The kernel arguments, other than tensors and tiles, that forward and backward share."""
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    return {
+        "scale": config.scale,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "seq_q": seq_q,
+        "seq_k": seq_k,
+        "diagonal": seq_k - seq_q if config.causal == 2 else 0,
+        "D": head_dim,
+        "DV": head_dim_v,
+        "BLOCK_D": block_width(head_dim),
+        "BLOCK_DV": block_width(head_dim_v),
+        "CAUSAL": config.causal != 0,
+        "NATURAL": bias is not None or not config.scale > 1e-30,
+        "PRECISION": dot_precision(q),
+    }
+
+
+def tuning_key(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, arguments: dict[str, Any]
+) -> tuple:
+    """What decides which tile is fastest; lengths in buckets."""
+    return (
+        q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
+        arguments["PRECISION"], mask is None, bias is None, bucket(q.shape[2], 8192),
+        bucket(k.shape[2], 8192), bucket(q.shape[0] * q.shape[1], 256), arguments["group"],
+    )  # fmt: skip
+
+
+def pair_bytes(mask: Tensor | None, bias: Tensor | None) -> int:
+    """Bytes that are read for each pair of query and key."""
+    return sum(x.element_size() for x in (mask, bias) if x is not None)
+
+
+def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:
+    """How many heads to work on at once so that what they share, one head of x and y, stays in L2.
+
+    share: how many programs' heads read the same head of x and y.
+    """
+    size = x.shape[2] * (x.shape[3] + y.shape[3]) * x.element_size()
+    return max(1, device.l2 // (2 * size)) * share
+
+
+_tuner = Tuner()
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    config: AttentionConfig,
+) -> None:
+    """Write `out` (B, Hq, Sq, Dv), any strides, and `lse` (B, Hq, Sq), fp32 and contiguous.
+
+    fp16, bf16 and fp32; head dims to 512; any strides; mask and bias with four dimensions, each
+    full or 1. Keys at and after kv_lengths are not read.
+    """
+    device = device_of(q)
+    arguments = common_arguments(q, k, v, bias, config)
+    heads_total = q.shape[0] * q.shape[1]
+    arguments["heads_total"] = heads_total
+    arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
+    views = (
+        view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias), kv_lengths,
+        view(out), lse,
+    )  # fmt: skip
+
+    def launch(options: triton.Config) -> None:
+        grid = (heads_total * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)
+        forward_kernel[grid](*views, **arguments, **options.all_kwargs())
+
+    with torch.cuda.device_of(q):
+        widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
+        found = forward_tiles(device, q.dtype, widths, pair_bytes(mask, bias))
+        launch(_tuner.pick(tuning_key(q, k, mask, bias, arguments), found, launch))

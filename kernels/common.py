@@ -1,0 +1,198 @@
+"""Shared by the kernels: tensors as views, tiles of them, the device, the choice of a launch.
+
+A tensor crosses into a kernel as a `View`, pointer and strides together; `matrix` picks one head
+of it and `load_tile` reads a block of rows. Strides are multiplied in 64 bits: a view of a small
+part of a large buffer passes 2³¹ elements long before its own size does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class View(NamedTuple):
+    """A 4-D tensor as a kernel sees it; `row` is None where all rows are one (broadcast)."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    col: Any
+
+
+class Matrix(NamedTuple):
+    """One head of a `View`: (rows, columns)."""
+
+    data: Any
+    row: Any
+    col: Any
+
+
+def view(x: Tensor) -> View:
+    """A tensor with its strides."""
+    return View(x, *x.stride())
+
+
+def broadcast_view(x: Tensor | None) -> View | None:
+    """A tensor that is broadcast along its dimensions of size 1."""
+    if x is None:
+        return None
+    batch, head, row, col = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+    return View(x, batch, head, None if x.shape[2] == 1 else row, col)
+
+
+# --- device functions ----------------------------------------------------------------------------
+
+
+@triton.jit
+def matrix(x, batch, head):
+    data = x.data + batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
+    return Matrix(data, x.row, x.col)
+
+
+@triton.jit
+def _tile(x, first, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Pointers to rows first … first + BLOCK, and which of them are inside (rows, WIDTH)."""
+    row = tl.arange(0, BLOCK)[:, None]
+    col = tl.arange(0, PADDED)[None, :]
+    start = x.data + tl.cast(first, tl.int64) * x.row
+    inside = row < rows - first
+    if WIDTH < PADDED:
+        inside = inside & (col < WIDTH)
+    return start + row.to(tl.int64) * x.row + col.to(tl.int64) * x.col, inside
+
+
+@triton.jit
+def load_tile(x, first, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """(BLOCK, PADDED) of a matrix (rows, WIDTH), 0 outside it, whatever is stored there."""
+    pointers, inside = _tile(x, first, rows, BLOCK, WIDTH, PADDED)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    x, tile, first, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Write a (BLOCK, PADDED) tile to a matrix (rows, WIDTH), in its dtype."""
+    pointers, inside = _tile(x, first, rows, BLOCK, WIDTH, PADDED)
+    tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_pairs(x, i, j, rows, cols):
+    """x[i, j], 0 outside (rows, cols); one of i and j is a column, the other a row of indices."""
+    offsets = j.to(tl.int64) * x.col
+    inside = j < cols
+    if x.row is not None:
+        offsets = offsets + i.to(tl.int64) * x.row
+        inside = inside & (i < rows)
+    return tl.load(x.data + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32; acc may be None."""
+    if INTERPRETED:
+        # The interpreter stores bf16 as integers and would multiply those.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# --- launching -----------------------------------------------------------------------------------
+
+
+class Device(NamedTuple):
+    """What decides a launch: compute capability × 10, shared memory per block, L2, processors."""
+
+    arch: int
+    shared: int
+    l2: int
+    processors: int
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    arch = 0 if torch.version.hip else found.major * 10 + found.minor
+    return Device(arch, shared, found.L2_cache_size, found.multi_processor_count)
+
+
+def device_of(x: Tensor) -> Device:
+    """The device of a tensor; a small made-up one for CPU tensors, which are interpreted."""
+    if x.is_cuda:
+        return _cuda_device(x.device.index)
+    return Device(arch=0, shared=64 << 10, l2=1 << 20, processors=4)
+
+
+def dot_precision(x: Tensor) -> str:
+    """fp32 products are IEEE unless torch was told otherwise.
+
+    `fp32_precision` also shows what was set through `allow_tf32`, which itself may refuse to be
+    read once the newer setting was used.
+    """
+    wants_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if wants_tf32 and x.dtype == torch.float32 else "ieee"
+
+
+def block_width(width: int) -> int:
+    """The padded extent of a head dim: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def bucket(length: int, most: int) -> int:
+    """Lengths that share a tuning: up to the next power of two, all alike from `most` on."""
+    return min(triton.next_power_of_2(length), most)
+
+
+class Tuner:
+    """Picks a kernel's launch options: the fastest candidate, timed once per key.
+
+    Nothing is timed, and the first candidate (the best guess) taken, when there is only one, under
+    the interpreter, while a CUDA graph is captured, and under deterministic algorithms, where
+    timing noise must not decide the order of a sum. `triton.autotune` would time in all of these,
+    and needs the key among the kernel's own arguments.
+    """
+
+    def __init__(self) -> None:
+        self._fastest: dict[Hashable, triton.Config] = {}
+
+    def pick(
+        self,
+        key: Hashable,
+        candidates: Sequence[triton.Config],
+        launch: Callable[[triton.Config], None],
+    ) -> triton.Config:
+        """The candidate to launch for `key`; `launch` may run often, so it must not accumulate."""
+        if (
+            len(candidates) == 1
+            or INTERPRETED.value
+            or torch.are_deterministic_algorithms_enabled()
+        ):
+            return candidates[0]
+        found = self._fastest.get(key)
+        if found is None:
+            if torch.cuda.is_current_stream_capturing():
+                return candidates[0]
+            found = min(candidates, key=lambda config: _milliseconds(launch, config))
+            self._fastest[key] = found
+        return found
+
+
+def _milliseconds(launch: Callable[[triton.Config], None], config: triton.Config) -> float:
+    try:
+        return triton.testing.do_bench(lambda: launch(config), warmup=10, rep=40)
+    except triton.OutOfResources:
+        return float("inf")

@@ -1,0 +1,300 @@
+"""Attention's Triton kernels, interpreted where there is no GPU, and on it where there is one.
+
+Under the interpreter tiles are 32 queries by 16 keys, so lengths of 33 to 70 already have whole
+tiles, tails and more than one tile on the diagonal.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import compare
+import pytest
+import torch
+from compare import check_attention
+from fusedattn.ops.attention_config import AttentionConfig
+from fusedattn.reference import functional as reference
+from torch import Tensor
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+from fusedattn.kernels import common  # noqa: E402
+from fusedattn.kernels.attention_bwd import attention_backward  # noqa: E402
+from fusedattn.kernels.attention_fwd import attention_forward  # noqa: E402
+
+AttentionCase = functools.partial(compare.AttentionCase, batch=1)
+DEVICE = compare.device_for("triton")
+BF16, FP16 = torch.bfloat16, torch.float16
+
+REGIMES = {
+    "full, tails in both directions": AttentionCase(seq_q=37, seq_k=51),
+    "whole tiles only": AttentionCase(seq_q=64, seq_k=32),
+    "causal": AttentionCase(seq_q=70, causal=True),
+    "causal, bottom-right, Sq < Sk": AttentionCase(seq_q=35, seq_k=70, causal=True),
+    "causal, bottom-right, Sq > Sk: rows that see nothing": AttentionCase(
+        seq_q=70, seq_k=35, causal=True
+    ),
+    "causal, top-left, Sq < Sk": AttentionCase(seq_q=35, seq_k=70, causal="top_left"),
+    "causal, top-left, Sq > Sk": AttentionCase(seq_q=70, seq_k=35, causal="top_left"),
+    "one query": AttentionCase(seq_q=1, seq_k=40, causal=True),
+    "two keys": AttentionCase(seq_q=40, seq_k=2),
+    "grouped heads": AttentionCase(batch=2, heads=4, kv_heads=2, seq_q=33, causal=True),
+    "one key head": AttentionCase(heads=4, kv_heads=1, seq_q=20),
+    "Dv < D": AttentionCase(dim=64, dim_v=24, seq_q=33),
+    "Dv > D": AttentionCase(dim=24, dim_v=80, seq_q=33),
+    "D 1": AttentionCase(dim=1, seq_q=33),
+    "D 72": AttentionCase(dim=72, seq_q=20),
+    "D 130": AttentionCase(dim=130, seq_q=20),
+    "D 512": AttentionCase(heads=1, dim=512, seq_q=20),
+    "bf16, causal": AttentionCase(dtype=BF16, seq_q=70, dim=64, causal=True),
+    "fp16, grouped heads": AttentionCase(dtype=FP16, heads=4, kv_heads=2, seq_q=40, dim=64),
+    "bf16, odd D": AttentionCase(dtype=BF16, dim=24, seq_q=33, causal=True),
+    "mask": AttentionCase(batch=2, seq_q=37, mask=(2, 2, 37, 37)),
+    "mask of keys": AttentionCase(batch=2, seq_q=37, seq_k=50, mask=(2, 1, 1, 50)),
+    "mask of queries": AttentionCase(seq_q=37, seq_k=50, mask=(37, 1)),
+    "mask and causal": AttentionCase(seq_q=37, mask=(37, 37), causal=True),
+    "bf16, mask, bias and causal": AttentionCase(
+        dtype=BF16, seq_q=37, mask=(37, 37), bias=(1, 2, 37, 37), causal=True
+    ),
+    "kv_lengths": AttentionCase(batch=3, seq_q=37, kv_lengths=(0, 17, 37)),
+    "kv_lengths out of range": AttentionCase(batch=2, seq_q=20, kv_lengths=(-3, 99)),
+    "kv_lengths, causal and bias": AttentionCase(
+        batch=2, seq_q=37, kv_lengths=(16, 30), causal=True, bias=(1, 2, 37, 37)
+    ),
+    "scale 0": AttentionCase(seq_q=37, scale=0.0, causal=True),
+    "scale < 0": AttentionCase(seq_q=37, scale=-0.7, causal=True),
+    "scale too small for fp32": AttentionCase(seq_q=20, scale=1e-50, causal=True),
+    "gradient of lse alone": AttentionCase(seq_q=37, grads=("lse",)),
+    "gradients of out and lse": AttentionCase(seq_q=37, grads=("out", "lse"), causal=True),
+}
+
+
+@pytest.mark.parametrize("case", REGIMES.values(), ids=REGIMES)
+def test_regimes(case: compare.AttentionCase) -> None:
+    check_attention(case, "triton")
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["one row", "each row"])
+@pytest.mark.parametrize("cols", [False, True], ids=["one column", "each column"])
+@pytest.mark.parametrize(
+    ("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)], ids=["all", "heads", "batches", "both"]
+)
+def test_bias_gradient(batch: int, heads: int, rows: bool, cols: bool) -> None:
+    shape = (batch, heads, 37 if rows else 1, 21 if cols else 1)
+    case = AttentionCase(batch=2, heads=3, seq_q=37, seq_k=21, bias=shape, causal=True)
+    check_attention(case, "triton")
+
+
+def test_a_bias_in_fp32_on_inputs_in_bf16() -> None:
+    case = AttentionCase(dtype=BF16, seq_q=37, bias=(1, 1, 37, 37), bias_dtype=torch.float32)
+    made = case.inputs(DEVICE)
+    found = compare.fused(made, case, "triton")
+    assert found["dbias"].dtype == torch.float32
+    found["dbias"] = found["dbias"].bfloat16()  # as exact as the scores, which are products of bf16
+    compare.check_results(found, made, case, label=str(case))
+
+
+def launch(
+    made: dict[str, Tensor | None], causal: int = 0, scale: float = 0.2, **outputs: Tensor
+) -> dict[str, Tensor]:
+    """Both launchers, called directly; NaN in every output that is not given."""
+    q, k, v, bias = (made[name] for name in ("q", "k", "v", "bias"))
+    options = {name: made[name] for name in ("mask", "bias", "kv_lengths")}
+    options["config"] = AttentionConfig(causal, scale)
+    found = {
+        "out": q.new_full((*q.shape[:3], v.shape[3]), torch.nan),
+        "lse": q.new_full(q.shape[:3], torch.nan, dtype=torch.float32),
+        "dq": torch.full_like(q, torch.nan),
+        "dk": torch.full_like(k, torch.nan),
+        "dv": torch.full_like(v, torch.nan),
+        "dbias": None if bias is None else torch.zeros_like(bias, dtype=torch.float32),
+    } | outputs
+    attention_forward(q, k, v, found["out"], found["lse"], **options)
+    attention_backward(
+        made["dout"], made["dlse"], q, k, v, found["out"], found["lse"],
+        found["dq"], found["dk"], found["dv"], found["dbias"], **options,
+    )  # fmt: skip
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name, x in want.items():
+        assert torch.equal(got[name], x), name
+
+
+def relayouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values in other memory orders."""
+    wide = x.new_full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan)
+    wide[..., 1::2] = x
+    return {
+        "heads inside": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "head dim outside": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second, offset by one": wide[..., 1::2],
+        "batch inside": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    }
+
+
+@pytest.mark.parametrize("layout", relayouts(torch.zeros(1, 1, 1, 1)))
+def test_layouts_are_read_and_written_in_place(layout: str) -> None:
+    case = AttentionCase(batch=2, seq_q=33, bias=(2, 1, 33, 33), mask=(1, 1, 33, 33))
+    made = case.inputs(DEVICE)
+    want = launch(made, causal=2)
+    moved = {
+        name: x if x is None or x.dim() != 4 or x.dtype == torch.bool else relayouts(x)[layout]
+        for name, x in made.items()
+    }
+    moved["mask"] = made["mask"].mT.contiguous().mT
+    moved["dlse"] = made["dlse"].transpose(1, 2).contiguous().transpose(1, 2)
+    outputs = {
+        name: relayouts(torch.full_like(want[name], torch.nan))[layout]
+        for name in ("out", "dq", "dk", "dv")
+    }
+    assert_equal(launch(moved, causal=2, **outputs), want)
+
+
+def test_expanded_and_absent_gradients() -> None:
+    made = AttentionCase(seq_q=37).inputs(DEVICE)
+    ones = torch.ones((), device=DEVICE)
+    want = launch(made | {"dout": torch.ones_like(made["dout"]), "dlse": None})
+    assert_equal(launch(made | {"dout": ones.expand(made["dout"].shape), "dlse": None}), want)
+    want = launch(made | {"dout": torch.zeros_like(made["dout"])})
+    assert_equal(launch(made | {"dout": None}), want)
+
+
+@pytest.mark.parametrize("causal", [0, 1, 2], ids=["full", "top-left", "bottom-right"])
+def test_what_lies_past_kv_lengths_never_leaks(causal: int) -> None:
+    case = AttentionCase(batch=3, heads=1, seq_q=37, seq_k=50, kv_lengths=(0, 17, 48))
+    made = case.inputs(DEVICE)
+    absent = torch.arange(50, device=DEVICE) >= made["kv_lengths"][:, None]
+    clean, dirty = (
+        made | {name: made[name].masked_fill(absent[:, None, :, None], fill) for name in "kv"}
+        for fill in (0.0, torch.nan)
+    )
+    found = launch(dirty, causal)
+    assert_equal(found, launch(clean, causal))
+    for name in ("dk", "dv"):
+        assert found[name][absent[:, None]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("bias", [None, (1, 1, 37, 37)], ids=["no bias", "bias"])
+def test_a_row_that_sees_nothing(bias: tuple[int, ...] | None) -> None:
+    made = AttentionCase(seq_q=37, mask=(1, 1, 37, 37), bias=bias).inputs(DEVICE)
+    made["mask"][..., 5, :] = False
+    made["dlse"][..., 5] = -torch.inf
+    found = launch(made)
+    assert (found["lse"][:, :, 5] == -torch.inf).all()
+    for name in ("out", "dq"):
+        assert found[name][:, :, 5].count_nonzero() == 0
+    rest = torch.arange(37, device=DEVICE) != 5
+    made["dlse"][..., 5] = 0.0
+    without = {
+        name: x[:, :, rest]
+        if name in ("q", "dout", "dlse", "mask", "bias") and x is not None
+        else x
+        for name, x in made.items()
+    }
+    want = launch(without)
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_nan_query_stays_in_its_row() -> None:
+    made = AttentionCase(seq_q=37, causal=True).inputs(DEVICE)
+    want = launch(made, causal=2)
+    made["q"][:, :, 5, 3] = torch.nan
+    found = launch(made, causal=2)
+    other = torch.arange(37, device=DEVICE) != 5
+    for name in ("out", "lse", "dq"):
+        assert torch.equal(found[name][:, :, other], want[name][:, :, other])
+        assert found[name][:, :, 5].isnan().all()
+
+
+@pytest.mark.parametrize("seq", [31, 32, 33, 48])
+def test_absent_keys_of_the_last_tile_do_not_overflow(seq: int) -> None:
+    """Scores below −88 everywhere: a key past the end, scored 0, would weigh exp(0 − lse) = inf."""
+    made = AttentionCase(seq_q=seq, dim=64, dtype=BF16, mask=(1, 1, seq, seq)).inputs(DEVICE)
+    made["q"][..., 0], made["k"][..., 0] = 1.0, -120.0 * 8.0
+    made["mask"] = made["mask"].new_ones(1, 1, seq, seq).tril()
+    found = launch(made, scale=0.125)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_a_finite_bias_is_added_however_large() -> None:
+    made = AttentionCase(seq_q=37, bias=(1, 1, 37, 37)).inputs(DEVICE)
+    made["bias"][..., 7, :] = torch.finfo(torch.float32).min
+    made["bias"][..., 8, :20] = torch.finfo(torch.float32).min
+    made["bias"][..., 9, :20] = -torch.inf
+    found = launch(made)
+    want, lse = reference.attention(
+        *(made[name].double() for name in "qkv"), bias=made["bias"].double(), scale=0.2
+    )
+    torch.testing.assert_close(found["out"].double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["lse"].double(), lse, rtol=1e-5, atol=1e-5)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize(("seq", "stride"), [(5, 2**29), (34, 2**26)], ids=["in a tile", "tiles"])
+def test_offsets_past_two_billion_elements(seq: int, stride: int) -> None:
+    """Rows so far apart that their offsets pass 2³¹ elements: address space, not memory."""
+    huge = torch.empty(seq * stride, dtype=BF16, device=DEVICE)
+    made = AttentionCase(heads=1, seq_q=seq, dim=64, dtype=BF16).inputs(DEVICE)
+    want = launch(made)
+    for name in ("q", "k", "v", "dout"):
+        far = huge.as_strided((1, 1, seq, 64), (0, 0, stride, 1))
+        assert_equal(launch(made | {name: far.copy_(made[name])}), want)
+
+
+def test_the_fastest_candidate_is_taken_once_per_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    monkeypatch.setattr(common, "INTERPRETED", common.tl.constexpr(False))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(
+        common, "_milliseconds", lambda launch, config: timed.append(config) or config.num_warps
+    )
+    tuner = common.Tuner()
+    slow, fast = (common.triton.Config({}, num_warps=warps) for warps in (8, 4))
+    assert tuner.pick("a", (slow,), launch) is slow
+    assert timed == []
+    for _ in range(2):
+        assert tuner.pick("a", (slow, fast), launch) is fast
+    assert timed == [slow, fast]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuner.pick("a", (slow, fast), launch) is fast
+    assert tuner.pick("b", (slow, fast), launch) is slow
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert tuner.pick("a", (slow, fast), launch) is slow
+    assert timed == [slow, fast]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+def test_every_candidate_on_the_gpu(
+    dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tile alone: timing would hide one that is wrong."""
+    case = AttentionCase(
+        heads=4, kv_heads=2, seq_q=391, seq_k=517, dim=dim, dtype=dtype, causal=True
+    )
+    for choice in range(4):
+        monkeypatch.setattr(
+            common.Tuner, "pick", lambda self, key, found, launch, n=choice: found[n % len(found)]
+        )
+        check_attention(case, "triton")
+
+
+@pytest.mark.gpu
+def test_more_heads_than_a_grid_dimension_has() -> None:
+    case = AttentionCase(batch=70_000, heads=1, seq_q=1, seq_k=2, dim=16, dtype=FP16)
+    check_attention(case, "triton")
+
+
+@pytest.mark.gpu
+def test_gradients_are_bitwise_repeatable() -> None:
+    case = AttentionCase(heads=8, kv_heads=2, seq_q=1000, dim=64, dtype=BF16, bias=(1, 8, 1, 1000))
+    made = case.inputs(DEVICE)
+    want = launch(made)
+    for _ in range(20):
+        assert_equal(launch(made), want)

@@ -1,0 +1,218 @@
+"""The machine code of attention's Triton kernels, compiled ahead of time: no GPU needed.
+
+Run as a script with the name of a target, this file calls the launchers on CPU tensors with a
+driver that only compiles, for every tile that the tuner would try, and prints what `cuobjdump`
+finds as JSON. The tests start one such process per target, outside the interpreter, and read it.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Which tiles spill depends on the compiler: attention_tiles.py was made with this one.
+pytest.importorskip("triton", minversion="3.9")
+
+# Compute capability and shared memory per block.
+TARGETS = {"sm_80": (80, 166_912), "sm_86": (86, 101_376), "sm_90": (90, 232_448)}
+TARGETS["sm_100"] = (100, 232_448)
+
+# name: dtype, head dim, causal, terms of the scores, whether every tile or only the first.
+CASES = {
+    "causal": ("bfloat16", (64, 128), 2, "", True),
+    "full": ("bfloat16", (64, 128), 0, "", False),
+    "mask and bias": ("bfloat16", (64, 128), 2, "mask bias", False),
+    "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
+    "wide": ("bfloat16", (256, 512), 2, "", False),
+    "fp32": ("float32", (64, 128), 2, "", False),
+}
+# The least shared memory: only what must fit.
+SMALL_CASES = {
+    "causal": ("bfloat16", (64, 128), 2, "", True),
+    "wide": ("bfloat16", (256, 512), 2, "", False),
+    "fp32": ("float32", (128, 512), 2, "", False),
+}
+MATRIX_KERNELS = {"forward_kernel", "dkdv_kernel", "dq_kernel"}
+TENSOR_CORE = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+
+
+# --- in the subprocess ---------------------------------------------------------------------------
+
+
+class CompileOnly:
+    """What the JIT asks of a driver before it launches."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def disassemble(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel uses, and how often each instruction stands in it."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-sass", "--dump-resource-usage")
+        )
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout)
+    counts = collections.Counter(each.split(".")[0] for each in found)
+    copies = [each for each in found if each.startswith("LDGSTS")]
+    uses = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    return {
+        "shared": kernel.metadata.shared,
+        "narrow copies": sum(".128" not in each for each in copies),
+        **{name: int(value) for name, value in uses.items()},
+        **{name: counts[name] for name in ("LDL", "STL", *TENSOR_CORE.values())},
+    }
+
+
+def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str, config: type) -> None:
+    """Both launchers on tensors of the case: the kernels are compiled as the JIT would."""
+    from fusedattn.kernels.attention_bwd import attention_backward
+    from fusedattn.kernels.attention_fwd import attention_forward
+
+    seq = 256
+    q, dq, out, dout = (torch.empty(2, 4, seq, dim, dtype=dtype) for _ in range(4))
+    k, v, dk, dv = (torch.empty(2, 2, seq, dim, dtype=dtype) for _ in range(4))
+    lse, dlse = torch.empty(2, 4, seq), torch.empty(2, 4, seq)
+    bias = mask = None
+    if "mask" in terms:
+        mask = torch.empty(2, 1, seq, seq, dtype=torch.bool)
+    if "bias" in terms:
+        bias = torch.empty(2, 4, seq, seq, dtype=dtype)
+    if "shared" in terms:
+        bias = torch.empty(1, 4, seq, seq, dtype=dtype)
+    options = {"mask": mask, "bias": bias, "config": config(causal, 0.1)}
+    options["kv_lengths"] = torch.empty(2, dtype=torch.int32)
+    dbias = None if bias is None else bias.float()
+    attention_forward(q, k, v, out, lse, **options)
+    attention_backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, **options)
+
+
+def compile_target(name: str) -> list[dict[str, Any]]:
+    """Every case for one target: a record for each compiled kernel."""
+    import triton
+    from fusedattn.kernels import attention_bwd, attention_fwd, common
+    from fusedattn.ops.attention_config import AttentionConfig
+    from triton.runtime.driver import driver
+
+    arch, shared = TARGETS[name]
+    driver.set_active(CompileOnly(arch))
+    run = triton.JITFunction.run
+    records = []
+    about = {}
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        tile = [options.get(each) for each in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
+        records.append(about | {"kernel": self.__name__, "tile": tile} | disassemble(kernel))
+
+    def pick(self: Any, key: Any, candidates: Any, launch: Any) -> Any:
+        for each in candidates[1:] if about["every tile"] else ():
+            launch(each)
+        return candidates[0]
+
+    triton.JITFunction.run = only_compile
+    common.Tuner.pick = pick
+    device = common.Device(arch, shared, l2=50 << 20, processors=132)
+    attention_fwd.device_of = attention_bwd.device_of = lambda x: device
+    torch.sum = lambda *args, **options: None  # nothing was computed that could be summed
+    for case, (dtype, dims, causal, terms, every) in (
+        SMALL_CASES if name == "sm_86" else CASES
+    ).items():
+        for dim in dims:
+            about.update({"target": name, "case": case, "dtype": dtype, "dim": dim})
+            about["every tile"] = every
+            compile_case(getattr(torch, dtype), dim, causal, terms, AttentionConfig)
+    return records
+
+
+# --- the tests -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """The records of every target, two compiling at a time."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    waiting, found = list(TARGETS), {}
+    while waiting:
+        pair = [
+            (name, subprocess.Popen([sys.executable, __file__, name], env=environment, text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            for name in (waiting.pop(), waiting.pop())
+        ]  # fmt: skip
+        for name, process in pair:
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            found[name] = json.loads(output)
+    return found
+
+
+def half(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The hot kernels: bf16 at head dims 64 and 128."""
+    return [x for x in records if x["dtype"] == "bfloat16" and x["dim"] <= 128]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+class TestMachineCode:
+    def test_every_kernel_is_there(self, compiled: dict, target: str) -> None:
+        expected = MATRIX_KERNELS | {"delta_kernel"}
+        for case in {x["case"] for x in compiled[target]}:
+            found = {x["kernel"] for x in compiled[target] if x["case"] == case}
+            assert found == expected | ({"bias_grad_kernel"} if case == "shared bias" else set())
+
+    def test_tensor_cores_are_used(self, compiled: dict, target: str) -> None:
+        for record in half(compiled[target]):
+            if record["kernel"] != "delta_kernel":
+                assert record[TENSOR_CORE[target]] > 0, record
+
+    def test_no_registers_spill(self, compiled: dict, target: str) -> None:
+        for record in half(compiled[target]):
+            spilled = {name: record[name] for name in ("STACK", "LOCAL", "LDL", "STL")}
+            assert not any(spilled.values()), record
+
+    def test_shared_memory_fits(self, compiled: dict, target: str) -> None:
+        for record in compiled[target]:
+            assert record["shared"] <= TARGETS[target][1], record
+
+    def test_tiles_are_copied_in_16_bytes(self, compiled: dict, target: str) -> None:
+        for record in half(compiled[target]):
+            if record["case"] in ("causal", "full"):
+                rows = 6 if record["kernel"] == "dkdv_kernel" else 0  # of lse and Δ: 4 bytes each
+                assert record["narrow copies"] <= rows, record
+
+    def test_fp32_is_ieee(self, compiled: dict, target: str) -> None:
+        for record in compiled[target]:
+            if record["dtype"] == "float32":
+                assert not any(record[name] for name in TENSOR_CORE.values()), record
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_target(sys.argv[1])))

@@ -49,8 +49,6 @@ _STYLE = {
     "axes.titleweight": "bold",
     "legend.frameon": False,
 }
-
-
 _RATE_KEYS = ("rate", "rate_p20", "rate_p80")
 
 

@@ -10,8 +10,17 @@ dtype, whose own error says how exact a result in that dtype can be.
 3.  Sums over M rows, accumulated in fp32: 5e-6·√M·max|summand|.
 6.  Finite wherever the reference is finite; the same NaN and the same infinities elsewhere.
 
-The oracle's own rounding is that of fp64, so an fp64 result has no eager to stand beside: it is
-held to a cap alone (and to gradcheck).
+(Rules 4, 5, 7 and 8 are for other ops and other kinds of test: layer norm, `torch.equal`, gradcheck
+and opcheck, `--deterministic`.) Five things are ruled apart:
+
+fp64          The oracle's rounding is of the same size, so no eager stands beside it: a cap alone.
+lse           A statistic in fp32 whatever the inputs are: held to eager in fp32, with a floor for
+              half inputs (`LSE_FLOORS`).
+bias          Its gradient may have another dtype than q. Which eager, factor and cap it is held to
+              is decided by the dtype of q. Where it is a sum, rule 3 holds if both are fp32; else
+              rules 1 and 2, the cap growing with √M.
+eager fails   Where eager overflows, rule 1 says nothing, and the cap alone holds.
+slack         A test may multiply what rule 1 allows, and says why.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_nothing_leaks_from_past_the_lengths(dtype, seq_q, backend):
 
 
 def test_nan_query_reaches_its_own_row_only(backend):
-    """pytorch#101967 asks for a contract; this one is in the design."""
+    """pytorch#101967 asks for a contract; ours is that queries do not meet."""
     q, k, v = torch.randn(3, 2, 2, 70, 16, device=device_for(backend))
     clean = fusedattn.attention(q, k, v, causal=True, backend=backend)
     q = q.clone()

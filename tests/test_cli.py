@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,15 @@ def test_env_json_holds_the_same_findings(capsys):
         assert backend["usable"] == (backend["remedy"] is None)
 
 
+def test_env_into_a_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-W", "ignore", "-m", "fusedattn.cli", "env"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_env_lists_instruction_sets_of_the_native_module(monkeypatch):
     class Native:
         instruction_sets = staticmethod(lambda: ["generic", "avx2"])
@@ -68,7 +78,7 @@ def test_env_says_how_to_get_a_compiler(monkeypatch, without):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     text = environment.as_text(environment.collect())
     assert "no C++ compiler" in text
-    assert "apt install g++" in text
+    assert "apt-get install g++ python3-dev" in text
     assert "nvcc" in text
     assert "not found" in text
 

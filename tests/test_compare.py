@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -128,6 +129,17 @@ def test_bias_gradient_of_the_wrong_size_is_caught(dtype):
     whole = dict(made, bias=made["bias"].expand(2, 4, 40, 56))
     summand = results(whole, case, reference.attention, torch.float64)["dbias"]
     found["dbias"] = (summand.sum((0, 2), keepdim=True) - summand[:1, :, 7:8]).to(dtype)
+    with pytest.raises(AssertionError, match=r"^dbias"):
+        check_results(found, made, case, label="mutant")
+
+
+def test_fp32_bias_gradient_of_half_queries_is_held_to_half():
+    """Rule 2 goes by the dtype of q: rounding to bf16 alone is ten times the cap of fp32."""
+    case = dataclasses.replace(CASE, dtype=torch.bfloat16, bias_dtype=torch.float32)
+    made, found = exact(case)
+    found["dbias"] = found["dbias"].float()
+    check_results(found, made, case, label="oracle, rounded")
+    found["dbias"][0, 1, 20] = 0
     with pytest.raises(AssertionError, match=r"^dbias"):
         check_results(found, made, case, label="mutant")
 

@@ -8,6 +8,7 @@ import warnings
 import fusedattn
 import pytest
 import torch
+from fusedattn import _native
 from fusedattn.ops import _registry
 from fusedattn.ops._registry import Backend, Op, Refusal
 
@@ -90,6 +91,25 @@ def test_fallback_warns_once_per_reason():
         op.choose("auto", 60)
 
 
+def test_fallback_warning_points_at_the_callers_line(monkeypatch):
+    monkeypatch.setattr(_native, "cpu", None)
+    x = torch.zeros(1, 2, 4, 8)
+    layer = fusedattn.nn.MultiheadAttention(8, 2)
+
+    def function():
+        return fusedattn.attention(x, x, x)
+
+    def module():
+        return layer(x[0], x[0], x[0], need_weights=False)
+
+    for call in (function, module):
+        _registry._warned.clear()
+        with pytest.warns(UserWarning, match="attention falls back") as caught:
+            call()
+        line = call.__code__.co_firstlineno + 1
+        assert [(w.filename, w.lineno) for w in caught] == [(__file__, line)]
+
+
 def test_strict_forbids_the_fallback_and_nests():
     op = make(cpu=small, reference=always)
     with fusedattn.strict():
@@ -136,7 +156,7 @@ def test_kernels_are_loaded_on_first_use_and_once():
         loaded.append(1)
         return "kernels"
 
-    op = Op("double", [Backend("cpu", always, load)])
+    op = Op("double", [Backend("cpu", always, load), Backend("reference", always, load)])
     op.choose("auto", 1)
     assert not loaded
     assert op.kernels("cpu") == op.kernels("cpu") == "kernels"

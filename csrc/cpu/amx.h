@@ -36,9 +36,11 @@ struct TileScope {
 
 // 32 × 32 of C (or 16 × 32 where `Tall` is false): four tiles of sums, two of A, two of B, so that
 // each tile loaded is used twice.
-template <int Planes, bool Tall>
+// `tick` is called after every four products.
+template <int Planes, bool Tall, class Tick>
 FUSEDATTN_INLINE void multiply_tiles(int64_t depth, Rows<uint32_t> a, const uint32_t* b,
-                                     int64_t plane_b, float* c, int64_t ldc, bool accumulate) {
+                                     int64_t plane_b, float* c, int64_t ldc, bool accumulate,
+                                     Tick& tick) {
   constexpr int panel_bytes = 32 * 4;
   if (accumulate) {
     _tile_loadd(0, c, ldc * 4);
@@ -67,6 +69,7 @@ FUSEDATTN_INLINE void multiply_tiles(int64_t depth, Rows<uint32_t> a, const uint
         _tile_dpbf16ps(1, 4, 7);
         if (Tall) _tile_dpbf16ps(2, 5, 6);
         if (Tall) _tile_dpbf16ps(3, 5, 7);
+        tick();
       }
     }
   }
@@ -86,6 +89,7 @@ struct Amx {
   static constexpr int depth_step = 32;
   static constexpr int row_step = 16;
   static constexpr int panel = 32;
+  static constexpr bool overlaps = true;
   static constexpr int exp2_degree = Planes == 1 ? 4 : 6;
 
   // The part of x that bf16 holds, rounded towards zero so that it cannot overflow.
@@ -120,6 +124,16 @@ struct Amx {
   // Rows of A and C in whole multiples of 16, columns of 32, k of 32.
   static void multiply(int64_t m, int64_t n, int64_t k, Rows<Unit> a, Panels<Unit> b, float* c,
                        int64_t ldc, bool accumulate) {
+    const auto nothing = [] {};
+    multiply_beside(m, n, k, a, b, c, ldc, accumulate, nothing);
+  }
+
+  // The tile unit works on its own once it is fed: vector instructions of `tick`, called
+  // `ticks(m, n, k)` times, run in its shadow.
+  template <class Tick>
+  FUSEDATTN_INLINE void multiply_beside(int64_t m, int64_t n, int64_t k, Rows<Unit> a,
+                                        Panels<Unit> b, float* c, int64_t ldc, bool accumulate,
+                                        Tick& tick) {
     // The tile intrinsics do not tell the compiler that they touch memory.
     asm volatile("" ::: "memory");
     for (int64_t j = 0; j < n; j += panel) {
@@ -127,12 +141,16 @@ struct Amx {
       int64_t i = 0;
       for (; i + 16 < m; i += 32)
         multiply_tiles<Planes, true>(k / 2, a.from(i), columns, b.plane, c + i * ldc + j, ldc,
-                                     accumulate);
+                                     accumulate, tick);
       if (i < m)
         multiply_tiles<Planes, false>(k / 2, a.from(i), columns, b.plane, c + i * ldc + j, ldc,
-                                      accumulate);
+                                      accumulate, tick);
     }
     asm volatile("" ::: "memory");
+  }
+
+  static int64_t ticks(int64_t m, int64_t n, int64_t k) {
+    return (m + 31) / 32 * ((n + panel - 1) / panel) * (k / 32) * (Planes * (Planes + 1) / 2);
   }
 };
 

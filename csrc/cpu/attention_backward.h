@@ -159,6 +159,13 @@ struct BackwardScratch {
   }
 };
 
+// What the threads that work on one (batch, key head) share.
+template <class E>
+struct BackwardPair {
+  unit_of<E>* packed;
+  stat_of<E>*statistics, *dq;
+};
+
 // What one row of a tile needs to become probabilities and score gradients.
 template <class S>
 struct RowStatistics {
@@ -287,8 +294,8 @@ class BackwardTask {
       for (int64_t k = 0; k < Blocks::strip; k += 2) {
         RowStatistics<S> row[2];
         for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
-        gradient_rows<E>(t.s + k * Blocks::keys, t.dp + k * Blocks::keys, wide,
-                         scores.factor, row, r + k, t);
+        gradient_rows<E>(t.s + k * Blocks::keys, t.dp + k * Blocks::keys, wide, scores.factor, row,
+                         r + k, t);
       }
     }
     E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);
@@ -336,66 +343,69 @@ static bool attention_backward(const AttentionBackward& f) {
   const BackwardOperands<E> x(f);
   const int64_t pairs = f.batch() * f.heads_kv();
   const int threads = threads_for(f);
-  // Heads at a time by memory; then key blocks are split until all threads have work, within the
-  // memory that the partial sums of dq may take.
-  const int64_t head_bytes =
-      x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S));
   const int64_t dq_bytes = x.dq_size() * int64_t(sizeof(S));
-  constexpr int64_t budget = int64_t{24} << 20;
-  const int64_t at_once = smaller(larger(budget / (head_bytes + dq_bytes), 1), pairs);
-  const int64_t wanted = threads == 1 ? 1 : (2 * threads + at_once - 1) / at_once;
-  const int64_t splits =
-      larger(smaller(smaller(wanted, x.blocks_k), budget / (at_once * dq_bytes)), 1);
+  const int64_t pair_bytes =
+      x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S)) + dq_bytes;
+  const bool apart = pairs_apart(pairs, threads, pair_bytes);
+  // Threads that share a pair split its blocks of keys, within the memory of the partial dq.
+  constexpr int64_t most_dq_bytes = int64_t{24} << 20;
+  const int64_t wanted = apart || threads == 1 ? 1 : 2 * threads;
+  const int64_t splits = larger(smaller(smaller(wanted, x.blocks_k), most_dq_bytes / dq_bytes), 1);
 
   Arena count;
-  count.take<Unit>(at_once * x.units());
-  count.take<S>(at_once * x.statistics());
-  count.take<S>(at_once * splits * x.dq_size());
+  const auto take_shared = [&](Arena& arena) {
+    Unit* const packed = arena.take<Unit>(x.units());
+    S* const statistics = arena.take<S>(x.statistics());
+    return BackwardPair<E>{packed, statistics, arena.take<S>(splits * x.dq_size())};
+  };
+  if (!apart) take_shared(count);
   const size_t shared = count.used();
   (void)BackwardScratch<E>(x, count);
+  if (apart) take_shared(count);
   const size_t own = count.used() - shared;
   const Workspace workspace(shared + own * threads);
-  Arena arena(workspace.data());
-  Unit* const packed = arena.take<Unit>(at_once * x.units());
-  S* const statistics = arena.take<S>(at_once * x.statistics());
-  S* const dq = arena.take<S>(at_once * splits * x.dq_size());
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
   {
     [[maybe_unused]] const typename E::Scope scope;
+    Arena common(workspace.data());
     Arena mine(workspace.data() + shared + own * omp_get_thread_num());
     const BackwardScratch<E> scratch(x, mine);
-    for (int64_t first = 0; first < pairs; first += at_once) {
-      const int64_t here = smaller(at_once, pairs - first);
-      const int64_t packs = x.blocks_k + x.group * x.blocks_q;
+    const BackwardPair<E> memory = take_shared(apart ? mine : common);
+    const int64_t packs = x.blocks_k + x.group * x.blocks_q;
+    const auto pack = [&](int64_t pair, int64_t task) {
+      const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
+      if (task < x.blocks_k)
+        return x.template pack_keys<T>(b, h, task, memory.packed, scratch.strip);
+      const int64_t g = (task - x.blocks_k) / x.blocks_q, i = (task - x.blocks_k) % x.blocks_q;
+      return x.template pack_queries<T>(b, h * x.group + g, g, i, memory.packed,
+                                        memory.statistics + g * 2 * f.seq_q(), scratch.strip);
+    };
+    const auto differentiate = [&](int64_t pair, int64_t split) {
+      BackwardTask<E, T>(x, scores, scratch, memory.packed, memory.statistics,
+                         memory.dq + split * x.dq_size(), pair)
+          .run(split, splits);
+    };
+    const auto finish = [&](int64_t pair, int64_t row) {
+      store_dq<E, T>(x, pair, row / f.seq_q(), row % f.seq_q(), memory.dq, splits, x.dq_size());
+    };
+    const int64_t rows = x.group * f.seq_q();
+    if (apart) {
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < here * packs; ++task) {
-        const int64_t local = task / packs, pair = first + local, which = task % packs;
-        const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
-        Unit* base = packed + local * x.units();
-        if (which < x.blocks_k) {
-          good &= x.template pack_keys<T>(b, h, which, base, scratch.strip);
-        } else {
-          const int64_t g = (which - x.blocks_k) / x.blocks_q;
-          good &= x.template pack_queries<T>(
-              b, h * x.group + g, g, (which - x.blocks_k) % x.blocks_q, base,
-              statistics + local * x.statistics() + g * 2 * f.seq_q(), scratch.strip);
-        }
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        for (int64_t task = 0; task < packs; ++task) good &= pack(pair, task);
+        differentiate(pair, 0);
+        for (int64_t row = 0; row < rows; ++row) finish(pair, row);
       }
+    } else {
+      for (int64_t pair = 0; pair < pairs; ++pair) {
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < here * splits; ++task) {
-        const int64_t local = task / splits;
-        BackwardTask<E, T>(x, scores, scratch, packed + local * x.units(),
-                           statistics + local * x.statistics(), dq + task * x.dq_size(),
-                           first + local)
-            .run(task % splits, splits);
-      }
+        for (int64_t task = 0; task < packs; ++task) good &= pack(pair, task);
+#pragma omp for schedule(dynamic)
+        for (int64_t split = 0; split < splits; ++split) differentiate(pair, split);
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < here * x.group * f.seq_q(); ++row) {
-        const int64_t local = row / (x.group * f.seq_q());
-        store_dq<E, T>(x, first + local, row / f.seq_q() % x.group, row % f.seq_q(),
-                       dq + local * splits * x.dq_size(), splits, x.dq_size());
+        for (int64_t row = 0; row < rows; ++row) finish(pair, row);
       }
     }
   }

@@ -103,8 +103,7 @@ class BiasGradTask {
     S* sum = sums + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
     vec<S> total{};
     for (int64_t j = 0; j < seen; j += w) {
-      const vec<S> p =
-          exp2<E::exp2_degree>(load(score + j));
+      const vec<S> p = exp2<E::exp2_degree>(load(score + j));
       const vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
       if (f.dbias.shape[3] == 1) {
         total += ds;

@@ -101,8 +101,9 @@ class Decode {
         multiply_keys(q + r * d, k, seen, s);
         if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j0, seen, s + block);
         S* row = o + r * dv;
-        softmax_row<Fma<S>>(scores, s, seen, round_up(seen, 2 * w), m[r], l[r], row, dv,
-                            {s, block, block}, 0);
+        const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
+        l[r] += probabilities<Fma<S>>(s, seen, round_up(seen, 2 * w), scores.factor, origin,
+                                      {s, block, block}, 0);
         add_values(s, v, seen, row);
       }
     }
@@ -166,8 +167,9 @@ class Decode {
     for (int64_t k = 0; k < splits; ++k) {
       const S* partial = partials + k * stride;
       const S of_split = partial[r];
-      const S factor =
-          of_split == -infinity<S> ? S(1) : exp2<Fma<S>::exp2_degree>(splat((of_split - m) * scores.to_log2))[0];
+      const S factor = of_split == -infinity<S>
+                           ? S(1)
+                           : exp2<Fma<S>::exp2_degree>(splat((of_split - m) * scores.to_log2))[0];
       l += partial[rows + r] * factor;
       const S* row = partial + 2 * rows + r * dv;
       for (int64_t i = 0; i < dv; i += w) {

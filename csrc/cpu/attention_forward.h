@@ -10,15 +10,9 @@
 #pragma once
 
 #include "attention_decode.h"
+#include "attention_strip.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
-
-template <class E>
-struct ForwardBlocks {
-  static constexpr int64_t queries = 96;
-  static constexpr int64_t keys = 256;
-  static constexpr int64_t strip = E::row_step == 1 ? queries : 32;  // rows between the products
-};
 
 // K and V of one (batch, key head), packed: Kᵀ as panels over the keys, V as panels over Dv.
 template <class E>
@@ -54,71 +48,123 @@ struct PackedKeys {
   }
 };
 
-// A thread's buffers.
-template <class E>
-struct ForwardScratch {
-  typedef stat_of<E> S;
-  typedef unit_of<E> Unit;
-  static constexpr int64_t rows = ForwardBlocks<E>::queries, keys = ForwardBlocks<E>::keys;
-  static constexpr bool in_place = sizeof(Unit) == sizeof(S) && E::per_unit == 1;
-  Rows<Unit> q, p;
-  S *s, *o, *m, *l, *row;
-  Unit* strip;
-  int64_t ld_o;
-
-  ForwardScratch(const AttentionForward& f, Arena& arena) {
-    const int64_t units = row_units<E>(f.head_dim());
-    ld_o = panel_columns<E>(f.head_dim_v());
-    q = {arena.take<Unit>(E::planes * rows * units), units, rows * units};
-    s = arena.take<S>(rows * keys);
-    // Probabilities take the scores' place where they are stored alike.
-    Unit* separate = in_place ? nullptr : arena.take<Unit>(E::planes * rows * keys / E::per_unit);
-    p = {in_place ? (Unit*)s : separate, keys / E::per_unit, rows * keys / E::per_unit};
-    o = arena.take<S>(rows * ld_o);
-    m = arena.take<S>(rows);
-    l = arena.take<S>(rows);
-    row = arena.take<S>(keys);
-    strip = arena.take<Unit>(E::planes * units * (vector_bytes / sizeof(Unit)));
-  }
-};
-
-// Queries [i0, i0 + rows) of head h of batch entry b; false where the engine cannot take them.
+// Queries [i0, i0 + rows) of head h of batch entry b, in strips of rows, over blocks of keys.
 template <class E, class T>
-static bool forward_block(const Scores<stat_of<E>>& scores, const PackedKeys<E>& keys,
-                          unit_of<E>* packed, int64_t b, int64_t h, int64_t i0, int64_t rows,
-                          const ForwardScratch<E>& t) {
+class ForwardTask {
   typedef stat_of<E> S;
   typedef ForwardBlocks<E> Blocks;
-  constexpr int w = width<S>;
-  const AttentionForward& f = scores.p;
-  const int64_t n = f.keys(b), end = f.keys_seen(i0 + rows - 1, n);
-  const int64_t padded = round_up(rows, E::row_step), dv = f.head_dim_v();
-  const int64_t depth = round_up(f.head_dim(), E::depth_step);
-  if (!pack_rows<E>(source<T>(f.q, b, h, i0), rows, f.head_dim(), padded, t.q)) return false;
-  for (int64_t i = 0; i < rows; ++i) {
-    t.m[i] = -infinity<S>;
-    t.l[i] = 0;
-  }
-  for (int64_t j0 = 0, block = 0; j0 < end; j0 += keys.block, ++block) {
-    const int64_t columns = smaller(keys.block, end - j0), wide = round_up(columns, 2 * w);
-    E::multiply(padded, wide, depth, t.q, keys.k(packed, block), t.s, keys.block, false);
-    for (int64_t r = 0; r < rows; r += Blocks::strip) {
-      const int64_t strip_end = smaller(r + Blocks::strip, rows);
-      for (int64_t i = r; i < strip_end; ++i) {
-        S* s = t.s + i * keys.block;
-        const int64_t seen = larger(smaller(f.keys_seen(i0 + i, n) - j0, columns), 0);
-        if (scores.rewrite) scores.prepare(s, b, h, i0 + i, j0, seen, t.row);
-        softmax_row<E>(scores, s, seen, wide, t.m[i], t.l[i], t.o + i * t.ld_o,
-                       block > 0 ? t.ld_o : 0, t.p, i);
-      }
-      E::multiply(round_up(strip_end - r, E::row_step), round_up(dv, w), wide, t.p.from(r),
-                  keys.v(packed, block), t.o + r * t.ld_o, t.ld_o, block > 0);
+  const Scores<S>& scores;
+  const AttentionForward& f;
+  const PackedKeys<E>& keys;
+  unit_of<E>* packed;
+  const ForwardScratch<E>& t;
+  const int64_t b, h, i0, rows, n, depth, columns_v;
+
+ public:
+  ForwardTask(const Scores<S>& scores, const PackedKeys<E>& keys, unit_of<E>* packed, int64_t b,
+              int64_t h, int64_t i0, int64_t rows, const ForwardScratch<E>& t)
+      : scores(scores),
+        f(scores.p),
+        keys(keys),
+        packed(packed),
+        t(t),
+        b(b),
+        h(h),
+        i0(i0),
+        rows(rows),
+        n(f.keys(b)),
+        depth(round_up(f.head_dim(), E::depth_step)),
+        columns_v(round_up(f.head_dim_v(), width<S>)) {}
+
+  // False where the engine cannot take the numbers.
+  bool run() {
+    const int64_t padded = round_up(rows, E::row_step);
+    if (!pack_rows<E>(source<T>(f.q, b, h, i0), rows, f.head_dim(), padded, t.q)) return false;
+    for (int64_t i = 0; i < rows; ++i) {
+      t.m[i] = -infinity<S>;
+      t.l[i] = 0;
     }
+    if constexpr (E::overlaps) {
+      overlapped();
+    } else {
+      for (Strip<E> strip = first(); strip.rows > 0; strip = next(strip)) {
+        multiply_scores(strip, [](auto&&... x) { E::multiply(x...); });
+        SoftmaxWork<E> softmax(scores, t, strip, b, h, i0);
+        while (softmax.step()) {
+        }
+        multiply_values(strip, [](auto&&... x) { E::multiply(x...); });
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      write_row<T>(scores, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
+    return true;
   }
-  for (int64_t i = 0; i < rows; ++i)
-    write_row<T>(scores, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
-  return true;
-}
+
+ private:
+  // The softmax of a strip runs in the shadow of the scores of the next and the values of the last.
+  void overlapped() {
+    Strip<E> strip = first(), last{};
+    if (strip.rows > 0) multiply_scores(strip, [](auto&&... x) { E::multiply(x...); });
+    while (strip.rows > 0) {
+      const Strip<E> following = next(strip);
+      // Rows whose sums may shrink must not be summed at the same time.
+      if (last.rows > 0 && last.row == strip.row) {
+        multiply_values(last, [](auto&&... x) { E::multiply(x...); });
+        last.rows = 0;
+      }
+      SoftmaxWork<E> softmax(scores, t, strip, b, h, i0);
+      Pace<SoftmaxWork<E>> pace{softmax, softmax.steps(), 0};
+      const auto count = [&](int64_t m, int64_t columns, int64_t k, auto&&...) {
+        pace.ticks += E::ticks(m, columns, k);
+      };
+      const auto beside = [&](auto&&... x) { E::multiply_beside(x..., pace); };
+      if (following.rows > 0) multiply_scores(following, count);
+      if (last.rows > 0) multiply_values(last, count);
+      if (following.rows > 0) multiply_scores(following, beside);
+      if (last.rows > 0) multiply_values(last, beside);
+      while (softmax.step()) {
+      }
+      last = strip;
+      strip = following;
+    }
+    if (last.rows > 0) multiply_values(last, [](auto&&... x) { E::multiply(x...); });
+  }
+
+  Strip<E> first() const { return next({0, -Blocks::strip, 0, 0, 0, 1}); }
+
+  // The next strip of this block of keys, else the first of the next block; only those that see a
+  // key.
+  Strip<E> next(Strip<E> x) const {
+    const int64_t end = f.keys_seen(i0 + rows - 1, n);
+    while (x.key < end) {
+      x.row += Blocks::strip;
+      if (x.row >= rows) {
+        x.row = 0;
+        x.key += keys.block;
+      }
+      x.rows = smaller(Blocks::strip, rows - x.row);
+      x.columns = smaller(keys.block, f.keys_seen(i0 + x.row + x.rows - 1, n) - x.key);
+      if (x.key < end && x.columns > 0) {
+        x.wide = round_up(x.columns, 2 * width<S>);
+        x.buffer ^= 1;
+        return x;
+      }
+    }
+    return {};
+  }
+
+  template <class Multiply>
+  void multiply_scores(const Strip<E>& x, Multiply multiply) const {
+    multiply(round_up(x.rows, E::row_step), x.wide, depth, t.q.from(x.row),
+             keys.k(packed, x.key / keys.block), t.scores(x), keys.block, false);
+  }
+
+  template <class Multiply>
+  void multiply_values(const Strip<E>& x, Multiply multiply) const {
+    multiply(round_up(x.rows, E::row_step), columns_v, x.wide, t.probabilities(x),
+             keys.v(packed, x.key / keys.block), t.o + x.row * t.ld_o, t.ld_o, x.key > 0);
+  }
+};
 
 template <class E, class T>
 static bool attention_forward(const AttentionForward& f) {
@@ -127,24 +173,25 @@ static bool attention_forward(const AttentionForward& f) {
   const Scores<stat_of<E>> scores(f);
   const PackedKeys<E> keys(f);
   const int64_t pairs = f.batch() * f.heads_kv(), group = f.group();
-  const int64_t blocks_q = (f.seq_q() + Blocks::queries - 1) / Blocks::queries;
   const int threads = threads_for(f);
   if (Decode<T>::takes(f)) {
     Decode<T>(f).run(threads);
     return true;
   }
-  // As many heads at a time as fit the cache, but enough to keep all threads busy.
-  const int64_t fitting = (int64_t{4} << 20) / (keys.units() * int64_t(sizeof(Unit)));
-  const int64_t busy = (4 * threads + group * blocks_q - 1) / (group * blocks_q);
-  const int64_t at_once = smaller(larger(larger(fitting, busy), 1), pairs);
+  // Rows of a task: many, but not so many that threads stay without one.
+  const int64_t share = f.batch() * f.heads() * f.seq_q() / (4 * threads);
+  const int64_t queries = smaller(round_up(larger(share, 1), Blocks::strip), Blocks::queries);
+  const int64_t blocks_q = (f.seq_q() + queries - 1) / queries;
+  const int64_t pair_units = keys.units();
+  const bool apart = pairs_apart(pairs, threads, pair_units * int64_t(sizeof(Unit)));
 
   Arena count;
-  count.take<Unit>(at_once * keys.units());
+  if (!apart) count.take<Unit>(pair_units);
   const size_t shared = count.used();
   (void)ForwardScratch<E>(f, count);
+  if (apart) count.take<Unit>(pair_units);
   const size_t own = count.used() - shared;
   const Workspace workspace(shared + own * threads);
-  Unit* const packed = reinterpret_cast<Unit*>(workspace.data());
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
@@ -152,25 +199,32 @@ static bool attention_forward(const AttentionForward& f) {
     [[maybe_unused]] const typename E::Scope scope;
     Arena arena(workspace.data() + shared + own * omp_get_thread_num());
     const ForwardScratch<E> scratch(f, arena);
-    for (int64_t first = 0; first < pairs; first += at_once) {
-      const int64_t here = smaller(at_once, pairs - first);
+    Unit* const packed =
+        apart ? arena.take<Unit>(pair_units) : reinterpret_cast<Unit*>(workspace.data());
+    const auto pack = [&](int64_t pair, int64_t block) {
+      return keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), block, packed,
+                                   scratch.packing);
+    };
+    // Under a causal mask the last queries have most to do: they start first.
+    const auto attend = [&](int64_t pair, int64_t task) {
+      const int64_t head = pair % f.heads_kv() * group + task / blocks_q;
+      const int64_t i0 = (blocks_q - 1 - task % blocks_q) * queries;
+      return ForwardTask<E, T>(scores, keys, packed, pair / f.heads_kv(), head, i0,
+                               smaller(queries, f.seq_q() - i0), scratch)
+          .run();
+    };
+    if (apart) {
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < here * keys.blocks; ++task) {
-        const int64_t pair = first + task / keys.blocks;
-        good &=
-            keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), task % keys.blocks,
-                                  packed + task / keys.blocks * keys.units(), scratch.strip);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        for (int64_t block = 0; block < keys.blocks; ++block) good &= pack(pair, block);
+        for (int64_t task = 0; task < group * blocks_q; ++task) good &= attend(pair, task);
       }
-      // Under a causal mask the last queries have most to do: they start first.
+    } else {
+      for (int64_t pair = 0; pair < pairs; ++pair) {
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < here * group * blocks_q; ++task) {
-        const int64_t block = blocks_q - 1 - task / (here * group);
-        const int64_t local = task % (here * group) / group, pair = first + local;
-        const int64_t head = pair % f.heads_kv() * group + task % group;
-        const int64_t i0 = block * Blocks::queries;
-        good &=
-            forward_block<E, T>(scores, keys, packed + local * keys.units(), pair / f.heads_kv(),
-                                head, i0, smaller(Blocks::queries, f.seq_q() - i0), scratch);
+        for (int64_t block = 0; block < keys.blocks; ++block) good &= pack(pair, block);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < group * blocks_q; ++task) good &= attend(pair, task);
       }
     }
   }

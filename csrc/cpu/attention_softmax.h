@@ -59,11 +59,12 @@ FUSEDATTN_INLINE stat_of<E> probabilities(const stat_of<E>* s, int64_t n, int64_
   return reduce_add(sum0 + sum1);
 }
 
-// One block of a row: scores in, probabilities out as row i of p; m, l and the n sums of o follow.
+// Take one block of a row into its maximum m; where m rises, l and the n sums of o shrink. Returns
+// what `probabilities` subtracts.
 template <class E>
-FUSEDATTN_INLINE void softmax_row(const Scores<stat_of<E>>& scores, stat_of<E>* s, int64_t seen,
-                                  int64_t wide, stat_of<E>& m, stat_of<E>& l, stat_of<E>* o,
-                                  int64_t n, Rows<unit_of<E>> p, int64_t i) {
+FUSEDATTN_INLINE stat_of<E> raise_maximum(const Scores<stat_of<E>>& scores, stat_of<E>* s,
+                                          int64_t seen, stat_of<E>& m, stat_of<E>& l, stat_of<E>* o,
+                                          int64_t n) {
   typedef stat_of<E> S;
   const S highest = highest_score(s, seen) * scores.factor;
   if (highest > m + S(slack)) {
@@ -72,12 +73,10 @@ FUSEDATTN_INLINE void softmax_row(const Scores<stat_of<E>>& scores, stat_of<E>* 
     l *= carried;
     for (int64_t c = 0; c < n; c += width<S>) store(o + c, load(o + c) * carried);
   }
-  S origin = m == -infinity<S> ? S(0) : m;
-  if (scores.rewrite) {
-    scores.rebase(s, seen, origin);
-    origin = 0;
-  }
-  l += probabilities<E>(s, seen, wide, scores.factor, origin, p, i);
+  const S origin = m == -infinity<S> ? S(0) : m;
+  if (!scores.rewrite) return origin;
+  scores.rebase(s, seen, origin);
+  return 0;
 }
 
 // out = o / l and lse = m + log l; 0 and −inf for a query that saw nothing.

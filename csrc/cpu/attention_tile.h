@@ -33,8 +33,8 @@ static compute_t<T> dot(Source<T> x, Source<T> y, int64_t n) {
 }
 
 // Scores leave the products as raw q·k. Mostly they are read as scale · log2(e) · s, in log2 units.
-// Where there is a mask, a bias or a scale that is not positive, `prepare` rewrites the row first; it
-// is then in natural units, because a bias of −FLT_MAX has no logarithm to base 2 in float.
+// Where there is a mask, a bias or a scale that is not positive, `prepare` rewrites the row first;
+// it is then in natural units, because a bias of −FLT_MAX has no logarithm to base 2 in float.
 template <class S>
 struct Scores {
   const AttentionForward& p;
@@ -103,6 +103,13 @@ FUSEDATTN_INLINE int threads_for(const AttentionForward& f) {
   const double work =
       double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() * (f.head_dim() + f.head_dim_v());
   return work < 1e5 || omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+// Whether each thread takes whole (batch, key head) pairs, packs them for itself and meets the
+// others only at the end; else all threads share the work on one pair after another.
+FUSEDATTN_INLINE bool pairs_apart(int64_t pairs, int threads, int64_t bytes_of_pair) {
+  constexpr int64_t most_bytes = int64_t{48} << 20;
+  return (pairs % threads == 0 || pairs >= 8 * threads) && threads * bytes_of_pair <= most_bytes;
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -27,6 +27,7 @@ struct Bf16Dot {
   static constexpr int row_step = 1;
   static constexpr int vectors = 4;
   static constexpr int panel = vectors * width<float>;
+  static constexpr bool overlaps = false;
   static constexpr int exp2_degree = 4;
 
   FUSEDATTN_INLINE __m512i broadcast(const uint32_t* a) { return _mm512_set1_epi32(int(*a)); }

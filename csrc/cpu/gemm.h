@@ -56,6 +56,7 @@ struct Fma {
   static constexpr int row_step = 1;    // m likewise
   static constexpr int vectors = vector_registers == 32 ? 4 : 2;
   static constexpr int panel = vectors * width<S>;
+  static constexpr bool overlaps = false;  // multiplies on units that vectors leave free
   static constexpr int exp2_degree = 6;
 
   FUSEDATTN_INLINE vec<S> broadcast(const S* a) { return splat(*a); }

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch  # noqa: F401
 
-REMEDY = "reinstall fusedattn where a C++20 compiler is found (`fusedattn env` says more)"
+REMEDY = (
+    "install GCC and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: "
+    "dnf install gcc-c++ python3-devel), then repeat the installation of fusedattn with "
+    "--no-cache-dir --force-reinstall --no-deps"
+)
 
 cpu: Any = None
 cpu_error: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _env(arguments: argparse.Namespace) -> int:
     found = environment.collect()
-    print(json.dumps(found, indent=1) if arguments.json else environment.as_text(found))
+    try:
+        print(json.dumps(found, indent=1) if arguments.json else environment.as_text(found))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        # Python flushes once more on its way out: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -8,6 +8,7 @@ falling back to the reference warns once per reason, or raises inside `strict()`
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,9 @@ class Backend(NamedTuple):
     refuse: Callable[[Any, bool], Refusal | None]
     kernels: Callable[[], Any]
 
+
+# A module's forward is called by torch's frames, which are as little the user's as our own.
+_LIBRARIES = ("fusedattn", "torch")
 
 _strict = threading.local()
 _warned: set[tuple[str, ...]] = set()
@@ -131,5 +135,14 @@ class Op:
             _warned.add(key)
             reasons = "; ".join(f"{name}: {refusal.reason}" for name, refusal in refused)
             warnings.warn(
-                f"fusedattn.{self.name} falls back to the slow reference ({reasons})", stacklevel=4
+                f"fusedattn.{self.name} falls back to the slow reference ({reasons})",
+                stacklevel=_stacklevel_of_the_caller(),
             )
+
+
+def _stacklevel_of_the_caller() -> int:
+    """Which frame, counted from the caller of this, is the nearest one that is not a library's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -154,8 +154,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · qkᵀ + bias) v over the keys that each query may attend to.
 
-    Fused and differentiable to any order, in O(Sq + Sk) memory. Tensors may have any strides and
-    are read in place: a (B, S, H, D) tensor is passed as its `.transpose(1, 2)`.
+    Fused, in O(Sq + Sk) memory, and differentiable. Second derivatives, forward mode and
+    `torch.func` transforms run the reference's formula, which stores all scores. Tensors may have
+    any strides and are read in place: a (B, S, H, D) tensor is passed as its `.transpose(1, 2)`.
 
     Args:
         q: queries (B, Hq, Sq, D), float16, bfloat16, float32 or float64.

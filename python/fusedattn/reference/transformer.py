@@ -30,17 +30,14 @@ from . import functional
 PAD, BEGIN, END, MASK = 256, 257, 258, 259
 VOCABULARY = 260
 
+Activation = Callable[[Tensor], Tensor]
+
 
 # --- the pluggable ops ---------------------------------------------------------------------------
 
 
 def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    kv_lengths: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kv_lengths: Tensor | None = None
 ) -> Tensor:
     """softmax(q kᵀ / √D) v as plain PyTorch spells it, building the whole (Sq, Sk) matrix."""
     seen = functional.visible_keys(q, k, causal=causal, kv_lengths=kv_lengths)
@@ -106,19 +103,6 @@ class TransformerConfig:
             )
 
 
-@dataclass(frozen=True)
-class Style:
-    """What distinguishes the layers of the three models."""
-
-    norm_first: bool
-    activation: Callable[[Tensor], Tensor]
-
-
-ORIGINAL = Style(norm_first=False, activation=F.relu)
-BERT = Style(norm_first=False, activation=F.gelu)
-GPT = Style(norm_first=True, activation=F.gelu)
-
-
 class LayerNorm(nn.LayerNorm):
     def __init__(self, width: int, ops: Ops) -> None:
         super().__init__(width)
@@ -147,7 +131,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: TransformerConfig, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, config: TransformerConfig, activation: Activation) -> None:
         super().__init__()
         self.activation = activation
         self.up = nn.Linear(config.width, config.feed_forward)
@@ -158,21 +142,21 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention if `cross`, feed-forward; each on its residual link."""
+    """Self-attention, cross-attention if `cross`, feed-forward; each on its residual link.
+
+    x (B, S, W), memory (B, Sk, W) → (B, S, W); `norm_first` norms what a layer reads (pre-norm),
+    else the sum it makes (post-norm).
+    """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        ops: Ops,
-        style: Style,
-        causal: bool = False,
-        cross: bool = False,
-    ) -> None:
+        self, config: TransformerConfig, ops: Ops, activation: Activation, *,
+        norm_first: bool = False, causal: bool = False, cross: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.norm_first = style.norm_first
+        self.norm_first = norm_first
         self.attention = Attention(config, ops, causal)
         self.cross = Attention(config, ops) if cross else None
-        self.feed_forward = FeedForward(config, style.activation)
+        self.feed_forward = FeedForward(config, activation)
         self.norms = nn.ModuleList(LayerNorm(config.width, ops) for _ in range(2 + cross))
         self.dropout = nn.Dropout(config.dropout)
 
@@ -182,20 +166,17 @@ class Block(nn.Module):
         return norm(x + self.dropout(layer(x)))
 
     def forward(
-        self,
-        x: Tensor,
-        lengths: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_lengths: Tensor | None = None,
-    ) -> Tensor:
+        self, x: Tensor, lengths: Tensor | None = None,
+        memory: Tensor | None = None, memory_lengths: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         x = self.residual(x, self.norms[0], lambda y: self.attention(y, y, lengths))
         if (cross := self.cross) is not None:
             x = self.residual(x, self.norms[2], lambda y: cross(y, memory, memory_lengths))
         return self.residual(x, self.norms[1], self.feed_forward)
 
 
-class LearnedPositions(nn.Module):
-    """Token plus position plus, for `segments` > 0, segment embeddings."""
+class Embeddings(nn.Module):
+    """Token plus learned position plus, for `segments` > 0, segment: (B, S) → (B, S, W)."""
 
     def __init__(self, config: TransformerConfig, segments: int = 0) -> None:
         super().__init__()
@@ -237,10 +218,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
-        self.embedding = LearnedPositions(config)
+        self.embedding = Embeddings(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config, ops, GPT, causal=True) for _ in range(config.layers)
+            Block(config, ops, F.gelu, norm_first=True, causal=True) for _ in range(config.layers)
         )
         self.norm = LayerNorm(config.width, ops)
         self.apply(initialise)
@@ -265,10 +246,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
-        self.embedding = LearnedPositions(config, segments=2)
+        self.embedding = Embeddings(config, segments=2)
         self.norm = LayerNorm(config.width, ops)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, ops, BERT) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, ops, F.gelu) for _ in range(config.layers))
         self.token_head = nn.Sequential(
             nn.Linear(config.width, config.width), nn.GELU(), LayerNorm(config.width, ops)
         )
@@ -292,13 +273,9 @@ class Encoder(nn.Module):
         return F.linear(self.token_head(features), self.embedding.tokens.weight, self.token_bias)
 
     def loss(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        is_next: Tensor,
-        segments: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, targets: Tensor, is_next: Tensor,
+        segments: Tensor | None = None, lengths: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Masked-token plus next-sentence loss.
 
         targets (B, S) holds the true token where one is to be guessed and PAD elsewhere; is_next
@@ -319,9 +296,9 @@ class EncoderDecoder(nn.Module):
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         layers = range(config.layers)
-        self.encoder = nn.ModuleList(Block(config, ops, ORIGINAL) for _ in layers)
+        self.encoder = nn.ModuleList(Block(config, ops, F.relu) for _ in layers)
         self.decoder = nn.ModuleList(
-            Block(config, ops, ORIGINAL, causal=True, cross=True) for _ in layers
+            Block(config, ops, F.relu, causal=True, cross=True) for _ in layers
         )
         self.apply(initialise)
 

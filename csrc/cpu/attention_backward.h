@@ -18,9 +18,10 @@ namespace fusedattn::FUSEDATTN_ISA {
 // Sizes of a tile; `strip` queries are scored at a time, so that their scores stay in L1.
 template <class E>
 struct BackwardBlocks {
-  static constexpr int64_t queries = 192;
-  static constexpr int64_t keys = 256;
-  static constexpr int64_t strip = 32;
+  static constexpr int64_t queries = E::row_step == 1 ? 96 : 64;
+  static constexpr int64_t keys = E::row_step == 1 ? 128 : 256;
+  static constexpr int64_t strip = E::row_step == 1 ? 96 : 32;
+  static constexpr int64_t padding = 32;  // rows are padded to whole squares of a transpose
 };
 
 // The operands of one (batch, key head) and its group of query heads, packed block by block.
@@ -66,8 +67,8 @@ struct BackwardOperands {
   // Units, and Δ and lse, of everything that one (batch, key head) needs.
   int64_t units() const { return group * blocks_q * head_units + blocks_k * block_units; }
   int64_t statistics() const { return 2 * group * f.seq_q(); }
-  // Products write whole strips of rows: each head's dq has room for them.
-  int64_t dq_rows() const { return round_up(f.seq_q(), Blocks::strip); }
+  // Products write padded rows: each head's dq has room for them.
+  int64_t dq_rows() const { return round_up(f.seq_q(), Blocks::padding); }
   int64_t dq_size() const { return group * dq_rows() * wide_d; }
 
   Unit* queries(Unit* base, int64_t g, int64_t i) const {
@@ -119,7 +120,7 @@ struct BackwardOperands {
     const int64_t rows = smaller(f.seq_q() - first, Blocks::queries);
     const int64_t given = f.dout ? rows : 0;
     Unit* at = queries(base, g, i);
-    const int64_t padded = round_up(rows, Blocks::strip);
+    const int64_t padded = round_up(rows, Blocks::padding);
     const Source<T> from = source<T>(f.q, b, h, first), dout = source<T>(f.dout, b, h, first);
     pack_rows_transposed<E>(from, rows, d, padded, qt(at), scratch);
     pack_rows_transposed<E>(dout, given, dv, padded, ot(at), scratch);
@@ -280,7 +281,7 @@ class BackwardTask {
     constexpr int w = width<S>;
     const int64_t i0 = i * Blocks::queries, rows = smaller(Blocks::queries, f.seq_q() - i0);
     const int64_t last = smaller(f.keys_seen(i0 + rows - 1, j0 + columns) - j0, columns);
-    const int64_t wide = round_up(last, 2 * w), padded = round_up(rows, Blocks::strip);
+    const int64_t wide = round_up(last, 2 * w), padded = round_up(rows, Blocks::padding);
     Unit* queries = x.queries(packed, g, i);
     Unit* keys = x.keys(packed, j);
     const int64_t deep = round_up(x.d, E::depth_step), deep_v = round_up(x.dv, E::depth_step);
@@ -291,7 +292,7 @@ class BackwardTask {
                   false);
       E::multiply(multiplied, wide, deep_v, x.o(queries).from(r), x.vt(keys), t.dp, Blocks::keys,
                   false);
-      for (int64_t k = 0; k < Blocks::strip; k += 2) {
+      for (int64_t k = 0; k < smaller(Blocks::strip, padded - r); k += 2) {
         RowStatistics<S> row[2];
         for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
         gradient_rows<E>(t.s + k * Blocks::keys, t.dp + k * Blocks::keys, wide, scores.factor, row,

@@ -13,6 +13,12 @@ namespace {
 
 const dlpack::ExchangeApi* exchange = nullptr;
 
+// Lets other Python threads run meanwhile; pybind11's own does more than these calls need.
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
 DType dtype_of(const dlpack::Type& type) {
   switch (type.code << 8 | type.bits) {
     case dlpack::type_float << 8 | 16:
@@ -54,9 +60,10 @@ TensorView broadcast_view(py::handle tensor) {
   return result;
 }
 
+// `config` is AttentionConfig of fusedattn/ops/attention_config.py.
 void read_inputs(AttentionForward& params, py::handle q, py::handle k, py::handle v,
                  py::handle mask, py::handle bias, py::handle kv_lengths, py::handle out,
-                 py::handle lse, int causal, double scale) {
+                 py::handle lse, const py::tuple& config) {
   params.q = view(q);
   params.k = view(k);
   params.v = view(v);
@@ -65,31 +72,31 @@ void read_inputs(AttentionForward& params, py::handle q, py::handle k, py::handl
   params.kv_lengths = view(kv_lengths);
   params.out = view(out);
   params.lse = view(lse);
-  params.options.causal = Causal(causal);
-  params.options.scale = scale;
+  params.options.causal = Causal(config[0].cast<int>());
+  params.options.scale = config[1].cast<double>();
 }
 
 void forward(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
-             py::handle kv_lengths, py::handle out, py::handle lse, int causal, double scale) {
+             py::handle kv_lengths, py::handle out, py::handle lse, const py::tuple& config) {
   AttentionForward params;
-  read_inputs(params, q, k, v, mask, bias, kv_lengths, out, lse, causal, scale);
-  const py::gil_scoped_release release;
+  read_inputs(params, q, k, v, mask, bias, kv_lengths, out, lse, config);
+  const WithoutGil release;
   attention_forward(params);
 }
 
 void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v,
-              py::handle mask, py::handle bias, py::handle kv_lengths, py::handle out,
-              py::handle lse, py::handle dq, py::handle dk, py::handle dv, py::handle dbias,
-              int causal, double scale) {
+              py::handle out, py::handle lse, py::handle dq, py::handle dk, py::handle dv,
+              py::handle dbias, py::handle mask, py::handle bias, py::handle kv_lengths,
+              const py::tuple& config) {
   AttentionBackward params;
-  read_inputs(params, q, k, v, mask, bias, kv_lengths, out, lse, causal, scale);
+  read_inputs(params, q, k, v, mask, bias, kv_lengths, out, lse, config);
   params.dout = view(dout);
   params.dlse = view(dlse);
   params.dq = view(dq);
   params.dk = view(dk);
   params.dv = view(dv);
   params.dbias = broadcast_view(dbias);
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   attention_backward(params);
 }
 

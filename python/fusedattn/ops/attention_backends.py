@@ -48,19 +48,7 @@ def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 
 def _cpu_kernels() -> Any:
     native = _native.cpu
-
-    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):
-        native.attention_forward(
-            q, k, v, mask, bias, kv_lengths, out, lse, config.causal, config.scale
-        )
-
-    def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config):
-        native.attention_backward(
-            dout, dlse, q, k, v, mask, bias, kv_lengths, out, lse, dq, dk, dv, dbias,
-            config.causal, config.scale,
-        )  # fmt: skip
-
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=native.attention_forward, backward=native.attention_backward)
 
 
 # --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------

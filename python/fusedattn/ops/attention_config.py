@@ -98,6 +98,28 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
         TypeError: not tensors, not floating point, or of different dtypes.
         ValueError: wrong rank, shapes that do not fit together, or different devices.
     """
+    try:
+        batch, heads, _, head_dim = q.shape
+        batch_k, heads_kv, seq_k, head_dim_k = k.shape
+        batch_v, heads_v, seq_v, head_dim_v = v.shape
+        fits = (
+            q.dtype is k.dtype is v.dtype
+            and q.dtype in DTYPES
+            and q.device == k.device == v.device
+            and batch == batch_k == batch_v
+            and heads_v == heads_kv
+            and seq_v == seq_k
+            and head_dim == head_dim_k != 0 != head_dim_v
+            and (heads == heads_kv or (heads_kv != 0 and heads % heads_kv == 0))
+        )
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_misfit(q, k, v)
+
+
+def _explain_misfit(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise the error that says what does not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"attention: got {name} of type {type(x).__name__}, expected a Tensor")

@@ -41,18 +41,23 @@ _library.define(
 def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out laid out in memory as (B, Sq, Hq, Dv), so that merging the heads is a view; and lse."""
     batch, heads, seq, _ = q.shape
-    dim, dtype, device = v.shape[3], q.dtype, q.device
-    strides = (seq * heads * dim, dim, heads * dim, 1)
-    out = torch.empty_strided((batch, heads, seq, dim), strides, dtype=dtype, device=device)
-    lse_dtype = dtype if dtype is torch.float64 else torch.float32
-    return out, torch.empty((batch, heads, seq), dtype=lse_dtype, device=device)
+    dim = v.shape[3]
+    out = q.new_empty_strided((batch, heads, seq, dim), (seq * heads * dim, dim, heads * dim, 1))
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return out, q.new_empty((batch, heads, seq), dtype=torch.float32)
+    return out, q.new_empty((batch, heads, seq))
 
 
 def _empty_gradients(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dbias = None if bias is None else bias.new_empty(bias.shape)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+
+
+def _present(q: Tensor, grads: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients as a library op returns them: an unwanted one is empty."""
+    return (*grads[:3], q.new_empty(0) if grads[3] is None else grads[3])
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -64,13 +69,13 @@ def _backward_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     kv_lengths: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, bias_grad: bool, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_gradients(q, k, v, bias if bias_grad else None)
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _present(q, _empty_gradients(q, k, v, bias if bias_grad else None))
 
 
 def _run_forward(q, k, v, mask, bias, kv_lengths, config, backend) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(q, v)
-    if out.numel() == 0 or k.shape[2] == 0:
+    if out.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     op.kernels(backend).forward(q, k, v, mask, bias, kv_lengths, out, lse, config)
     return out, lse
@@ -78,16 +83,16 @@ def _run_forward(q, k, v, mask, bias, kv_lengths, config, backend) -> tuple[Tens
 
 def _run_backward(
     dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     grads = _empty_gradients(q, k, v, bias if bias_grad else None)
     if lse.numel() == 0 or k.numel() == 0:
         for x in grads:
-            x.zero_()
+            if x is not None:
+                x.zero_()
         return grads
     op.kernels(backend).backward(
-        dout, dlse, q, k, v, out, lse, *grads[:3], grads[3] if bias_grad else None,
-        mask, bias, kv_lengths, config,
-    )  # fmt: skip
+        dout, dlse, q, k, v, out, lse, *grads, mask, bias, kv_lengths, config
+    )
     return grads
 
 
@@ -104,11 +109,12 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     kv_lengths: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, bias_grad: bool, backend: str, *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     config = AttentionConfig(*options)
-    return _run_backward(
+    grads = _run_backward(
         dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
     )
+    return _present(q, grads)
 
 
 class _Undifferentiable(torch.autograd.Function):

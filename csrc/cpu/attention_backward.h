@@ -18,9 +18,9 @@ namespace fusedattn::FUSEDATTN_ISA {
 // Sizes of a tile; `strip` queries are scored at a time, so that their scores stay in L1.
 template <class E>
 struct BackwardBlocks {
-  static constexpr int64_t queries = E::row_step == 1 ? 96 : 64;
-  static constexpr int64_t keys = E::row_step == 1 ? 128 : 256;
-  static constexpr int64_t strip = E::row_step == 1 ? 96 : 32;
+  static constexpr int64_t queries = E::overlaps ? 64 : 96;
+  static constexpr int64_t keys = E::overlaps ? 256 : 128;
+  static constexpr int64_t strip = E::overlaps ? 32 : 96;
   static constexpr int64_t padding = 32;  // rows are padded to whole squares of a transpose
 };
 

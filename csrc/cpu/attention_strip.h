@@ -9,9 +9,9 @@ namespace fusedattn::FUSEDATTN_ISA {
 // from beyond its own cache, it reads once for all of them.
 template <class E>
 struct ForwardBlocks {
-  static constexpr int64_t strip = E::row_step == 1 ? 192 : 64;
-  static constexpr int64_t queries = E::row_step == 1 ? 384 : 256;
-  static constexpr int64_t keys = E::row_step == 1 ? 128 : 256;
+  static constexpr int64_t strip = E::overlaps ? 64 : 192;
+  static constexpr int64_t queries = E::overlaps ? 256 : 384;
+  static constexpr int64_t keys = E::overlaps ? 256 : 128;
 };
 
 template <class E>

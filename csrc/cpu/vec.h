@@ -30,7 +30,11 @@ constexpr int vector_bytes = 32;
 constexpr int vector_registers = 16;
 #else
 constexpr int vector_bytes = 16;
+#if defined(__aarch64__)
+constexpr int vector_registers = 32;
+#else
 constexpr int vector_registers = 16;
+#endif
 #endif
 
 struct f16 {

@@ -1,4 +1,4 @@
-// Attention's parameters, shared by every native backend. Shapes as in design: q (B, Hq, Sq, D),
+// Attention's parameters, shared by every native backend. Shapes: q (B, Hq, Sq, D),
 // k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
 #pragma once
 

@@ -144,6 +144,22 @@ def _below_autograd(raw: Any) -> Any:
     return kernel
 
 
+def _autocast_forward(device: str) -> Any:
+    """q, k and v take autocast's dtype; a bias keeps its own, and float64 stays as it is."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return torch.ops.fusedattn.attention_fwd(q, k, v, *rest)
+
+    return kernel
+
+
+for _device in ("cpu", "cuda"):
+    _library.impl("attention_fwd", _autocast_forward(_device), f"Autocast{_device.upper()}")
+
 for _name, _kernel, _fake in (
     ("attention_fwd", _forward, _forward_fake),
     ("attention_bwd", _backward, _backward_fake),

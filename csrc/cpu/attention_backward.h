@@ -350,7 +350,7 @@ static bool attention_backward(const AttentionBackward& f) {
   const bool apart = pairs_apart(pairs, threads, pair_bytes);
   // Threads that share a pair split its blocks of keys, within the memory of the partial dq.
   constexpr int64_t most_dq_bytes = int64_t{24} << 20;
-  const int64_t wanted = apart || threads == 1 ? 1 : 2 * threads;
+  const int64_t wanted = apart ? 1 : threads;
   const int64_t splits = larger(smaller(smaller(wanted, x.blocks_k), most_dq_bytes / dq_bytes), 1);
 
   Arena count;

@@ -81,14 +81,13 @@ std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
 
 // Runs the kernel of the best allowed set that takes the call.
 template <class Params>
-void run(const Params& params, bool (*(AttentionKernels::*kernels)[float_dtypes])(const Params&)) {
+void run(const Params& params, AttentionKernel<Params> (AttentionKernels::*kernels)[float_dtypes]) {
   const auto& sets = available();
   const int chosen = limit.load(std::memory_order_relaxed);
   for (int i = chosen < 0 ? int(sets.size()) - 1 : chosen; i >= 0; --i) {
-    const AttentionKernels& set = sets[i].attention;
-    const auto kernel = (set.*kernels)[int(params.q.dtype)];
-    if (kernel == nullptr || params.seq_q() * params.seq_k() < set.least_scores) continue;
-    if (kernel(params)) return;
+    const auto& kernel = (sets[i].attention.*kernels)[int(params.q.dtype)];
+    if (kernel.run == nullptr || params.seq_q() * params.seq_k() < kernel.least_scores) continue;
+    if (kernel.run(params)) return;
   }
   throw std::logic_error("no attention kernel for this dtype");
 }

@@ -16,15 +16,19 @@ size_t kept_bytes = 0;
 }  // namespace
 
 Workspace::Workspace(size_t bytes) : data_(nullptr), bytes_(bytes) {
+  char* too_small = nullptr;
   {
     const std::lock_guard<std::mutex> lock(guard);
     if (kept_bytes >= bytes) {
       data_ = kept;
       bytes_ = kept_bytes;
-      kept = nullptr;
-      kept_bytes = 0;
+    } else {
+      too_small = kept;
     }
+    kept = nullptr;
+    kept_bytes = 0;
   }
+  std::free(too_small);
   if (data_ == nullptr) {
     // 2 MiB alignment lets the kernel back it with huge pages.
     constexpr size_t huge = size_t{2} << 20;

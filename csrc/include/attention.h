@@ -68,12 +68,18 @@ struct AttentionBackward : AttentionForward {
   TensorView dbias;  // the shape of bias; may be absent
 };
 
-// One entry per dtype of q. Where it is absent, returns false or Sq·Sk is below `least_scores`, a
-// simpler instruction set serves.
-struct AttentionKernels {
-  bool (*forward[float_dtypes])(const AttentionForward&) = {};
-  bool (*backward[float_dtypes])(const AttentionBackward&) = {};
+// A kernel returns false for numbers that it cannot take. Below `least_scores`, Sq·Sk, a simpler
+// instruction set is faster.
+template <class Params>
+struct AttentionKernel {
+  bool (*run)(const Params&) = nullptr;
   int64_t least_scores = 0;
+};
+
+// One entry per dtype of q. Where it is absent or does not take the call, a simpler set serves.
+struct AttentionKernels {
+  AttentionKernel<AttentionForward> forward[float_dtypes];
+  AttentionKernel<AttentionBackward> backward[float_dtypes];
 };
 
 }  // namespace fusedattn

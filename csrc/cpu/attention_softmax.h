@@ -67,7 +67,9 @@ FUSEDATTN_INLINE stat_of<E> raise_maximum(const Scores<stat_of<E>>& scores, stat
                                           int64_t n) {
   typedef stat_of<E> S;
   const S highest = highest_score(s, seen) * scores.factor;
-  if (highest > m + S(slack)) {
+  if (m == -infinity<S>) {
+    m = highest > m ? highest : m;  // nothing has been summed yet
+  } else if (highest > m + S(slack)) {
     const S carried = exp2<E::exp2_degree>(splat((m - highest) * scores.to_log2))[0];
     m = highest;
     l *= carried;
@@ -78,6 +80,9 @@ FUSEDATTN_INLINE stat_of<E> raise_maximum(const Scores<stat_of<E>>& scores, stat
   scores.rebase(s, seen, origin);
   return 0;
 }
+
+FUSEDATTN_INLINE float logarithm(float x) { return __builtin_logf(x); }
+FUSEDATTN_INLINE double logarithm(double x) { return __builtin_log(x); }
 
 // out = o / l and lse = m + log l; 0 and −inf for a query that saw nothing.
 template <class T>
@@ -93,7 +98,7 @@ static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, 
     lse = -infinity<S>;
   } else {
     store_row(out, stride, dv, o, S(1) / l);
-    lse = S(ln2 * scores.to_log2 * m + __builtin_log(double(l)));
+    lse = S(ln2) * scores.to_log2 * m + logarithm(l);
   }
 }
 

@@ -64,16 +64,21 @@ FUSEDATTN_INLINE int64_t panel_columns(int64_t n) {
   return round_up(n, E::panel);
 }
 
-template <class E, class S>
-FUSEDATTN_INLINE bool multipliable(const S* row, int64_t n) {
-  if constexpr (E::planes == 1) return true;
-  ints<S> infinite{};
-  for (int64_t j = 0; j < n; j += width<S>) {
-    const vec<S> x = load(row + j);
-    infinite |= (x == infinity<S>) | (x == -infinity<S>);
+// Watches rows for infinities, for the engines that cannot take them.
+template <class E>
+struct InfinityWatch {
+  typedef stat_of<E> S;
+  ints<S> seen{};
+
+  FUSEDATTN_MEMBER void look(const S* row, int64_t n) {
+    if constexpr (E::planes > 1)
+      for (int64_t j = 0; j < n; j += width<S>) {
+        const vec<S> x = load(row + j);
+        seen |= (x == infinity<S>) | (x == -infinity<S>);
+      }
   }
-  return !any(infinite);
-}
+  FUSEDATTN_MEMBER bool clear() const { return E::planes == 1 || !any(seen); }
+};
 
 // A[i][k] = src[i][k]; rows up to `padded` and columns up to row_units(columns) are zero.
 template <class E, class T>
@@ -82,17 +87,17 @@ static bool pack_rows(Source<T> src, int64_t rows, int64_t columns, int64_t padd
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   alignas(64) S row[chunk];
-  bool good = true;
+  InfinityWatch<E> watch;
   for (int64_t c = 0; c < columns; c += chunk) {
     const int64_t n = smaller(columns - c, chunk), wide = round_up(n, 2 * w);
     for (int64_t i = 0; i < padded; ++i) {
       load_row(src.at(i, c), src.column, i < rows ? n : 0, row, wide);
-      good &= multipliable<E>(row, wide);
+      watch.look(row, wide);
       for (int64_t j = 0; j < wide; j += 2 * w)
         E::put_along(dst, i, c + j, load(row + j), load(row + j + w));
     }
   }
-  return good;
+  return watch.clear();
 }
 
 // B[k][n] = src[k][n]; rows up to `padded` (even) and columns up to panel_columns(columns) are
@@ -103,18 +108,19 @@ static bool pack_panels(Source<T> src, int64_t rows, int64_t columns, int64_t pa
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   alignas(64) S even[chunk], odd[chunk];
-  bool good = true;
+  InfinityWatch<E> watch;
   for (int64_t c = 0; c < columns; c += chunk) {
     const int64_t n = smaller(columns - c, chunk), wide = panel_columns<E>(n);
     for (int64_t k = 0; k < padded; k += 2) {
       load_row(src.at(k, c), src.column, k < rows ? n : 0, even, wide);
       load_row(src.at(k + 1, c), src.column, k + 1 < rows ? n : 0, odd, wide);
-      good &= multipliable<E>(even, wide) && multipliable<E>(odd, wide);
+      watch.look(even, wide);
+      watch.look(odd, wide);
       for (int64_t j = 0; j < wide; j += w)
         E::put_across(dst, k, c + j, load(even + j), load(odd + j));
     }
   }
-  return good;
+  return watch.clear();
 }
 
 // B[k][n] = src[n][k]: the rows of src become columns. `scratch` holds one vector's width of rows.

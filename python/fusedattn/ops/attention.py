@@ -22,6 +22,11 @@ from ..reference import functional as reference
 from .attention_config import AttentionCall, configure, validate, validate_extras
 from .attention_library import call_backward, call_forward, op
 
+# Looked up once: what follows runs on every call.
+_autocast_anywhere = torch._C._is_any_autocast_enabled
+_transforms = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+
 
 def _formula(q, k, v, mask, bias, kv_lengths, config) -> tuple[Tensor, Tensor]:
     """The reference, differentiable to any order; half precision computes in float32."""
@@ -118,15 +123,15 @@ class _AttentionBackward(torch.autograd.Function):
 def _prepare(
     q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
 ) -> AttentionCall:
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
+    if _autocast_anywhere() and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
         if bias is not None and bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
     validate(q, k, v)
     # Dynamo traces through a cached function, but warns about it.
-    checked = configure.__wrapped__ if torch.compiler.is_compiling() else configure
-    config = checked(q.shape[3], causal, scale, window, softcap, dropout_p)
+    checked = configure.__wrapped__ if _is_compiling() else configure
+    config = checked(q.size(3), causal, scale, window, softcap, dropout_p)
     if mask is not None or bias is not None or kv_lengths is not None:
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config)
@@ -195,16 +200,16 @@ def attention(
     chosen = op.choose(backend, call)
     q, k, v, mask, bias, kv_lengths = call[:6]
     config = call.config
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _transforms() or forward_ad._current_level >= 0:
         # vmap, torch.func and forward mode batch and differentiate the formula itself.
         out, lse = _formula(q, k, v, mask, bias, kv_lengths, config)
         result = out.to(q.dtype), lse
-    elif torch.is_grad_enabled() and (
+    elif (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
         or (bias is not None and bias.requires_grad)
-    ):
+    ) and torch.is_grad_enabled():
         # One tensor passed twice would break the graph under torch.compile.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is call.k else v

@@ -199,14 +199,20 @@ def _register_flops() -> None:
                 mode.counter.flop_registry.setdefault(op_of_ours, counter.flop_registry[op_of_ours])
 
 
+# Looked up once: what follows runs on every call.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiled = torch.autograd._profiler_enabled
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway."""
     return (
-        not torch.compiler.is_compiling()
+        not _is_compiling()
         and type(q) is type(k) is type(v) is Tensor
         and not q.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.autograd._profiler_enabled()
+        and _dispatch_modes() == 0
+        and not _profiled()
     )
 
 

@@ -179,6 +179,13 @@ def test_explain():
         op.explain("tpu", 5)
 
 
+def test_explaining_does_not_use_up_the_warning():
+    op = make(cpu=small, reference=always)
+    op.explain("auto", 50)
+    with pytest.warns(UserWarning, match="50 is above 10"):
+        op.choose("auto", 50)
+
+
 def test_attention_explains_itself():
     q, k, v = torch.zeros(3, 1, 2, 4, 8)
     lines = fusedattn.explain(q, k, v).splitlines()

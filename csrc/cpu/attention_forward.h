@@ -1,12 +1,14 @@
 // Attention's forward pass on packed operands, any engine.
 //
-// K and V of a (batch, head) are packed once, block by block, and read by all its queries and, with
-// grouped queries, by all heads of the group. Each task takes `block_q` queries through the blocks
-// of keys that they see with a running maximum m and sum l (in log2 units):
+// K and V of a (batch, key head) are packed once, block by block, and read by all its queries and,
+// with grouped queries, by all heads of the group. A task takes some queries through the blocks of
+// keys that they see with a running maximum m and sum l:
 //
-//     s = q kᵀ          m' = max(m, max s)        p = 2^(s − m')
-//     l = l·2^(m − m') + Σ p        o = o·2^(m − m') + p v        out = o / l,  lse = ln 2·(m +
-//     log2 l)
+//     s = q kᵀ              m' = max(m, max s)        p = exp(s − m')
+//     l = l·exp(m − m') + Σ p        o = o·exp(m − m') + p v
+//     out = o / l           lse = m + log l
+//
+// (Milakov and Gimelshein 2018), with exponentials to base 2 where the scores are in log2 units.
 #pragma once
 
 #include "attention_decode.h"

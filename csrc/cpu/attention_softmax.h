@@ -1,7 +1,7 @@
 // Online softmax, row by row: a running maximum m, in the units of `Scores`, and a running sum l.
 //
 // A maximum that rises by less than `slack` is left as it is: p then reaches 2^slack at most, and
-// what was summed before needs no rescaling (Shah et al., FlashAttention-4, 2025).
+// what was summed before needs no rescaling (as in FlashAttention-4).
 #pragma once
 
 #include "attention_tile.h"

@@ -85,6 +85,12 @@ class Op:
             ValueError: `requested` is neither "auto" nor the name of a backend.
             UnsupportedError: the backend asked for refuses, or all do.
         """
+        chosen = self._pick(requested, call)
+        if requested == "auto" and chosen == self._order[-1].name:
+            self._note_fallback(call)
+        return chosen
+
+    def _pick(self, requested: str, call: Any) -> str:
         if requested != "auto":
             if requested not in self.backends:
                 names = ", ".join(repr(name) for name in ("auto", *self.backends))
@@ -97,17 +103,13 @@ class Op:
             return requested
         for backend in self._order:
             if backend.refuse(call, False) is None:
-                if backend is self._order[-1]:
-                    self._note_fallback(call)
                 return backend.name
         raise UnsupportedError(f"{self.name}: no backend takes this call\n" + self._table(call))
 
     def explain(self, requested: str, call: Any) -> str:
         """The backend that would run, and why each of the others would not."""
         try:
-            with warnings.catch_warnings(), strict(False):
-                warnings.simplefilter("ignore")
-                chosen = self.choose(requested, call)
+            chosen = self._pick(requested, call)
         except UnsupportedError as error:
             return str(error)
         return f"{self.name}: {chosen}\n" + self._table(call, requested)

@@ -14,7 +14,7 @@ template <class T>
 class Decode {
   typedef compute_t<T> S;
   static constexpr int w = width<S>;
-  static constexpr int64_t block = 64;         // keys at a time
+  static constexpr int64_t block = 512;        // keys at a time: K and V in turn, in long runs
   static constexpr int64_t most_queries = 8;   // per key head
   static constexpr int64_t least_split = 256;  // keys worth a task of their own
   static constexpr int held = 8;               // vectors of an output row kept in registers
@@ -81,7 +81,7 @@ class Decode {
   // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
   void stream(int64_t pair, int64_t split, S* q, S* s, S* partial) const {
     const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv(), n = f.keys(b);
-    const int64_t each = round_up((n + splits - 1) / splits, block);
+    const int64_t each = round_up((n + splits - 1) / splits, w);
     const int64_t first = split * each, end = smaller(n, first + each);
     S *m = partial, *l = partial + rows, *o = partial + 2 * rows;
     memset(o, 0, rows * dv * sizeof(S));

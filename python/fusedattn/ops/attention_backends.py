@@ -101,8 +101,11 @@ def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 
 def _reference_kernels() -> Any:
     def wide(x: Any) -> Any:
-        """Half precision computes in float32, as the kernels do."""
-        return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+        """Half precision computes in float32, as the kernels do. BLAS picks its method by strides,
+        so a contiguous copy keeps them out of the result."""
+        if x is None:
+            return None
+        return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).contiguous()
 
     def options(mask, bias, kv_lengths, config: AttentionConfig) -> dict[str, Any]:
         return {

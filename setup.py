@@ -45,9 +45,10 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 
-# csrc/cpu/isa_<name>.cpp gets the flags of its row. A compiler that does not know them (an older
-# one, or one for another processor) leaves the file out. Every other source learns what is there
-# from -DFUSEDATTN_HAS_<NAME>=1.
+# csrc/cpu/isa_<name>.cpp gets the flags of its row; sources in csrc/cpu/rowwise are compiled for
+# each row but those of TILES_ONLY, in the namespace that -DFUSEDATTN_ISA=<name> gives. A compiler
+# that does not know the flags (an older one, or one for another processor) leaves the set out.
+# Every other source learns what is there from -DFUSEDATTN_HAS_<NAME>=1.
 ISA_FLAGS = {
     "generic": [],
     "avx2": AVX2,
@@ -55,6 +56,7 @@ ISA_FLAGS = {
     "avx512_bf16": AVX512_BF16,
     "amx": AMX,
 }
+TILES_ONLY = {"amx"}
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -125,9 +127,12 @@ def plan(compiler: list[str], ext: Extension, folder: Path) -> list[Unit]:
     import pybind11
 
     isa_files: dict[str, Path] = {}
+    rowwise: list[Path] = []
     other_files: list[Path] = []
     for source in map(Path, ext.sources):
-        if not source.stem.startswith("isa_"):
+        if source.parent.name == "rowwise":
+            rowwise.append(source)
+        elif not source.stem.startswith("isa_"):
             other_files.append(source)
         elif (isa := source.stem.removeprefix("isa_")) not in ISA_FLAGS:
             raise SetupError(f"{source}: setup.py has no row {isa!r} in ISA_FLAGS")
@@ -140,19 +145,18 @@ def plan(compiler: list[str], ext: Extension, folder: Path) -> list[Unit]:
     common = [*COMPILE_FLAGS, *(f"-I{path}" for path in ext.include_dirs)]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     present = [f"-DFUSEDATTN_HAS_{isa.upper()}=1" for isa in isa_files]
-    # Of an inline function compiled several times the linker keeps the first copy, so the files
-    # that every processor can run come first and the most demanding one comes last.
-    return [
-        *(
-            Unit(path, folder / f"{path.stem}.o", [*common, *present, *python])
-            for path in other_files
-        ),
-        *(
-            Unit(isa_files[isa], folder / f"isa_{isa}.o", [*common, *flags])
-            for isa, flags in ISA_FLAGS.items()
-            if isa in isa_files
-        ),
+    units = [
+        Unit(path, folder / f"{path.stem}.o", [*common, *present, *python]) for path in other_files
     ]
+    # Of an inline function compiled several times the linker keeps the first copy, so the files
+    # that every processor can run come first and the most demanding ones come last.
+    for isa in (isa for isa in ISA_FLAGS if isa in isa_files):
+        flags = [*common, *ISA_FLAGS[isa]]
+        units.append(Unit(isa_files[isa], folder / f"isa_{isa}.o", flags))
+        if isa not in TILES_ONLY:
+            named = [*flags, f"-DFUSEDATTN_ISA={isa}"]
+            units += (Unit(path, folder / f"{path.stem}_{isa}.o", named) for path in rowwise)
+    return units
 
 
 def write_ninja_file(path: Path, compiler: list[str], units: list[Unit], module: Path) -> None:
@@ -239,7 +243,7 @@ class NinjaBuild(build_ext):
 
 def native_modules() -> list[Extension]:
     """The native modules that can be built here: _cpu. A CUDA module would join this list."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp"))
     reason = why_not_native(find_compiler()) if sources else "csrc/cpu holds no sources"
     if reason:
         print(
@@ -250,7 +254,7 @@ def native_modules() -> list[Extension]:
             file=sys.stderr,
         )
         return []
-    return [Extension("fusedattn._cpu", sources, include_dirs=["csrc/include", "csrc/cpu"])]
+    return [Extension("fusedattn._cpu", sources, include_dirs=["csrc", "csrc/include", "csrc/cpu"])]
 
 
 FOLDERS = {"": "python", "fusedattn.kernels": "kernels", "fusedattn.benchmarks": "benchmarks"}

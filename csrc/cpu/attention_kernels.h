@@ -17,8 +17,8 @@ static bool attention_gradients(const AttentionBackward& f) {
 template <class E, class T>
 static void add(AttentionKernels& kernels, DType dtype, int64_t least_forward = 0,
                 int64_t least_backward = 0) {
-  kernels.forward[int(dtype)] = {attention_forward<E, T>, least_forward};
-  kernels.backward[int(dtype)] = {attention_gradients<E, T>, least_backward};
+  kernel_for<AttentionForward>(kernels, dtype) = {attention_forward<E, T>, least_forward};
+  kernel_for<AttentionBackward>(kernels, dtype) = {attention_gradients<E, T>, least_backward};
 }
 
 static inline AttentionKernels fma_kernels() {

@@ -1,7 +1,6 @@
 #include "dispatch.h"
 
 #include <atomic>
-#include <stdexcept>
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -9,6 +8,18 @@
 #endif
 
 namespace fusedattn {
+
+#define FUSEDATTN_DECLARE_ROWWISE(isa)    \
+  namespace isa {                         \
+  NormKernels norm_kernels();             \
+  SoftmaxKernels softmax_kernels();       \
+  RotaryKernels rotary_kernels();         \
+  SinusoidalKernels sinusoidal_kernels(); \
+  }
+FUSEDATTN_DECLARE_ROWWISE(generic)
+FUSEDATTN_DECLARE_ROWWISE(avx2)
+FUSEDATTN_DECLARE_ROWWISE(avx512)
+FUSEDATTN_DECLARE_ROWWISE(avx512_bf16)
 
 AttentionKernels attention_kernels_generic();
 AttentionKernels attention_kernels_avx2();
@@ -52,56 +63,51 @@ bool has_amx() {
 }
 #endif
 
-struct InstructionSet {
-  const char* name;
-  AttentionKernels attention;
-};
+// All ops of the set `isa`.
+#define FUSEDATTN_KERNELS(isa)                                                                     \
+  Kernels {                                                                                        \
+    attention_kernels_##isa(), isa::norm_kernels(), isa::softmax_kernels(), isa::rotary_kernels(), \
+        isa::sinusoidal_kernels()                                                                  \
+  }
 
-const std::vector<InstructionSet>& available() {
+std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
+
+}  // namespace
+
+const std::vector<InstructionSet>& available_sets() {
   static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> found = {{"generic", attention_kernels_generic()}};
+    std::vector<InstructionSet> found = {{"generic", FUSEDATTN_KERNELS(generic)}};
 #if FUSEDATTN_HAS_AVX2
-    if (has_avx2()) found.push_back({"avx2", attention_kernels_avx2()});
+    if (has_avx2()) found.push_back({"avx2", FUSEDATTN_KERNELS(avx2)});
 #endif
 #if FUSEDATTN_HAS_AVX512
-    if (has_avx512()) found.push_back({"avx512", attention_kernels_avx512()});
+    if (has_avx512()) found.push_back({"avx512", FUSEDATTN_KERNELS(avx512)});
 #endif
 #if FUSEDATTN_HAS_AVX512_BF16
-    if (has_avx512_bf16()) found.push_back({"avx512_bf16", attention_kernels_avx512_bf16()});
+    if (has_avx512_bf16()) found.push_back({"avx512_bf16", FUSEDATTN_KERNELS(avx512_bf16)});
 #endif
 #if FUSEDATTN_HAS_AMX
-    if (has_amx()) found.push_back({"amx", attention_kernels_amx()});
+    // Tiles multiply; the row-wise ops are those of the set below.
+    if (has_amx()) found.push_back({"amx", {attention_kernels_amx(), {}, {}, {}, {}}});
 #endif
     return found;
   }();
   return sets;
 }
 
-std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
-
-// Runs the kernel of the best allowed set that takes the call.
-template <class Params>
-void run(const Params& params, AttentionKernel<Params> (AttentionKernels::*kernels)[float_dtypes]) {
-  const auto& sets = available();
+int best_set() {
   const int chosen = limit.load(std::memory_order_relaxed);
-  for (int i = chosen < 0 ? int(sets.size()) - 1 : chosen; i >= 0; --i) {
-    const auto& kernel = (sets[i].attention.*kernels)[int(params.q.dtype)];
-    if (kernel.run == nullptr || params.seq_q() * params.seq_k() < kernel.least_scores) continue;
-    if (kernel.run(params)) return;
-  }
-  throw std::logic_error("no attention kernel for this dtype");
+  return chosen < 0 ? int(available_sets().size()) - 1 : chosen;
 }
-
-}  // namespace
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const auto& set : available()) names.emplace_back(set.name);
+  for (const auto& set : available_sets()) names.emplace_back(set.name);
   return names;
 }
 
 void select_instruction_set(const std::string& name) {
-  const auto& sets = available();
+  const auto& sets = available_sets();
   if (name == "auto") {
     limit = -1;
     return;
@@ -115,12 +121,6 @@ void select_instruction_set(const std::string& name) {
   std::string known = "auto";
   for (const auto& set : sets) known += std::string(", ") + set.name;
   throw std::invalid_argument("got instruction set '" + name + "', expected one of " + known);
-}
-
-void attention_forward(const AttentionForward& params) { run(params, &AttentionKernels::forward); }
-
-void attention_backward(const AttentionBackward& params) {
-  run(params, &AttentionKernels::backward);
 }
 
 }  // namespace fusedattn

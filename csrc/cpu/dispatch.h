@@ -1,21 +1,54 @@
 // Which instruction sets this processor has, and the kernels of the best one.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention.h"
+#include "norm.h"
+#include "rotary.h"
+#include "sinusoidal.h"
+#include "softmax.h"
 
 namespace fusedattn {
 
-// Names of the instruction sets that are compiled in and usable here, simplest first.
+// What one instruction set serves; what it leaves empty, a simpler one does.
+struct Kernels : AttentionKernels, NormKernels, SoftmaxKernels, RotaryKernels, SinusoidalKernels {
+  using AttentionKernels::of;
+  using NormKernels::of;
+  using RotaryKernels::of;
+  using SinusoidalKernels::of;
+  using SoftmaxKernels::of;
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels kernels;
+};
+
+// The sets that are compiled in and usable on this processor, simplest first.
+const std::vector<InstructionSet>& available_sets();
+
+// Index of the best set in use.
+int best_set();
+
 std::vector<std::string> instruction_sets();
 
 // Use kernels of `name` and, for what it does not cover, of simpler sets; "auto" takes the best.
 // Throws std::invalid_argument for a name that is not in instruction_sets().
 void select_instruction_set(const std::string& name);
 
-void attention_forward(const AttentionForward& params);
-void attention_backward(const AttentionBackward& params);
+// Runs the kernel of the best set in use that takes the call.
+template <class Params>
+void run(const Params& params) {
+  const auto& sets = available_sets();
+  for (int i = best_set(); i >= 0; --i) {
+    const Kernel<Params>& kernel = sets[i].kernels.of(params);
+    if (kernel.run == nullptr || params.work() < kernel.least_work) continue;
+    if (kernel.run(params)) return;
+  }
+  throw std::logic_error("no kernel for this dtype");
+}
 
 }  // namespace fusedattn

@@ -2,7 +2,7 @@
 // k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
 #pragma once
 
-#include "tensor_view.h"
+#include "kernel_table.h"
 
 namespace fusedattn {
 
@@ -26,6 +26,8 @@ struct AttentionForward {
   TensorView out, lse;
   AttentionOptions options;
 
+  FUSEDATTN_MEMBER DType dtype() const { return q.dtype; }
+  FUSEDATTN_MEMBER int64_t work() const { return seq_q() * seq_k(); }
   FUSEDATTN_MEMBER int64_t batch() const { return q.shape[0]; }
   FUSEDATTN_MEMBER int64_t heads() const { return q.shape[1]; }
   FUSEDATTN_MEMBER int64_t heads_kv() const { return k.shape[1]; }
@@ -68,18 +70,6 @@ struct AttentionBackward : AttentionForward {
   TensorView dbias;  // the shape of bias; may be absent
 };
 
-// A kernel returns false for numbers that it cannot take. Below `least_scores`, Sq·Sk, a simpler
-// instruction set is faster.
-template <class Params>
-struct AttentionKernel {
-  bool (*run)(const Params&) = nullptr;
-  int64_t least_scores = 0;
-};
-
-// One entry per dtype of q. Where it is absent or does not take the call, a simpler set serves.
-struct AttentionKernels {
-  AttentionKernel<AttentionForward> forward[float_dtypes];
-  AttentionKernel<AttentionBackward> backward[float_dtypes];
-};
+using AttentionKernels = KernelTable<AttentionForward, AttentionBackward>;
 
 }  // namespace fusedattn

@@ -9,9 +9,12 @@
 
 namespace fusedattn {
 
-enum class DType : int { f16, bf16, f32, f64, boolean, i32 };
+enum class DType : int { f16, bf16, f32, f64, boolean, i32, i64 };
 
-constexpr int float_dtypes = 4;  // the first four are what q, k and v may be
+constexpr int float_dtypes = 4;  // the first four are what ops compute in
+
+// A CUDA stream as an integer; 0 on a CPU.
+using Stream = uintptr_t;
 
 // Up to four dimensions; strides in elements, 0 where the tensor is broadcast.
 struct TensorView {
@@ -19,6 +22,7 @@ struct TensorView {
   int64_t shape[4] = {1, 1, 1, 1};
   int64_t stride[4] = {0, 0, 0, 0};
   DType dtype = DType::f32;
+  int32_t device = 0;  // which GPU; 0 on a CPU
 
   FUSEDATTN_MEMBER explicit operator bool() const { return data != nullptr; }
 

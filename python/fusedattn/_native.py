@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,9 +14,25 @@ REMEDY = (
     "--no-cache-dir --force-reinstall --no-deps"
 )
 
-cpu: Any = None
-cpu_error: str | None = None
-try:
-    cpu = importlib.import_module("fusedattn._cpu")
-except ImportError as error:
-    cpu_error = str(error)
+CUDA_REMEDY = (
+    "repeat the installation of fusedattn where nvcc and a GPU are found, or with "
+    'FUSEDATTN_CUDA_ARCHS="80;90a" for GPUs by name'
+)
+
+
+def _load(name: str) -> tuple[Any, str | None]:
+    """A native module, or None and why it is missing."""
+    try:
+        return importlib.import_module(f"fusedattn.{name}"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+cpu, cpu_error = _load("_cpu")
+cuda, cuda_error = _load("_cuda")
+
+
+@functools.cache
+def cuda_emulated() -> Any:
+    """The CUDA kernels on the host emulator, built for the tests only; None where it is not."""
+    return _load("_cuda_emulated")[0]

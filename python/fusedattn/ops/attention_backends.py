@@ -11,8 +11,6 @@ dout or dlse may be None (zero), dbias is None when it is not wanted.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +18,9 @@ import torch
 
 from .. import _native
 from ..reference import functional as reference
+from ._backends import cpu_refuses, triton_refuses
 from ._registry import Backend, Refusal
 from .attention_config import AttentionCall, AttentionConfig
-
-_DEVICE = "move q, k and v to a {} device"
 
 
 def _refuse_pending(call: AttentionCall) -> Refusal | None:
@@ -39,11 +36,7 @@ def _refuse_pending(call: AttentionCall) -> Refusal | None:
 
 
 def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
-    if not call.q.is_cpu and not call.q.is_meta:
-        return Refusal(f"tensors are on {call.q.device.type}", _DEVICE.format("cpu"))
-    if _native.cpu is None:
-        return Refusal(f"native module missing ({_native.cpu_error})", _native.REMEDY)
-    return _refuse_pending(call)
+    return cpu_refuses(call.q, "q, k and v") or _refuse_pending(call)
 
 
 def _cpu_kernels() -> Any:
@@ -55,16 +48,9 @@ def _cpu_kernels() -> Any:
 
 
 def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
-    if importlib.util.find_spec("triton") is None:
-        return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
-    device = call.q.device.type
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device == "cpu" and not interpreted:
-        return Refusal("tensors are on cpu", _DEVICE.format("cuda"))
-    if device == "cpu" and not requested:
-        return Refusal("on a CPU Triton is interpreted", 'ask for it with backend="triton"')
-    if call.q.dtype == torch.float64:
-        return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
+    refusal = triton_refuses(call.q, requested, "q, k and v")
+    if refusal is not None:
+        return refusal
     widest = max(call.q.shape[3], call.v.shape[3])
     if widest > 512:
         return Refusal(f"head dim {widest} is above 512", "use at most 512")

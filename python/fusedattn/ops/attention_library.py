@@ -7,13 +7,12 @@ through `torch.ops.fusedattn`.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ._library import define, define_autocast, plain, register_flops
 from ._registry import Op
 from .attention_backends import BACKENDS
 from .attention_config import AttentionConfig
@@ -22,7 +21,6 @@ op = Op("attention", BACKENDS)
 
 # --- schema and fake -----------------------------------------------------------------------------
 
-_library = torch.library.Library("fusedattn", "DEF")
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? kv_lengths, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
@@ -30,11 +28,6 @@ _INPUTS = (
 _OPTIONS = (
     "str backend, int causal, float scale, int window_left, int window_right, float softcap, "
     "float dropout_p"
-)
-_library.define(f"attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-_library.define(
-    f"attention_bwd(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool bias_grad, "
-    f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 )
 
 
@@ -117,58 +110,6 @@ def _backward(
     return _present(q, grads)
 
 
-class _Undifferentiable(torch.autograd.Function):
-    """A raw op on tensors that require a gradient: it runs, but nothing flows back through it."""
-
-    @staticmethod
-    def forward(ctx: Any, raw: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return raw(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "torch.ops.fusedattn.attention_fwd and attention_bwd have no gradient: "
-            "call fusedattn.attention instead"
-        )
-
-
-def _below_autograd(raw: Any) -> Any:
-    def kernel(*args: Any) -> Any:
-        tensors = (x for x in args if isinstance(x, Tensor))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return _Undifferentiable.apply(raw, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return raw(*args)
-
-    return kernel
-
-
-def _autocast_forward(device: str) -> Any:
-    """q, k and v take autocast's dtype; a bias keeps its own, and float64 stays as it is."""
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.fusedattn.attention_fwd(q, k, v, *rest)
-
-    return kernel
-
-
-for _device in ("cpu", "cuda"):
-    _library.impl("attention_fwd", _autocast_forward(_device), f"Autocast{_device.upper()}")
-
-for _name, _kernel, _fake in (
-    ("attention_fwd", _forward, _forward_fake),
-    ("attention_bwd", _backward, _backward_fake),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _below_autograd(getattr(torch.ops.fusedattn, _name)), "Autograd")
-    torch.library.register_fake(f"fusedattn::{_name}", _fake, lib=_library)
-
-
 def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """Two operations a multiply-add, as torch counts SDPA: causal is not halved."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
@@ -181,58 +122,33 @@ def _backward_flops(
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-def _register_flops() -> None:
-    """Tell torch's FLOP counter, if it is there: importing it here would import triton.
-
-    A counter that is already at work has copied the registry, so it is told as well.
-    """
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None or torch.compiler.is_compiling():
-        return
-    ops = torch.ops.fusedattn
-    if ops.attention_fwd not in counter.flop_registry:
-        counter.register_flop_formula(ops.attention_fwd)(_forward_flops)
-        counter.register_flop_formula(ops.attention_bwd)(_backward_flops)
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, counter._FlopCounterMode):
-            for op_of_ours in (ops.attention_fwd, ops.attention_bwd):
-                mode.counter.flop_registry.setdefault(op_of_ours, counter.flop_registry[op_of_ours])
-
-
-# Looked up once: what follows runs on every call.
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_profiled = torch.autograd._profiler_enabled
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway."""
-    return (
-        not _is_compiling()
-        and type(q) is type(k) is type(v) is Tensor
-        and not q.is_meta
-        and _dispatch_modes() == 0
-        and not _profiled()
-    )
+attention_fwd = define(
+    f"attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    _forward, _forward_fake, instead="fusedattn.attention", flops=_forward_flops,
+)  # fmt: skip
+attention_bwd = define(
+    f"attention_bwd(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool bias_grad, "
+    f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    _backward, _backward_fake, instead="fusedattn.attention", flops=_backward_flops,
+)  # fmt: skip
+define_autocast(attention_fwd, tensors=3)  # q, k and v; a bias keeps its dtype
 
 
 def call_forward(q, k, v, mask, bias, kv_lengths, config, backend):
-    if _plain(q, k, v):
+    if plain(q, k, v):
         return _run_forward(q, k, v, mask, bias, kv_lengths, config, backend)
-    _register_flops()
-    return torch.ops.fusedattn.attention_fwd(
-        q, k, v, mask, bias, kv_lengths, None, None, None, backend, *config
-    )
+    register_flops()
+    return attention_fwd(q, k, v, mask, bias, kv_lengths, None, None, None, backend, *config)
 
 
 def call_backward(
     dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
 ):
-    if _plain(q, k, v):
+    if plain(q, k, v):
         return _run_backward(
             dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
         )
-    return torch.ops.fusedattn.attention_bwd(
+    return attention_bwd(
         dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, None, None, None, bias_grad,
         backend, *config,
     )  # fmt: skip

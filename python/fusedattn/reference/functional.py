@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# --- attention -----------------------------------------------------------------------------------
+
 
 def visible_keys(
     q: Tensor,
@@ -132,3 +134,15 @@ def attention_backward(
     dv = torch.matmul(p.transpose(-1, -2), dout)
     dk, dv = (drop_absent(x.unflatten(1, (heads_kv, -1)).sum(2), kv_lengths) for x in (dk, dv))
     return dq, dk, dv, ds
+
+
+# --- layer norm and RMS norm ----------------------------------------------------------------------
+
+
+# --- softmax --------------------------------------------------------------------------------------
+
+
+# --- rotary embedding -----------------------------------------------------------------------------
+
+
+# --- sinusoidal positions -------------------------------------------------------------------------

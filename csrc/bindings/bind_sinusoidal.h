@@ -1,0 +1,10 @@
+#pragma once
+
+#include "sinusoidal.h"
+#include "tensor.h"
+
+namespace fusedattn::bindings {
+
+inline void bind_sinusoidal(py::module_&, void (*)(const Sinusoidal&, Stream)) {}
+
+}  // namespace fusedattn::bindings

@@ -1,0 +1,75 @@
+"""What every op's backends have in common: which tensors they take, and the stream of a launch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ._registry import Refusal
+
+
+def cpu_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
+    """Why the native CPU kernels do not take tensors like `x`; meta tensors pass."""
+    if not x.is_cpu and not x.is_meta:
+        return Refusal(f"tensors are on {x.device.type}", f"move {what} to a cpu device")
+    if _native.cpu is None:
+        return Refusal(f"native module missing ({_native.cpu_error})", _native.REMEDY)
+    return None
+
+
+def cuda_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
+    """Why the CUDA C++ kernels do not take tensors like `x`."""
+    if not x.is_cuda:
+        return Refusal(f"tensors are on {x.device.type}", f"move {what} to a cuda device")
+    if _native.cuda is None:
+        return Refusal(f"native module missing ({_native.cuda_error})", _native.CUDA_REMEDY)
+    if x.dtype == torch.float64:
+        return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
+    arch = _capability(x.device.index)
+    if not _native.cuda.runs_on(arch):
+        targets = ", ".join(f"sm_{each}" for each in _native.cuda.architectures())
+        return Refusal(f"built for {targets}, the GPU is sm_{arch}", _native.CUDA_REMEDY)
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
+    """Why the CUDA C++ kernels do not take tensors like `x` under the host emulator."""
+    if not requested:
+        return Refusal("an emulator, for tests", 'ask for it with backend="cuda_emulated"')
+    if not x.is_cpu:
+        return Refusal(f"tensors are on {x.device.type}", "move the tensors to a cpu device")
+    if _native.cuda_emulated() is None:
+        return Refusal("the emulator is not built", "python setup.py build_emulator")
+    if x.dtype == torch.float64:
+        return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
+    return None
+
+
+def triton_refuses(x: Tensor, requested: bool, what: str = "the tensors") -> Refusal | None:
+    """Why Triton does not take tensors like `x`; on a CPU it is interpreted, on request."""
+    if importlib.util.find_spec("triton") is None:
+        return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
+    device = x.device.type
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return Refusal("tensors are on cpu", f"move {what} to a cuda device")
+    if device == "cpu" and not requested:
+        return Refusal("on a CPU Triton is interpreted", 'ask for it with backend="triton"')
+    if x.dtype == torch.float64:
+        return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
+    return None
+
+
+def stream_of(x: Tensor) -> int:
+    """The current CUDA stream on the device of `x`, as native code takes it; 0 on a CPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

@@ -212,9 +212,8 @@ FUSEDATTN_DEVICE void sincospi(float x, float* sine, float* cosine) {
 // --- the host's side -----------------------------------------------------------------------------
 
 [[noreturn]] inline void fail(const char* what, const std::string& where, cudaError_t error) {
-  throw std::runtime_error(std::string("fusedattn: ") + what + " (" + where +
-                           ") failed: " + cudaGetErrorString(error) + " (" +
-                           cudaGetErrorName(error) + ")");
+  throw std::runtime_error(std::string("fusedattn: ") + what + " (" + where + ") failed: " +
+                           cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
 inline void check(cudaError_t error, const char* what, const std::string& where = "") {
@@ -247,9 +246,7 @@ inline int attribute(cudaDeviceAttr what, int device) {
   return value;
 }
 
-inline int multiprocessors(int device) {
-  return attribute(cudaDevAttrMultiProcessorCount, device);
-}
+inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 // 10 · major + minor of the compute capability.
 inline int capability(int device) {

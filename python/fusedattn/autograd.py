@@ -2,5 +2,7 @@
 
 from .ops.attention import AttentionFunction as Attention
 from .ops.attention_config import AttentionConfig
+from .ops.norm import NormFunction as Norm
+from .ops.norm_config import NormConfig
 
-__all__ = ["Attention", "AttentionConfig"]
+__all__ = ["Attention", "AttentionConfig", "Norm", "NormConfig"]

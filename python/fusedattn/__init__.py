@@ -3,6 +3,7 @@
 from . import autograd, nn
 from .ops._registry import UnsupportedError, strict
 from .ops.attention import attention, explain
+from .ops.softmax import softmax
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "attention", "autograd", "explain", "nn", "strict"]
+__all__ = ["UnsupportedError", "attention", "autograd", "explain", "nn", "softmax", "strict"]

@@ -2,5 +2,7 @@
 
 from .ops.attention import AttentionFunction as Attention
 from .ops.attention_config import AttentionConfig
+from .ops.softmax import SoftmaxFunction as Softmax
+from .ops.softmax_config import SoftmaxConfig
 
-__all__ = ["Attention", "AttentionConfig"]
+__all__ = ["Attention", "AttentionConfig", "Softmax", "SoftmaxConfig"]

@@ -5,6 +5,7 @@ from .ops._registry import UnsupportedError, strict
 from .ops.attention import attention, explain
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "layer_norm",
     "nn",
     "rms_norm",
+    "softmax",
     "strict",
 ]

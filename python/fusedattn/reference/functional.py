@@ -269,6 +269,49 @@ def rms_norm(
 # --- softmax --------------------------------------------------------------------------------------
 
 
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool | str = False,
+) -> Tensor:
+    """softmax(scale · x + bias) along `dim`, −inf where masked; 0 where a row has nothing to see.
+
+    `causal` looks at the last two dimensions, (…, query, key), as `visible_keys` draws it.
+    """
+    s = x * scale
+    if bias is not None:
+        s = s + bias
+    seen = mask
+    if causal:
+        query = torch.arange(x.shape[-2], device=x.device)[:, None]
+        key = torch.arange(x.shape[-1], device=x.device)
+        diagonal = 0 if causal == "top_left" else x.shape[-1] - x.shape[-2]
+        below = key <= query + diagonal
+        seen = below if seen is None else seen & below
+    if seen is not None:
+        s = s.masked_fill(~seen, float("-inf"))
+    # An all -inf row would be NaN, and 0·NaN in its gradient: softmax it as zeros, then drop it.
+    nothing = (s == float("-inf")).all(dim, keepdim=True)
+    p = torch.softmax(s.masked_fill(nothing, 0.0), dim).masked_fill(nothing, 0.0)
+    return p.to(x.dtype)
+
+
+def softmax_backward(
+    dout: Tensor, out: Tensor, dim: int = -1, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `softmax` as a formula, from its output: (dx, ds), both of its shape.
+
+    ds = out ∘ (dout − Σ dout ∘ out),  dx = scale · ds. The gradient of the bias is ds, summed over
+    the dimensions along which the bias was broadcast.
+    """
+    ds = out * (dout - (dout * out).sum(dim, keepdim=True))
+    return ds * scale, ds
+
+
 # --- rotary embedding -----------------------------------------------------------------------------
 
 

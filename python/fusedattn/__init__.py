@@ -3,6 +3,18 @@
 from . import autograd, nn
 from .ops._registry import UnsupportedError, strict
 from .ops.attention import attention, explain
+from .ops.rotary import apply_rotary, apply_rotary_qk
+from .ops.sinusoidal import add_sinusoidal
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "attention", "autograd", "explain", "nn", "strict"]
+__all__ = [
+    "UnsupportedError",
+    "add_sinusoidal",
+    "apply_rotary",
+    "apply_rotary_qk",
+    "attention",
+    "autograd",
+    "explain",
+    "nn",
+    "strict",
+]

@@ -2,5 +2,18 @@
 
 from .ops.attention import AttentionFunction as Attention
 from .ops.attention_config import AttentionConfig
+from .ops.rotary import RotaryFunction as Rotary
+from .ops.rotary import RotaryInPlaceFunction as RotaryInPlace
+from .ops.rotary_config import RotaryConfig
+from .ops.sinusoidal import SinusoidalConfig
+from .ops.sinusoidal import SinusoidalFunction as Sinusoidal
 
-__all__ = ["Attention", "AttentionConfig"]
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Rotary",
+    "RotaryConfig",
+    "RotaryInPlace",
+    "Sinusoidal",
+    "SinusoidalConfig",
+]

@@ -141,8 +141,6 @@ BACKENDS = (
     Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
     Backend("cuda", _cuda_refuses, lambda: _native_kernels(_native.cuda)),
     Backend("triton", _triton_refuses, _triton_kernels),
-    Backend(
-        "cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())
-    ),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())),
     Backend("reference", _reference_refuses, _reference_kernels),
 )

@@ -187,11 +187,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, ops: Ops, causal: bool = False, bias: bool = True
-    ) -> None:
+        self, config: TransformerConfig, ops: Ops, causal: bool = False, *,
+        kv_heads: int | None = None, bias: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.ops, self.causal = ops, causal
-        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.heads, self.kv_heads = config.heads, kv_heads or config.heads
         kv_width = config.width // self.heads * self.kv_heads
         self.query = nn.Linear(config.width, config.width, bias)
         self.key_value = nn.Linear(config.width, 2 * kv_width, bias)
@@ -243,11 +244,11 @@ class Block(nn.Module):
     def __init__(
         self, config: TransformerConfig, ops: Ops, feed_forward: nn.Module, *,
         norm: Callable[[int, Ops], nn.Module] = LayerNorm, norm_first: bool = False,
-        causal: bool = False, cross: bool = False, bias: bool = True,
+        causal: bool = False, cross: bool = False, kv_heads: int | None = None, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.norm_first = norm_first
-        self.attention = Attention(config, ops, causal, bias)
+        self.attention = Attention(config, ops, causal, kv_heads=kv_heads, bias=bias)
         self.cross = Attention(config, ops) if cross else None
         self.feed_forward = feed_forward
         self.norms = nn.ModuleList(norm(config.width, ops) for _ in range(2 + cross))
@@ -357,7 +358,7 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config, ops, SwiGLU(config),
-                norm=RMSNorm, norm_first=True, causal=True, bias=False,
+                norm=RMSNorm, norm_first=True, causal=True, kv_heads=config.kv_heads, bias=False,
             )
             for _ in range(config.layers)
         )  # fmt: skip
@@ -443,8 +444,7 @@ class EncoderDecoder(nn.Module):
             Block(config, ops, FeedForward(config, F.relu)) for _ in layers
         )
         self.decoder = nn.ModuleList(
-            Block(config, ops, FeedForward(config, F.relu), causal=True, cross=True)
-            for _ in layers
+            Block(config, ops, FeedForward(config, F.relu), causal=True, cross=True) for _ in layers
         )
         self.apply(initialise)
 

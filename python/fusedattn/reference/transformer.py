@@ -63,6 +63,10 @@ def residual_norm(norm: Callable[..., Tensor]) -> Callable[..., Any]:
     return normed
 
 
+layer_norm = residual_norm(F.layer_norm)
+rms_norm = residual_norm(F.rms_norm)
+
+
 def add_sinusoidal(x: Tensor, *, base: float = 10000.0, scale: float = 1.0) -> Tensor:
     """x · scale plus sin(p / baseⁱ) in the even and cos(p / baseⁱ) in the odd features, i = 2j/W.
 
@@ -104,8 +108,8 @@ class Ops:
     """
 
     attention: Callable[..., Any]
-    layer_norm: Callable[..., Any] = residual_norm(F.layer_norm)
-    rms_norm: Callable[..., Any] = residual_norm(F.rms_norm)
+    layer_norm: Callable[..., Any] = layer_norm
+    rms_norm: Callable[..., Any] = rms_norm
     add_sinusoidal: Callable[..., Tensor] = add_sinusoidal
     apply_rotary_qk: Callable[..., tuple[Tensor, Tensor]] = rotate_half
 

@@ -5,16 +5,16 @@
 //   FUSEDATTN_DEVICE float square(float x) { … }      a function that kernels call
 //   thread() block_size() block() grid_size()         position, x dimension only
 //   lane() warp()                                     thread() % 32, thread() / 32
-//   sync_block() sync_warp()                          barriers; memory before them is seen after them
-//   shuffle_xor(x, mask) shuffle_down(x, n) shuffle(x, from)   by all 32 lanes of a warp
+//   sync_block() sync_warp()                          barriers; memory before them is seen after
+//   them shuffle_xor(x, mask) shuffle_down(x, n) shuffle(x, from)   by all 32 lanes of a warp
 //   load(p) load<N>(p) load_streaming(p) store(p, x) store_streaming(p, x)      global memory
 //   shared_memory() load_shared(p) load_shared<N>(p) store_shared(p, x)         of the block
-//   cluster_rank() cluster_size() sync_cluster() remote_shared(p, rank) load_remote(p) store_remote(p, x)
-//   atomic_add(p, x)                                  float, global
-//   to_float(x) from_float<T>(x) widen(pack) narrow<T>(pack)                    conversions
-//   exp2 log2 rsqrt reciprocal sqrt sincospi fma      one rounding or the fast instruction
-//   launch(name, kernel, Launch{…}, arguments…)       checked; throws std::runtime_error
-//   Workspace(bytes, stream, device)                  memory for partial results
+//   cluster_rank() cluster_size() sync_cluster() remote_shared(p, rank) load_remote(p)
+//   store_remote(p, x) atomic_add(p, x)                                  float, global to_float(x)
+//   from_float<T>(x) widen(pack) narrow<T>(pack)                    conversions exp2 log2 rsqrt
+//   reciprocal sqrt sincospi fma      one rounding or the fast instruction launch(name, kernel,
+//   Launch{…}, arguments…)       checked; throws std::runtime_error Workspace(bytes, stream,
+//   device)                  memory for partial results
 //
 // A kernel has no static __shared__ arrays, no recursion and no device-side allocation.
 #pragma once
@@ -159,22 +159,22 @@ FUSEDATTN_DEVICE void store_to(T* to, const T& x) {
   }
 }
 
-#define FUSEDATTN_ACCESS(load_name, store_name, space)                                  \
-  template <class T>                                                                    \
-  FUSEDATTN_DEVICE T load_name(const T* from) {                                         \
-    return load_from<space>(from);                                                      \
-  }                                                                                     \
-  template <int N, class T>                                                             \
-  FUSEDATTN_DEVICE Pack<T, N> load_name(const T* from) {                                \
-    return load_from<space>(reinterpret_cast<const Pack<T, N>*>(from));                 \
-  }                                                                                     \
-  template <class T>                                                                    \
-  FUSEDATTN_DEVICE void store_name(T* to, const std::type_identity_t<T>& x) {           \
-    store_to<space>(to, x);                                                             \
-  }                                                                                     \
-  template <class T, int N>                                                             \
-  FUSEDATTN_DEVICE void store_name(T* to, const Pack<T, N>& x) {                        \
-    store_to<space>(reinterpret_cast<Pack<T, N>*>(to), x);                              \
+#define FUSEDATTN_ACCESS(load_name, store_name, space)                        \
+  template <class T>                                                          \
+  FUSEDATTN_DEVICE T load_name(const T* from) {                               \
+    return load_from<space>(from);                                            \
+  }                                                                           \
+  template <int N, class T>                                                   \
+  FUSEDATTN_DEVICE Pack<T, N> load_name(const T* from) {                      \
+    return load_from<space>(reinterpret_cast<const Pack<T, N>*>(from));       \
+  }                                                                           \
+  template <class T>                                                          \
+  FUSEDATTN_DEVICE void store_name(T* to, const std::type_identity_t<T>& x) { \
+    store_to<space>(to, x);                                                   \
+  }                                                                           \
+  template <class T, int N>                                                   \
+  FUSEDATTN_DEVICE void store_name(T* to, const Pack<T, N>& x) {              \
+    store_to<space>(reinterpret_cast<Pack<T, N>*>(to), x);                    \
   }
 
 // Global memory. Streaming: used once, so it need not stay in the caches.

@@ -212,9 +212,8 @@ FUSEDATTN_DEVICE void sincospi(float x, float* sine, float* cosine) {
 // --- the host's side -----------------------------------------------------------------------------
 
 [[noreturn]] inline void fail(const char* what, const std::string& where, cudaError_t error) {
-  throw std::runtime_error(std::string("fusedattn: ") + what + " (" + where +
-                           ") failed: " + cudaGetErrorString(error) + " (" +
-                           cudaGetErrorName(error) + ")");
+  throw std::runtime_error(std::string("fusedattn: ") + what + " (" + where + ") failed: " +
+                           cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
 inline void check(cudaError_t error, const char* what, const std::string& where = "") {
@@ -247,9 +246,7 @@ inline int attribute(cudaDeviceAttr what, int device) {
   return value;
 }
 
-inline int multiprocessors(int device) {
-  return attribute(cudaDevAttrMultiProcessorCount, device);
-}
+inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 // 10 · major + minor of the compute capability.
 inline int capability(int device) {
@@ -299,6 +296,13 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error != cudaSuccess) check(error, name, shape.text());
   check(cudaGetLastError(), name, shape.text());
+}
+
+// Zeros, before kernels that add.
+inline void set_zero(void* at, int64_t bytes, Stream stream, int device) {
+  const DeviceGuard guard(device);
+  check(cudaMemsetAsync(at, 0, size_t(bytes), reinterpret_cast<cudaStream_t>(stream)),
+        "cudaMemsetAsync", std::to_string(bytes) + " bytes on device " + std::to_string(device));
 }
 
 // Memory for the partial results of one call, ordered on its stream: free for the next call as

@@ -67,17 +67,15 @@ FUSEDATTN_DEVICE void write(Pack<float, N> (&z)[K], float mean, float rstd, cons
   if (f.weight.there())
     with(f.weight, [&](float x, float weight) { return x * (weight + f.weight_offset); });
   if (f.bias.there()) with(f.bias, [](float x, float bias) { return x + bias; });
-  chunks.each<K>(
-      [&](int k, int c) { put<T>(f.out, row * f.out.stride + c * int64_t(N), z[k]); });
+  chunks.each<K>([&](int k, int c) { put<T>(f.out, row * f.out.stride + c * int64_t(N), z[k]); });
 }
 
 template <class T, int N, int K>
 FUSEDATTN_DEVICE void write(Pack<float, N> (&z)[K], float mean, float rstd, const Forward& f,
                             int64_t row, const Chunks& chunks) {
   if (f.weight.dtype == f.bias.dtype)
-    with_type(f.weight.dtype, [&](auto type) {
-      write<T, decltype(type)>(z, mean, rstd, f, row, chunks);
-    });
+    with_type(f.weight.dtype,
+              [&](auto type) { write<T, decltype(type)>(z, mean, rstd, f, row, chunks); });
   else
     write<T, Any>(z, mean, rstd, f, row, chunks);
 }
@@ -93,9 +91,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   Pack<float, N> z[K];
 #pragma unroll
   for (int k = 0; k < K; ++k) x[k] = {};
-  chunks.each<K>([&](int k, int c) {
-    x[k] = fetch_once<T, N>(f.x, row * f.x.stride + c * int64_t(N));
-  });
+  chunks.each<K>(
+      [&](int k, int c) { x[k] = fetch_once<T, N>(f.x, row * f.x.stride + c * int64_t(N)); });
 #pragma unroll
   for (int k = 0; k < K; ++k) z[k] = widen(x[k]);
   if constexpr (fused)
@@ -169,9 +166,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
     with_type(f.x.dtype, [&](auto type) {
       using T = decltype(type);
       Pack<T, N> x[K];
-      chunks.each<K>([&](int k, int c) {
-        x[k] = fetch<T, N>(f.x, row * f.x.stride + c * int64_t(N));
-      });
+      chunks.each<K>(
+          [&](int k, int c) { x[k] = fetch<T, N>(f.x, row * f.x.stride + c * int64_t(N)); });
       chunks.each<K>([&](int k, int) { z[k] = widen(x[k]); });
     });
     if constexpr (fused) fuse(z, f, row, chunks);
@@ -182,8 +178,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   }
   moments = Team(block_size()).reduce(moments, MergeMoments());
   const float mean = f.centre ? moments[1] : 0.0f;
-  const float variance =
-      moments[2] / float(f.width) + (f.centre ? 0.0f : moments[1] * moments[1]);
+  const float variance = moments[2] / float(f.width) + (f.centre ? 0.0f : moments[1] * moments[1]);
   const float rstd = reciprocal(sqrt(variance + f.eps));
   if (thread() == 0 && cluster_rank() == 0) {
     if (f.mean != nullptr) store(f.mean + row, mean);
@@ -208,8 +203,8 @@ void launch_rows(Forward f, Launch shape) {
   shape.grid = (f.rows + teams.teams - 1) / teams.teams;
   shape.shared_bytes = reduction_bytes;
   constexpr bool always = std::is_same_v<T, Any>;  // one kernel for both: fewer to compile
-  const auto kernel = f.z.data != nullptr ? norm_forward_rows<T, N, K, true>
-                                          : norm_forward_rows<T, N, K, always>;
+  const auto kernel =
+      f.z.data != nullptr ? norm_forward_rows<T, N, K, true> : norm_forward_rows<T, N, K, always>;
   launch("norm_forward_rows", kernel, shape, f);
 }
 
@@ -226,7 +221,8 @@ void launch_forward(Forward f, Launch shape) {
   shape.cluster = wide.cluster;
   shape.grid = f.rows * wide.cluster;
   shape.shared_bytes = wide.shared_bytes;
-  const auto kernel = f.z.data != nullptr ? norm_forward_wide<N, true> : norm_forward_wide<N, false>;
+  const auto kernel =
+      f.z.data != nullptr ? norm_forward_wide<N, true> : norm_forward_wide<N, false>;
   launch("norm_forward_wide", kernel, shape, f);
 }
 

@@ -69,8 +69,7 @@ FUSEDATTN_DEVICE Pack<float, N> through_norm(const Row& r, const Pack<float, N>&
 template <class T, bool fused, int N>
 FUSEDATTN_DEVICE void write(const Backward& b, int64_t row, int64_t column, Pack<float, N> total) {
   if constexpr (fused) {
-    if (b.dresidual.there())
-      put<Any>(b.dresidual, row * b.dresidual.stride + column, total);
+    if (b.dresidual.there()) put<Any>(b.dresidual, row * b.dresidual.stride + column, total);
     if (b.dropout.seed != nullptr)
       b.dropout.apply(total, uint64_t(load(b.dropout.seed)), row, column);
   }
@@ -280,8 +279,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(strip_threads, 4)
     Pack<float, N> dout = {};
     if (b.dout.there()) dout = fetch<Any, N>(b.dout, row * b.dout.stride + column);
     Pack<float, N> total = through_norm(r, dout, weight, z);
-    if (b.dz.there())
-      total = Add()(total, fetch<Any, N>(b.dz, row * b.dz.stride + column));
+    if (b.dz.there()) total = Add()(total, fetch<Any, N>(b.dz, row * b.dz.stride + column));
     write<Any, true>(b, row, column, total);
     columns.add(0, r, dout, z);
   }
@@ -348,8 +346,8 @@ bool launch_rows(const NormBackward& p, Backward b, Launch shape) {
   const int processors = multiprocessors(shape.device);
   int teams = 1;
   // More rows at a time in a block, while there are rows for all blocks and threads for the rows.
-  while (b.team * teams < warp_size || (b.team * teams * 2 <= max_threads &&
-                                        b.rows > int64_t(processors) * teams))
+  while (b.team * teams < warp_size ||
+         (b.team * teams * 2 <= max_threads && b.rows > int64_t(processors) * teams))
     teams *= 2;
   shape.block = b.team * teams;
   shape.shared_bytes =
@@ -357,8 +355,8 @@ bool launch_rows(const NormBackward& p, Backward b, Launch shape) {
   const bool fused = p.dz || p.dresidual || p.seed;
   const auto kernel =
       fused ? norm_backward_rows<T, Z, N, K, true> : norm_backward_rows<T, Z, N, K, false>;
-  const int64_t resident = larger(1, int64_t(processors) * resident_blocks(kernel, shape) /
-                                         shape.cluster);
+  const int64_t resident =
+      larger(1, int64_t(processors) * resident_blocks(kernel, shape) / shape.cluster);
   const int64_t parts = smaller(resident, (b.rows + teams - 1) / teams);
   shape.grid = parts * shape.cluster;
   if (!p.dweight && !p.dbias) {

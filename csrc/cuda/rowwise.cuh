@@ -160,8 +160,7 @@ class Team {
     x = merge_slots(slots + index * (size / warp_size), size / warp_size, merge);
     if (cluster_size() == 1) return x;
     slots += max_threads / warp_size;
-    if (thread() < cluster_size())
-      store_remote(remote_shared(slots + cluster_rank(), thread()), x);
+    if (thread() < cluster_size()) store_remote(remote_shared(slots + cluster_rank(), thread()), x);
     sync_cluster();
     return merge_slots(slots, cluster_size(), merge);
   }

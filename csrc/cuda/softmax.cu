@@ -276,9 +276,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   for (int k = 0; k < K; ++k) sum[0] += dot(widen(out[k]), widen(dout[k]));
   sum = team.reduce(sum, Add());
   if (number >= b.count) return;
-  Chunks{team.rank, team.size, b.width / N}.template each<K>([&](int k, int c) {
-    write<T>(b, row, c, widen(out[k]), widen(dout[k]), sum[0]);
-  });
+  Chunks{team.rank, team.size, b.width / N}.template each<K>(
+      [&](int k, int c) { write<T>(b, row, c, widen(out[k]), widen(dout[k]), sum[0]); });
 }
 
 template <int N>
@@ -365,14 +364,15 @@ void launch_wide(void (*kernel)(Arguments), const char* name, Arguments a, Launc
 
 template <class T, int N>
 void launch_forward(const Forward& f, const Launch& shape) {
-  constexpr int most = N == 1 ? 8 : 16 / N;  // chunks of a thread
+  constexpr int most = N == 1 ? 8 : 16 / N;        // chunks of a thread
   constexpr bool always = std::is_same_v<T, Any>;  // one kernel for both: fewer to compile
   const char* name = "softmax_forward";
   const int64_t chunks = f.width / N;
   const bool extras = f.bias.data != nullptr || f.mask.data != nullptr;
   if (chunks <= warp_size)
-    launch_rows(extras ? softmax_forward_rows<T, N, 1, true> : softmax_forward_rows<T, N, 1, always>,
-                name, f, shape, chunks, 1);
+    launch_rows(
+        extras ? softmax_forward_rows<T, N, 1, true> : softmax_forward_rows<T, N, 1, always>, name,
+        f, shape, chunks, 1);
   else if (chunks <= max_threads * most)
     launch_rows(
         extras ? softmax_forward_rows<T, N, most, true> : softmax_forward_rows<T, N, most, always>,

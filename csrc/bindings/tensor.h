@@ -12,8 +12,8 @@ namespace py = pybind11;
 
 inline const dlpack::ExchangeApi* exchange = nullptr;
 
-// Set by the emulator's module: it learns of every tensor and whether kernels write it.
-inline void (*seen)(const TensorView&, bool output) = nullptr;
+// Set by the emulator's module, which learns of every tensor that kernels may touch.
+inline void (*seen)(const TensorView&) = nullptr;
 
 // Lets other Python threads run meanwhile; pybind11's own does more than these calls need.
 struct WithoutGil {
@@ -41,7 +41,7 @@ inline DType dtype_of(const dlpack::Type& type) {
   throw py::type_error("fusedattn: a tensor of this dtype is not supported");
 }
 
-inline TensorView view(py::handle tensor, bool output = false) {
+inline TensorView view(py::handle tensor) {
   TensorView result;
   if (tensor.is_none()) return result;
   dlpack::Tensor raw;
@@ -54,12 +54,9 @@ inline TensorView view(py::handle tensor, bool output = false) {
     result.shape[i] = raw.shape[i];
     result.stride[i] = raw.strides[i];
   }
-  if (seen != nullptr) seen(result, output);
+  if (seen != nullptr) seen(result);
   return result;
 }
-
-// A tensor of which kernels write every element.
-inline TensorView output(py::handle tensor) { return view(tensor, true); }
 
 // mask and bias: a dimension of size 1 is read again and again.
 inline TensorView broadcast_view(py::handle tensor) {

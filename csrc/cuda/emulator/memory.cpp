@@ -115,11 +115,10 @@ Memory& Memory::here() {
   return memory;
 }
 
-void Memory::add_tensor(const TensorView& view, bool output) {
+void Memory::add_tensor(const TensorView& view) {
   Allocation added = {};
   added.begin = static_cast<char*>(view.data);
   added.element = bytes_of[int(view.dtype)];
-  added.output = output;
   added.dense = is_dense(view);
   int order[4] = {0, 1, 2, 3};
   std::stable_sort(order, order + 4, [&](int a, int b) { return view.stride[a] > view.stride[b]; });
@@ -133,14 +132,18 @@ void Memory::add_tensor(const TensorView& view, bool output) {
   }
   added.end = added.begin + extent * added.element;
   if (allocations_.empty()) tensors_ = 0;
-  added.name = (output ? "output " : "tensor ") + std::to_string(tensors_++) + " (" + shape + ") " +
-               name_of[int(view.dtype)];
-  // What a kernel works on in place keeps its values.
-  const bool in_place = std::any_of(allocations_.begin(), allocations_.end(), [&](auto& each) {
-    return each.begin < added.end && added.begin < each.end;
-  });
-  if (output && !in_place) fill_with_nan(view);
+  added.name =
+      "tensor " + std::to_string(tensors_++) + " (" + shape + ") " + name_of[int(view.dtype)];
   allocations_.push_back(std::move(added));
+}
+
+void Memory::mark_output(const TensorView& view) {
+  int shared = 0;
+  for (Allocation& each : allocations_) {
+    each.output |= each.begin == view.data;
+    shared += each.begin == view.data;
+  }
+  if (shared == 1) fill_with_nan(view);
 }
 
 void Memory::add_workspace(void* data, int64_t bytes) {

@@ -75,7 +75,10 @@ class Memory {
   // That of the running thread of the host.
   static Memory& here();
 
-  void add_tensor(const TensorView& view, bool output);
+  void add_tensor(const TensorView& view);
+  // Kernels write every element of this one, and may write no tensor that is not marked. It is
+  // filled with NaN, unless it shares its memory with an input.
+  void mark_output(const TensorView& view);
   void add_workspace(void* data, int64_t bytes);
   void remove_workspace(void* data);
   void clear() { allocations_.clear(); }

@@ -136,10 +136,10 @@ FUSEDATTN_KERNEL void round_trip_kernel(const FUSEDATTN_GRID_CONSTANT Rows p, bo
 
 void run_planted(const std::string& kernel, pybind11::handle x, pybind11::handle out,
                  const std::string& flaw) {
-  const Rows p = {bindings::view(x), bindings::output(out), flaws.at(flaw)};
+  const Rows p = {bindings::view(x), bindings::view(out), flaws.at(flaw)};
   const int width = int(p.x.shape[1]);
   Launch shape = {.grid = p.x.shape[0], .block = width, .shared_bytes = width * 4};
-  emulator::checked_call([&] {
+  emulator::checked_call(std::array{p.out}, [&] {
     if (kernel == "reverse") return launch("reverse", reverse_kernel, shape, p);
     if (kernel == "sum") {
       set_zero(p.out.data, p.out.shape[0] * p.out.shape[1] * 4, 0, 0);

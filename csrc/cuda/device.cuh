@@ -152,6 +152,7 @@ FUSEDATTN_DEVICE void store(T* to, const T& x) {
   if constexpr (space == Space::streaming) {
     __stcs(at, word);
   } else if constexpr (space == Space::global) {
+    __builtin_assume(__isGlobal(at));
     // Assigned through a pointer, 16 bytes may be taken apart and stored in pieces.
     if constexpr (sizeof(T) == 16)
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),

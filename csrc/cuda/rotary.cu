@@ -11,6 +11,8 @@
 // of x in the same launch. N is 1 where alignment, strides or sizes allow no packs.
 #include "rotary.h"
 
+#include <cmath>
+
 #include "kernels.h"
 #include "positions.cuh"
 
@@ -65,11 +67,16 @@ FUSEDATTN_DEVICE Pack<float, N> load_numbers(const TensorView& table, int64_t at
   return result;
 }
 
-// N of cos or sin from pair `first` on; 0 for a position that the table does not have.
+// N of cos or sin from pair `first` on; NaN for a position that the table does not have.
 template <int N>
 FUSEDATTN_DEVICE Pack<float, N> load_row(const TensorView& table, int64_t batch, int64_t position,
                                          int64_t first) {
-  if (position < 0 || position >= table.shape[1]) return Pack<float, N>{};
+  if (position < 0 || position >= table.shape[1]) {
+    Pack<float, N> unknown;
+#pragma unroll
+    for (int i = 0; i < N; ++i) unknown[i] = NAN;
+    return unknown;
+  }
   const int64_t sheet = table.shape[0] == 1 ? 0 : batch;
   return load_numbers<N>(
       table, sheet * table.stride[0] + position * table.stride[1] + first * table.stride[2]);

@@ -57,13 +57,25 @@ def normalised_input(
 
 
 @triton.jit
-def combine(mean, squares, count, width):
+def moments(value, inside, width, EVEN: tl.constexpr):
+    """Mean and variance of whole rows."""
+    mean = tl.sum(value, 1) / width
+    left = value - mean[:, None]
+    if not EVEN:
+        left = tl.where(inside, left, 0.0)
+    shift = tl.sum(left, 1) / width
+    variance = tl.sum(left * left, 1) / width - shift * shift
+    return mean + shift, tl.maximum(variance, 0.0)
+
+
+@triton.jit
+def combined(lane_mean, squares, count, width):
     """Mean and variance of rows from those of their lanes, each of `count` elements."""
-    row_mean = tl.sum(mean * count, 1) / width
-    left = mean - row_mean[:, None]
+    mean = tl.sum(lane_mean * count, 1) / width
+    left = lane_mean - mean[:, None]
     shift = tl.sum(left * count, 1) / width
     variance = tl.sum(squares + left * left * count, 1) / width - shift * shift
-    return row_mean + shift, tl.maximum(variance, 0.0)
+    return mean + shift, tl.maximum(variance, 0.0)
 
 
 @triton.jit
@@ -97,16 +109,20 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,  # the row fills the block
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     exists = (row < rows)[:, None]
     if WHOLE:
-        inside = exists & (col < width)[None, :]
+        inside = exists if EVEN else exists & (col < width)[None, :]
         value = normalised_input(
             x, residual, seed, z, row, 0, inside, limit, keep_scale, BLOCK
         )
-        lane_mean, squares, count = value, tl.zeros_like(value), inside.to(tl.float32)
+        if mean is not None:
+            row_mean, variance = moments(value, inside, width, EVEN)
+        else:
+            variance = tl.sum(value * value, 1) / width
     else:
         lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
         squares = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -121,14 +137,13 @@ def forward_kernel(
                 squares += step * (value - lane_mean)
             else:
                 squares += value * value
-        count = tl.cdiv(width - col, BLOCK).to(tl.float32)[None, :]
+        if mean is not None:
+            count = tl.cdiv(width - col, BLOCK).to(tl.float32)[None, :]
+            row_mean, variance = combined(lane_mean, squares, count, width)
+        else:
+            variance = tl.sum(squares, 1) / width
     if mean is not None:
-        row_mean, variance = combine(lane_mean, squares, count, width)
         tl.store(mean + row, row_mean, mask=row < rows)
-    elif WHOLE:
-        variance = tl.sum(value * value, 1) / width
-    else:
-        variance = tl.sum(squares, 1) / width
     row_rstd = 1.0 / tl.sqrt_rn(variance + eps)
     tl.store(rstd + row, row_rstd, mask=row < rows)
 
@@ -305,7 +320,8 @@ def norm_forward(
             _matrix(x), _matrix(residual), weight, bias, None if drop is None else seed,
             _matrix(out), _matrix(z), mean, rstd, config.eps, config.weight_offset,
             *(drop or NO_DROPOUT), rows, width,
-            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, num_warps=tile.warps,
+            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
+            num_warps=tile.warps,
         )  # fmt: skip
 
 

@@ -123,8 +123,8 @@ def tile_of(rows: int, width: int, *, per_thread: int, most: int, apart: bool = 
     together = min(together, triton.next_power_of_2(rows))
     whole = together * padded <= most
     block = padded if whole else max(16, min(padded, most // 2 // together))
-    warps = min(MOST_WARPS, max(1, together * block // (32 * per_thread)))
-    return Tile(together, block, whole, warps)
+    warps = together * block // (32 * (per_thread if whole else 16))
+    return Tile(together, block, whole, min(MOST_WARPS, max(1, warps)))
 
 
 def parts_of(rows: int, columns: int, tile: Tile, device: Device) -> int:

@@ -30,8 +30,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Matrix, device_of
-from .rowwise import NO_DROPOUT, add_parts, at, dropout, dropout_of, parts_of, store, tile_of
+from .common import Device, Matrix, device_of
+from .rowwise import (
+    NO_DROPOUT,
+    Tile,
+    add_parts,
+    at,
+    dropout,
+    dropout_of,
+    parts_of,
+    registers,
+    store,
+    tile_of,
+)
 
 if TYPE_CHECKING:
     from fusedattn.ops.norm_config import NormConfig
@@ -79,11 +90,21 @@ def combined(lane_mean, squares, count, width):
 
 
 @triton.jit
+def load_weight(weight, col, width, weight_offset):
+    """weight_offset + weight, (1, columns); None without a weight."""
+    if weight is None:
+        return None
+    w = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32)
+    if weight_offset is not None:
+        w += weight_offset
+    return w[None, :]
+
+
+@triton.jit
 def scaled(value, weight, bias, col, width, weight_offset):
     """value · (weight_offset + weight) + bias."""
     if weight is not None:
-        w = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32)
-        value = value * (weight_offset + w)[None, :]
+        value = value * load_weight(weight, col, width, weight_offset)
     if bias is not None:
         value += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
     return value
@@ -101,7 +122,7 @@ def forward_kernel(
     mean,  # fp32 (rows,), None for RMS
     rstd,  # fp32 (rows,)
     eps,
-    weight_offset,
+    weight_offset,  # None for 0
     limit,
     keep_scale,
     rows,
@@ -114,6 +135,8 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     exists = (row < rows)[:, None]
+    if seed is not None:
+        seed = tl.load(seed)
     if WHOLE:
         inside = exists if EVEN else exists & (col < width)[None, :]
         value = normalised_input(
@@ -169,12 +192,10 @@ def forward_kernel(
 
 
 @triton.jit
-def gradients(
-    dout, z, weight, mean, rstd, row, col, rows, width, weight_offset, EVICTION: tl.constexpr
-):
+def gradients(dout, z, w, mean, rstd, row, col, rows, width):
     """Tiles of d, g and n (see the top), 0 outside."""
     inside = (row < rows)[:, None] & (col < width)[None, :]
-    value = tl.load(at(z, row, col), mask=inside, other=0.0, eviction_policy=EVICTION)
+    value = tl.load(at(z, row, col), mask=inside, other=0.0)
     value = value.to(tl.float32)
     if mean is not None:
         value = value - tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
@@ -182,9 +203,12 @@ def gradients(
     if dout is None:
         d = tl.zeros_like(value)
     else:
-        d = tl.load(at(dout, row, col), mask=inside, other=0.0, eviction_policy=EVICTION)
+        d = tl.load(at(dout, row, col), mask=inside, other=0.0)
         d = d.to(tl.float32)
-    return d, scaled(d, weight, None, col, width, weight_offset), value
+    g = d
+    if w is not None:
+        g = d * w
+    return d, g, value
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -195,7 +219,7 @@ def means_kernel(
     mean,
     rstd,
     means,  # fp32 (2, rows): of g · n, and of g (not written for RMS)
-    weight_offset,
+    weight_offset,  # None for 0
     rows,
     width,
     ROWS: tl.constexpr,
@@ -206,9 +230,8 @@ def means_kernel(
     slope = tl.zeros([ROWS, BLOCK], tl.float32)
     level = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(0, width, BLOCK, num_stages=2):
-        _, g, n = gradients(
-            dout, z, weight, mean, rstd, row, first + col, rows, width, weight_offset, "evict_last"
-        )
+        w = load_weight(weight, first + col, width, weight_offset)
+        _, g, n = gradients(dout, z, w, mean, rstd, row, first + col, rows, width)
         slope += g * n
         level += g
     tl.store(means + row, tl.sum(slope, 1) / width, mask=row < rows)
@@ -230,7 +253,7 @@ def backward_kernel(
     dresidual,  # Matrix, or None
     dweight,  # fp32 (parts, width), or None
     dbias,  # fp32 (parts, width), or None
-    weight_offset,
+    weight_offset,  # None for 0
     limit,
     keep_scale,
     rows,
@@ -238,7 +261,6 @@ def backward_kernel(
     columns,  # blocks of a row
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    RELOAD: tl.constexpr,  # too much to keep: read it again, from L1
     STAGES: tl.constexpr,
 ):
     part = tl.program_id(0) // columns
@@ -248,12 +270,13 @@ def backward_kernel(
     bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     parts = tl.num_programs(0) // columns
     tiles = tl.cdiv(rows, ROWS)
+    if seed is not None:
+        seed = tl.load(seed)
+    w = load_weight(weight, col, width, weight_offset)
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (col < width)[None, :]
-        d, g, n = gradients(
-            dout, z, weight, mean, rstd, row, col, rows, width, weight_offset, "evict_last"
-        )
+        d, g, n = gradients(dout, z, w, mean, rstd, row, col, rows, width)
         if means is None:
             slope = tl.sum(g * n, 1) / width
             level = tl.sum(g, 1) / width
@@ -262,10 +285,6 @@ def backward_kernel(
             level = slope
             if mean is not None:
                 level = tl.load(means + rows + row, mask=row < rows, other=0.0)
-        if RELOAD:
-            d, g, n = gradients(
-                dout, z, weight, mean, rstd, row, col, rows, width, weight_offset, "evict_first"
-            )
         if dweight is not None:
             weight_sum += d * n
         if dbias is not None:
@@ -318,11 +337,17 @@ def norm_forward(
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(rows, tile.rows),)](
             _matrix(x), _matrix(residual), weight, bias, None if drop is None else seed,
-            _matrix(out), _matrix(z), mean, rstd, config.eps, config.weight_offset,
+            _matrix(out), _matrix(z), mean, rstd, config.eps, config.weight_offset or None,
             *(drop or NO_DROPOUT), rows, width,
             ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
-            num_warps=tile.warps,
+            num_warps=tile.warps, **registers(device_of(x), 80),
         )  # fmt: skip
+
+
+def _stages(tile: Tile, device: Device, *read: Tensor | None) -> int:
+    """2 where the next rows fit into shared memory while these are worked on."""
+    size = sum(x.element_size() for x in read if x is not None)
+    return 2 if tile.rows * tile.block * size <= device.shared - 4096 else 1
 
 
 def norm_backward(
@@ -345,7 +370,7 @@ def norm_backward(
     tile = tile_of(rows, width, per_thread=16, most=16384)
     drop = dropout_of(config.dropout_p)
     tensors = {"dout": _matrix(dout), "z": _matrix(z), "weight": weight, "mean": mean, "rstd": rstd}
-    sizes = {"weight_offset": config.weight_offset, "rows": rows, "width": width}
+    sizes = {"weight_offset": config.weight_offset or None, "rows": rows, "width": width}
     with torch.cuda.device_of(z):
         means = None
         if not tile.whole:
@@ -362,7 +387,7 @@ def norm_backward(
             dz=_matrix(dz), seed=None if drop is None else seed, means=means, dx=_matrix(dx),
             dresidual=_matrix(dresidual), dweight=sums[0], dbias=sums[1], limit=limit,
             keep_scale=keep_scale, columns=columns, **tensors, **sizes,
-            ROWS=tile.rows, BLOCK=tile.block, RELOAD=tile.whole and tile.block > 8192, STAGES=2,
-            num_warps=tile.warps,
+            ROWS=tile.rows, BLOCK=tile.block, STAGES=_stages(tile, device, z, dout, dz),
+            num_warps=tile.warps, **registers(device, 128),
         )  # fmt: skip
         add_parts(*sums, dweight, dbias, device)

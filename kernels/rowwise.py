@@ -41,7 +41,7 @@ def dropout(value, seed, row, first, limit, keep_scale, BLOCK: tl.constexpr):
     quad = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)[None, :]
     low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = (row >> 32).to(tl.uint32)[:, None]
-    a, b, c, d = tl.philox(tl.load(seed), quad, low, high, tl.zeros_like(high))
+    a, b, c, d = tl.philox(seed, quad, low, high, tl.zeros_like(high))
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return tl.where(words > limit.to(tl.uint32), value * keep_scale, 0.0)
 
@@ -125,6 +125,11 @@ def tile_of(rows: int, width: int, *, per_thread: int, most: int, apart: bool = 
     block = padded if whole else max(16, min(padded, most // 2 // together))
     warps = together * block // (32 * (per_thread if whole else 16))
     return Tile(together, block, whole, min(MOST_WARPS, max(1, warps)))
+
+
+def registers(device: Device, most: int) -> dict[str, int]:
+    """A limit that keeps more programs on a processor; ptxas would spend registers on latency."""
+    return {"maxnreg": most} if device.arch else {}
 
 
 def parts_of(rows: int, columns: int, tile: Tile, device: Device) -> int:

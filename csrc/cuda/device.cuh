@@ -298,6 +298,13 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape
   check(cudaGetLastError(), name, shape.text());
 }
 
+// Zeros, before kernels that add.
+inline void set_zero(void* at, int64_t bytes, Stream stream, int device) {
+  const DeviceGuard guard(device);
+  check(cudaMemsetAsync(at, 0, size_t(bytes), reinterpret_cast<cudaStream_t>(stream)),
+        "cudaMemsetAsync", std::to_string(bytes) + " bytes on device " + std::to_string(device));
+}
+
 // Memory for the partial results of one call, ordered on its stream: free for the next call as
 // soon as the stream is past this one (guide: Stream Ordered Memory Allocator).
 class Workspace {

@@ -35,7 +35,7 @@ class Size:
     length: int = 1024
     batch: int = 2
     steps: int = 150
-    seconds: float = 30.0
+    seconds: float = 21.0
 
     def config(self) -> TransformerConfig:
         return TransformerConfig(

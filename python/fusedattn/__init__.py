@@ -3,6 +3,19 @@
 from . import autograd, nn
 from .ops._registry import UnsupportedError, strict
 from .ops.attention import attention, explain
+from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "attention", "autograd", "explain", "nn", "strict"]
+__all__ = [
+    "UnsupportedError",
+    "attention",
+    "autograd",
+    "explain",
+    "layer_norm",
+    "nn",
+    "rms_norm",
+    "softmax",
+    "strict",
+]

@@ -240,7 +240,9 @@ def _sums(
     step = max(1, CHUNK_ELEMENTS // inputs[0].shape[-1])
     for part in torch.arange(count, device=inputs[0].device).split(step):
         # Not yet in fp64: what an op rounds on its way (a sum with a residual) is rounded there.
-        some = ([x.index_select(-2, part) if x.dim() > 1 else x for x in t] for t in (inputs, douts))
+        some = (
+            [x.index_select(-2, part) if x.dim() > 1 else x for x in t] for t in (inputs, douts)
+        )
         parts = [x.double() for x in summands(*some)]
         totals = totals or [torch.zeros_like(x[0]) for x in parts]
         largest = largest or [0.0] * len(parts)

@@ -200,9 +200,7 @@ def run_case(
         )
     limit = case.limit(limits)
     rows = {
-        name: figures_of(
-            m, versions[name], expected[m.set_index].error(m.output), case.work, limit
-        )
+        name: figures_of(m, versions[name], expected[m.set_index].error(m.output), case.work, limit)
         for name, m in measured.items()
     }
     return {

@@ -29,7 +29,7 @@ _COLOURS = {
     f"{OURS}-cuda": "#d1495b",
     f"{OURS}-triton": "#e98a94",
     "torch": "#2e6f95",
-    "add + fusedattn": "#e09f3e",
+    "two calls": "#e09f3e",
     "liger": "#3a7d44",
     "eager": "#9a9a9a",
     "torch.compile": "#7f5aa2",
@@ -163,14 +163,14 @@ def rowwise_table(rows: Sequence[Row]) -> Table:
     """One line per case: fusedattn's rate, share of a copy, ratios, memory and error."""
     table = Table(
         title="norms, softmax and positions, rows x width (batch x heads x length x head dim)",
-        caption="rates in GB/s, each tensor read and written once, median \\[p20, p80]; 'of copy' = "
-        "of a copy of as many bytes, in turns with the rest; bwd is the backward pass alone; the "
-        "other columns as for attention",
+        caption="rates in GB/s, each tensor read and written once, median \\[p20, p80]; 'of copy' "
+        "compares with a copy of as many bytes in the same turns; bwd is the backward pass alone; "
+        "the other columns as for attention",
         title_style="bold",
         caption_style="dim",
     )
     table.add_column("case", no_wrap=True)
-    for name in ("fusedattn", "of copy", "x torch", "x best peer", "MiB (best peer's)", "error"):
+    for name in ("fusedattn", "of copy", "x torch", "x best peer", "MiB (peer's)", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before["case"]["op"] != row["case"]["op"]:
@@ -204,16 +204,26 @@ def _mebibytes(count: float | None) -> str:
 
 
 def print_skipped(rows: Iterable[Row], console: Console) -> None:
-    """Which versions did not run, why, and in how many cases."""
+    """Which versions did not run, why, and in how many cases; and which peers were wrong."""
     counts: dict[tuple[str, str], int] = {}
+    wrong: dict[str, int] = {}
     for row in rows:
         for name, reason in row["skipped"].items():
             # Sizes in a reason differ from case to case; the version and the first words do not.
             key = (name, "its matrix of scores is too large" if "scores" in reason else reason)
             counts[key] = counts.get(key, 0) + 1
+        for name in row["speedup"]:
+            wrong[name] = wrong.get(name, 0) + (not row["versions"][name]["within_tolerance"])
     for (name, reason), count in counts.items():
-        cases = "1 case" if count == 1 else f"{count} cases"
-        console.print(f"  [dim]not run: {name} in {cases}: {reason}[/]", highlight=False)
+        console.print(f"  [dim]not run: {name} in {_cases(count)}: {reason}[/]", highlight=False)
+    for name, count in wrong.items():
+        if count:
+            note = f"outside the tolerance rule, so no best peer: {name} in {_cases(count)}"
+            console.print(f"  [dim]{note}[/]", highlight=False)
+
+
+def _cases(count: int) -> str:
+    return "1 case" if count == 1 else f"{count} cases"
 
 
 def training_table(models: Iterable[Row]) -> Table:

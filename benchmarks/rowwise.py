@@ -59,7 +59,7 @@ class Case:
     @property
     def label(self) -> str:
         """What tells the case apart from the others, for people and as a pytest id."""
-        name = f"{self.op}+residual" if self.residual else self.op
+        name = f"add_{self.op}" if self.residual else self.op
         shape = "x".join(map(str, self.shape))
         return f"{name} {self.dtype} {shape} {'bwd' if self.backward else 'fwd'}"
 
@@ -156,7 +156,7 @@ def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
 def copy_of(case: Case, device: torch.device) -> Version:
     """A copy that reads and writes as many bytes as the case, between tensors that stand ready."""
     count = max(1, case.bytes // 8)
-    sources = [torch.randn(count, device=device) for _ in range(INPUT_SETS)]
+    sources = [torch.rand(count, device=device) for _ in range(INPUT_SETS)]
     target = torch.empty_like(sources[0])
     return Version(lambda i: (target.copy_(sources[i % INPUT_SETS]),), torch.no_grad)
 
@@ -200,16 +200,14 @@ def run_case(
         "case": {**asdict(case), "label": case.label, "bytes": case.bytes},
         "unit": "byte/s",
         "limit": limit,
-        "copy": asdict(copy),
+        "copy": {f"{name}_s": getattr(copy, name) for name in ("median", "p20", "p80")},
         "versions": rows,
         "skipped": skipped,
         **ratios(rows, ours_on(device)),
     }
 
 
-def _build(
-    problem: Problem, names: Sequence[str], skipped: dict[str, str]
-) -> dict[str, Version]:
+def _build(problem: Problem, names: Sequence[str], skipped: dict[str, str]) -> dict[str, Version]:
     versions = {}
     known = builders(problem.case, problem.device)
     for name in names:

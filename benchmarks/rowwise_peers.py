@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Random = Callable[..., Tensor]
 COMPILED = "torch.compile"
-TWO_CALLS = "add + fusedattn"
+TWO_CALLS = "two calls"
 LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6
 
 
@@ -113,9 +113,11 @@ class LayerNorm(Op):
         return two_calls(lambda x, w, b: Function.apply(x, w, b, LAYER_NORM_EPS), 2)
 
     def reference(self, rows: Tensor) -> Formula:
-        return two_calls(
-            lambda x, w, b: reference.layer_norm(x, x.shape[-1:], w, b, LAYER_NORM_EPS), 2
-        )
+        def formula(x: Tensor, w: Tensor, b: Tensor, residual: Tensor | None = None) -> Outputs:
+            out = reference.layer_norm(x, x.shape[-1:], w, b, LAYER_NORM_EPS, residual=residual)
+            return as_tuple(out)
+
+        return formula
 
     def summands(self, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> Outputs:
         z = (inputs[0] + inputs[3] if len(inputs) > 3 else inputs[0]).double()
@@ -154,7 +156,11 @@ class RmsNorm(Op):
         return formula
 
     def reference(self, rows: Tensor) -> Formula:
-        return two_calls(lambda x, w: reference.rms_norm(x, x.shape[-1:], w, RMS_NORM_EPS), 1)
+        def formula(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Outputs:
+            out = reference.rms_norm(x, x.shape[-1:], w, RMS_NORM_EPS, residual=residual)
+            return as_tuple(out)
+
+        return formula
 
     def summands(self, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> Outputs:
         z = (inputs[0] + inputs[2] if len(inputs) > 2 else inputs[0]).double()

@@ -230,7 +230,7 @@ def training_table(models: Iterable[Row]) -> Table:
     """One line per model and version: speed, memory, last loss and distance of the curves."""
     table = Table(title="training, same seed and same batches", title_style="bold")
     table.add_column("model", no_wrap=True)
-    columns = ("attention", "tokens/s", "speed", "peak MiB", "last loss", "max loss difference")
+    columns = ("ops", "tokens/s", "speed", "peak MiB", "last loss", "max loss difference")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for model in models:
@@ -413,13 +413,14 @@ def _plot_losses(models: list[Row], folder: Path) -> Path:
     looks = {
         "plain": {"color": "#b8b8b8", "linewidth": 4.5},
         "sdpa": {"color": _COLOURS["sdpa-flash"], "linewidth": 2.2, "linestyle": (0, (4, 2))},
-        "fused": {"color": _COLOURS[OURS], "linewidth": 1.2},
+        "fused attention": {"color": "#e09f3e", "linewidth": 1.6, "linestyle": (4, (4, 2))},
+        "all fused": {"color": _COLOURS[OURS], "linewidth": 1.2},
     }
     for axis, model in zip(axes[0], models, strict=True):
         for name, run in model["runs"].items():
             speed = f"{run['tokens_per_second']:,.0f} tokens/s"
             axis.plot(run["losses"], label=f"{name}: {speed}", **looks[name])
-        gap = model["runs"]["fused"]["max_loss_difference"]
+        gap = model["runs"]["all fused"]["max_loss_difference"]
         axis.set_title(f"{model['title']}\nlargest difference {gap:.1e}")
         axis.set_xlabel("step")
         axis.legend(loc="upper right", fontsize=7.5)

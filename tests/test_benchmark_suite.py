@@ -108,10 +108,10 @@ def test_training_plain_and_fused_gives_the_same_losses(finished):
     results, _, _ = finished
     for model in results["training"]:
         runs = model["runs"]
-        assert set(runs) == {"plain", "sdpa", "fused"}
+        assert set(runs) == {"plain", "sdpa", "fused attention", "all fused"}
         assert len(runs["plain"]["losses"]) == model["steps"] == 3
-        assert runs["fused"]["max_loss_difference"] < 1e-4
-        assert runs["plain"]["losses"][0] == pytest.approx(runs["fused"]["losses"][0], abs=1e-5)
+        assert runs["all fused"]["max_loss_difference"] < 1e-4
+        assert runs["plain"]["losses"][0] == pytest.approx(runs["all fused"]["losses"][0], abs=1e-5)
         assert runs["plain"]["losses"][0] != runs["plain"]["losses"][1]
         assert all(run["tokens_per_second"] > 0 for run in runs.values())
         assert model["sample"]["text"]
@@ -121,10 +121,10 @@ def test_the_loss_difference_shows_a_wrong_attention(monkeypatch):
     def flat(q, k, v, *, causal=False, kv_lengths=None):
         return v[:, :, :1].expand_as(q)
 
-    wrong = {**transformer.VERSIONS, "fused": lambda: transformer.Ops(attention=flat)}
+    wrong = {**transformer.VERSIONS, "all fused": lambda: transformer.Ops(attention=flat)}
     monkeypatch.setattr(transformer, "VERSIONS", wrong)
     result = transformer.train(transformer.MODELS["gpt"], TINY, CPU, seed=0)
-    assert result["runs"]["fused"]["max_loss_difference"] > 1e-3
+    assert result["runs"]["all fused"]["max_loss_difference"] > 1e-3
     assert result["runs"]["sdpa"]["max_loss_difference"] < 1e-4
 
 

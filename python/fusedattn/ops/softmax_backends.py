@@ -25,7 +25,6 @@ from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, t
 from ._registry import Backend, Refusal
 from .softmax_config import SoftmaxCall
 
-
 # --- views ---------------------------------------------------------------------------------------
 
 
@@ -71,7 +70,7 @@ def _mergeable(t: Tensor, i: int) -> bool:
     return 1 in t.shape[i : i + 2] or t.stride(i) == t.size(i + 1) * t.stride(i + 1)
 
 
-# --- cpu and cuda: csrc/cpu/rowwise/softmax.cpp, csrc/cuda/softmax.cu ------------------------------
+# --- cpu, cuda: csrc/cpu/rowwise/softmax.cpp, csrc/cuda/softmax.cu -------------------------------
 
 
 def _cpu_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
@@ -141,8 +140,6 @@ BACKENDS = (
     Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
     Backend("cuda", _cuda_refuses, lambda: _native_kernels(_native.cuda)),
     Backend("triton", _triton_refuses, _triton_kernels),
-    Backend(
-        "cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())
-    ),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())),
     Backend("reference", _reference_refuses, _reference_kernels),
 )

@@ -188,7 +188,8 @@ def run_case(
     copy = measured.pop(COPY).timing
     limit = case.bytes / copy.median
     expected = {
-        index: _expected(problem, index, seed) for index in {m.set_index for m in measured.values()}
+        index: expected_of(problem, index, seed)
+        for index in {m.set_index for m in measured.values()}
     }
     rows = {
         name: figures_of(
@@ -220,7 +221,8 @@ def _build(problem: Problem, names: Sequence[str], skipped: dict[str, str]) -> d
     return versions
 
 
-def _expected(problem: Problem, index: int, seed: int) -> ExpectedRows:
+def expected_of(problem: Problem, index: int, seed: int) -> ExpectedRows:
+    """What every version should give on the input set of this index."""
     case, op = problem.case, OPS[problem.case.op]
     inputs, douts = problem.sets[index]
     return expected_rows(

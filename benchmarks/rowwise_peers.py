@@ -64,8 +64,8 @@ class Op:
         """Plain PyTorch; `inputs` for what it prepares, which is the same in every set."""
         raise NotImplementedError
 
-    def liger(self) -> Formula:
-        """Liger's Triton kernels."""
+    def liger(self, inputs: Outputs) -> Formula:
+        """Liger's Triton kernels; `inputs` as for `torch`."""
         raise NotImplementedError
 
     def reference(self, rows: Tensor) -> Formula:
@@ -107,7 +107,7 @@ class LayerNorm(Op):
     def torch(self, inputs: Outputs) -> Formula:
         return two_calls(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, LAYER_NORM_EPS), 2)
 
-    def liger(self) -> Formula:
+    def liger(self, inputs: Outputs) -> Formula:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction as Function
 
         return two_calls(lambda x, w, b: Function.apply(x, w, b, LAYER_NORM_EPS), 2)
@@ -142,7 +142,7 @@ class RmsNorm(Op):
     def torch(self, inputs: Outputs) -> Formula:
         return two_calls(lambda x, w: F.rms_norm(x, x.shape[-1:], w, RMS_NORM_EPS), 1)
 
-    def liger(self) -> Formula:
+    def liger(self, inputs: Outputs) -> Formula:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Fused
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Function
 
@@ -179,7 +179,7 @@ class Softmax(Op):
     def torch(self, inputs: Outputs) -> Formula:
         return lambda x: (torch.softmax(x, -1),)
 
-    def liger(self) -> Formula:
+    def liger(self, inputs: Outputs) -> Formula:
         from liger_kernel.ops.softmax import LigerSoftmaxFunction as Function
 
         return lambda x: (Function.apply(x),)
@@ -217,11 +217,12 @@ class Rotary(Op):
 
         return formula
 
-    def liger(self) -> Formula:
-        """It works on (B, S, H, D) in place, so this layout costs it a copy, as plain calls do."""
+    def liger(self, inputs: Outputs) -> Formula:
+        """It works in place on (B, S, H, D): in this layout it makes a copy first."""
         from liger_kernel.ops.rope import LigerRopeFunction as Function
 
-        return lambda q, k, cos, sin: Function.apply(q, k, cos, sin, None, 1, q.shape[-1])
+        wide = [torch.cat((table, table), dim=-1)[None] for table in inputs[2:]]
+        return lambda q, k, cos, sin: Function.apply(q, k, *wide)
 
     def reference(self, rows: Tensor) -> Formula:
         return lambda q, k, cos, sin: tuple(reference.apply_rotary(x, cos, sin) for x in (q, k))
@@ -244,7 +245,7 @@ class Sinusoidal(Op):
         table = reference.add_sinusoidal(torch.zeros_like(x[0], dtype=torch.float64)).to(x.dtype)
         return lambda x: (x + table,)
 
-    def liger(self) -> Formula:
+    def liger(self, inputs: Outputs) -> Formula:
         raise Unavailable("Liger has no sinusoidal positions")
 
     def reference(self, rows: Tensor) -> Formula:
@@ -340,12 +341,16 @@ def compiled(problem: Problem) -> Version:
 
 
 def liger(problem: Problem) -> Version:
-    """Liger's kernel for the op (a norm with a residual adds it first where Liger has no other)."""
+    """Liger's kernel; before its layer norm a residual is added by PyTorch."""
     if problem.device.type != "cuda":
         raise Unavailable("its Triton kernels need a GPU")
     if importlib.util.find_spec("liger_kernel") is None:
         raise Unavailable("liger-kernel is not installed: pip install liger-kernel")
-    return version_of(OPS[problem.case.op].liger(), problem)
+    try:
+        formula = OPS[problem.case.op].liger(problem.sets[0][0])
+    except ImportError as error:
+        raise Unavailable(f"this liger-kernel lacks it: {error}") from error
+    return version_of(formula, problem)
 
 
 PEERS: dict[str, Callable[[Problem], Version]] = {

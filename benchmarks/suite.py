@@ -84,7 +84,7 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
     case, so a run that is stopped keeps what it has measured.
     """
     # Where nobody says how wide the terminal is (a pipe, a log), the tables need this much.
-    console = console or Console(width=None if sys.stdout.isatty() else 132)
+    console = console or Console(width=None if sys.stdout.isatty() else 144)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     found = environment.collect()

@@ -226,7 +226,7 @@ def test_the_expected_gradients_of_weights_are_those_of_autograd(op, residual, m
     out = OPS[op].torch(())(*exact)
     weights = [x for x in exact if x.dim() == 1]
     grads = torch.autograd.grad(out[0], weights, douts[0].double())
-    found = rowwise._expected(problem, 1, seed=5)
+    found = rowwise.expected_of(problem, 1, seed=5)
     assert {0, 23} <= set(found.rows.tolist())
     for grad, (total, largest) in zip(grads, found.sums, strict=True):
         torch.testing.assert_close(total, grad, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -130,4 +131,12 @@ def test_liger_says_why_it_is_absent(monkeypatch):
     with pytest.raises(Unavailable, match="pip install liger-kernel"):
         rowwise_peers.liger(SimpleNamespace(device=GPU))
     with pytest.raises(Unavailable, match="no sinusoidal"):
-        OPS["sinusoidal"].liger()
+        OPS["sinusoidal"].liger(())
+
+
+def test_liger_says_what_its_version_lacks(monkeypatch):
+    monkeypatch.setattr(rowwise_peers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.softmax", None)
+    problem = SimpleNamespace(device=GPU, case=tiny("softmax"), sets=[((), ())])
+    with pytest.raises(Unavailable, match="this liger-kernel lacks it"):
+        rowwise_peers.liger(problem)

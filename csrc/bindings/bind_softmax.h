@@ -1,3 +1,4 @@
+// Softmax's functions of a native module: Python's arguments into its parameter structs.
 #pragma once
 
 #include "softmax.h"
@@ -5,7 +6,33 @@
 
 namespace fusedattn::bindings {
 
-inline void bind_softmax(py::module_&, void (*)(const SoftmaxForward&, Stream),
-                         void (*)(const SoftmaxBackward&, Stream)) {}
+// `config` is SoftmaxConfig of fusedattn/ops/softmax_config.py.
+inline SoftmaxOptions softmax_options(const py::tuple& config) {
+  return {SoftmaxCausal(config[0].cast<int>()), config[1].cast<double>()};
+}
+
+inline void bind_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, Stream),
+                         void (*backward)(const SoftmaxBackward&, Stream)) {
+  m.def(
+      "softmax_forward",
+      [forward](py::handle x, py::handle mask, py::handle bias, py::handle out,
+                const py::tuple& config, Stream stream) {
+        const SoftmaxForward params{view(x), broadcast_view(mask), broadcast_view(bias), view(out),
+                                    softmax_options(config)};
+        const WithoutGil release;
+        forward(params, stream);
+      },
+      "Writes out.");
+  m.def(
+      "softmax_backward",
+      [backward](py::handle dout, py::handle out, py::handle dx, py::handle ds,
+                 const py::tuple& config, Stream stream) {
+        const SoftmaxBackward params{view(dout), view(out), view(dx), view(ds),
+                                     softmax_options(config)};
+        const WithoutGil release;
+        backward(params, stream);
+      },
+      "Writes dx and ds, where given.");
+}
 
 }  // namespace fusedattn::bindings

@@ -1,11 +1,392 @@
-#include "softmax.h"
-
-#include "vec.h"
+// Softmax over rows, which lie along memory or side by side.
+//
+// A row of up to `chunk` columns is read once: its exponentials wait in L1 until their sum is
+// known. A wider row is a series of chunks, each with its own maximum and sum (Milakov and
+// Gimelshein 2018), that threads may share; they are combined in order, so that neither the number
+// of threads nor trailing columns that are masked change a bit of the result.
+#include "softmax_columns.h"
+#include "workspace.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
+namespace {
+
+constexpr int64_t chunk = 8192;
+constexpr int unroll = 4;  // independent chains, for the latency of additions and maxima
+
+// Calls step(v, j) for the vector at column j of n; v < unroll does not depend on n.
+template <class S, class Step>
+FUSEDATTN_INLINE void for_vectors(int64_t n, Step step) {
+  constexpr int w = width<S>;
+  int64_t j = 0;
+  for (; j + unroll * w <= n; j += unroll * w) {
+#pragma GCC unroll 4
+    for (int v = 0; v < unroll; ++v) step(v, j + v * w);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < unroll; ++v)
+    if (j + v * w < n) step(v, j + v * w);
+}
+
+// A vector of which n lanes exist; the others are `rest`. Nothing past them is touched.
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE vec<S> load_some(const T* p, int64_t n, S rest) {
+  constexpr int w = width<S>;
+  if (n >= w) return load_as(p);
+  T lanes[w] = {};
+  memcpy(lanes, p, n * sizeof(T));
+  return select_below(int(n), load_as(lanes), splat(rest));
+}
+
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void store_some(T* p, int64_t n, vec<S> x) {
+  constexpr int w = width<S>;
+  if (n >= w) {
+    store_as(p, x);
+    return;
+  }
+  T lanes[w];
+  store_as(lanes, x);
+  memcpy(p, lanes, n * sizeof(T));
+}
+
+template <class V>
+FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
+  return (x[0] + x[1]) + (x[2] + x[3]);
+}
+
+// --- forward -------------------------------------------------------------------------------------
+
+// The largest of n numbers; a NaN is passed over, and shows in the sum.
+template <class T>
+FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n) {
+  typedef compute_t<T> S;
+  vec<S> high[unroll];
+  for (auto& each : high) each = splat(-infinity<S>);
+  for_vectors<S>(n, [&](int v, int64_t j) {
+    high[v] = maximum(load_some(x + j, n - j, -infinity<S>), high[v]);
+  });
+  return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
+}
+
+// e = 2^(factor · (x − origin)), with room for whole vectors; returns their sum.
+template <int Degree, class T>
+FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, compute_t<T> origin,
+                                           compute_t<T> factor, compute_t<T>* e) {
+  typedef compute_t<T> S;
+  vec<S> sums[unroll] = {};
+  for_vectors<S>(n, [&](int v, int64_t j) {
+    const vec<S> y = exp2<Degree>((load_some(x + j, n - j, -infinity<S>) - origin) * factor);
+    store(e + j, y);
+    sums[v] += y;
+  });
+  return reduce_add(sum_of(sums));
+}
+
+// The largest score of a chunk and the sum of its exponentials relative to that.
+template <class S>
+struct Part {
+  S high, sum;
+};
+
+template <class S>
+FUSEDATTN_INLINE S finite_origin(S high) {
+  return high == -infinity<S> ? S(0) : high;  // −inf − 0 still has the exponential 0
+}
+
+template <class S>
+FUSEDATTN_INLINE S reciprocal(S sum) {
+  return sum == 0 ? S(0) : 1 / sum;
+}
+
+template <class T>
+struct ForwardRows {
+  typedef compute_t<T> S;
+  static constexpr int degree = sizeof(T) == 2 ? 4 : 6;
+  const SoftmaxForward& p;
+  const Scores<T> scores{p};
+  const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
+                      p.x.stride[3] == 1;  // the scores are x as it lies
+
+  // Columns that the row may see; what is masked in between is no less computed.
+  int64_t visible(const Index& at) const {
+    if (p.mask && p.mask.stride[3] == 0 && !*p.mask.at<const uint8_t>(at.b, at.h, at.i)) return 0;
+    return seen_columns(p, at.i);
+  }
+
+  // Runs f on the scores of columns [j0, j0 + n), which are x itself or else in e.
+  template <class F>
+  FUSEDATTN_MEMBER auto with_scores(const Index& at, int64_t j0, int64_t n, S* e, F f) const {
+    if (direct) return f(p.x.at<const T>(at.b, at.h, at.i, j0));
+    prepare(at, j0, n, e);
+    return f(const_cast<const S*>(e));
+  }
+
+  // e = their exponentials relative to their own maximum.
+  Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e) const {
+    return with_scores(at, j0, n, e, [&](auto* x) -> Part<S> {
+      const S high = highest(x, n);
+      return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e)};
+    });
+  }
+
+  void write(const Index& at, int64_t j0, int64_t n, const S* e, S inverse) const {
+    T* out = p.out.at<T>(at.b, at.h, at.i, j0);
+    if (p.out.stride[3] != 1) {
+      store_row(out, p.out.stride[3], n, e, inverse);
+      return;
+    }
+    for_vectors<S>(n, [&](int, int64_t j) { store_some(out + j, n - j, load(e + j) * inverse); });
+  }
+
+  void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
+    zero(p.out.at<T>(at.b, at.h, at.i, j0), p.out.stride[3], j1 - j0);
+  }
+
+  void narrow(const Index& at, S* e) const {
+    const int64_t n = visible(at);
+    const Part<S> row = exponentiate(at, 0, n, e);
+    write(at, 0, n, e, reciprocal(row.sum));
+    write_zeros(at, n, p.width());
+  }
+
+  Part<S> part(const Index& at, int64_t c, S* e) const {
+    const int64_t n = smaller(visible(at) - c * chunk, chunk);
+    return n > 0 ? exponentiate(at, c * chunk, n, e) : Part<S>{-infinity<S>, 0};
+  }
+
+  Part<S> combine(const Part<S>* parts, int64_t count) const {
+    Part<S> row{-infinity<S>, 0};
+    for (int64_t c = 0; c < count; ++c) row.high = larger(row.high, parts[c].high);
+    for (int64_t c = 0; c < count; ++c) row.sum += parts[c].sum * carried(parts[c].high, row.high);
+    return row;
+  }
+
+  void finish(const Index& at, int64_t c, const Part<S>& row, S* e) const {
+    const int64_t j0 = c * chunk, end = smaller(p.width() - j0, chunk);
+    const int64_t n = larger(smaller(visible(at) - j0, chunk), int64_t(0));
+    if (n > 0) {
+      with_scores(at, j0, n, e, [&](auto* x) {
+        exponentials<degree>(x, n, finite_origin(row.high), scores.factor, e);
+      });
+      write(at, j0, n, e, reciprocal(row.sum));
+    }
+    write_zeros(at, j0 + n, j0 + end);
+  }
+
+ private:
+  S carried(S high, S highest) const {
+    return exp2<6>(splat((high - finite_origin(highest)) * scores.factor))[0];
+  }
+
+  // e[j] = the score, −inf where masked; whole vectors.
+  void prepare(const Index& at, int64_t j0, int64_t n, S* e) const {
+    const int64_t wide = round_up(n, width<S>);
+    load_row(p.x.at<const T>(at.b, at.h, at.i, j0), p.x.stride[3], n, e, wide);
+    if (p.bias) {
+      alignas(64) S bias[chunk];
+      scores.load_bias(p.bias.offset(at.b, at.h, at.i, j0), n, bias, wide);
+      for (int64_t j = 0; j < n; j += width<S>)
+        store(e + j, load(e + j) * scores.multiplier + load(bias + j));
+    } else if (scores.multiplier != 1) {
+      for (int64_t j = 0; j < n; j += width<S>) store(e + j, load(e + j) * scores.multiplier);
+    }
+    if (p.mask) apply_mask(p.mask.at<const uint8_t>(at.b, at.h, at.i, j0), n, e);
+    for (int64_t j = n; j < wide; ++j) e[j] = -infinity<S>;
+  }
+
+  void apply_mask(const uint8_t* mask, int64_t n, S* e) const {
+    constexpr int w = width<S>;
+    const int64_t stride = p.mask.stride[3];
+    int64_t j = 0;
+    if (stride == 1) {
+      for (; j + w <= n; j += w)
+        store(e + j, select_bytes<S>(mask + j, load(e + j), splat(-infinity<S>)));
+    }
+    for (; j < n; ++j)
+      if (!mask[j * stride]) e[j] = -infinity<S>;
+  }
+};
+
+// --- backward ------------------------------------------------------------------------------------
+
+template <class T>
+FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n) {
+  typedef compute_t<T> S;
+  vec<S> sums[unroll] = {};
+  for_vectors<S>(n, [&](int v, int64_t j) {
+    sums[v] += load_some(x + j, n - j, S(0)) * load_some(y + j, n - j, S(0));
+  });
+  return reduce_add(sum_of(sums));
+}
+
+template <class T>
+struct BackwardRows {
+  typedef compute_t<T> S;
+  const SoftmaxBackward& p;
+  const S scale = S(p.options.scale);
+  const bool direct = p.dout.stride[3] == 1 && p.out.stride[3] == 1;
+
+  int64_t visible(const Index& at) const { return seen_columns(p, at.i); }
+
+  // Runs f(dout, out) on columns [j0, j0 + n), in copies where they do not lie side by side.
+  template <class F>
+  FUSEDATTN_MEMBER auto with_columns(const Index& at, int64_t j0, int64_t n, S* copy, F f) const {
+    const T* dout = p.dout.at<const T>(at.b, at.h, at.i, j0);
+    const T* out = p.out.at<const T>(at.b, at.h, at.i, j0);
+    if (direct) return f(dout, out);
+    const int64_t wide = round_up(n, width<S>);
+    load_row(dout, p.dout.stride[3], n, copy, wide);
+    load_row(out, p.out.stride[3], n, copy + chunk, wide);
+    return f(const_cast<const S*>(copy), const_cast<const S*>(copy + chunk));
+  }
+
+  S sum(const Index& at, int64_t j0, int64_t n, S* copy) const {
+    return with_columns(at, j0, n, copy, [&](auto* dout, auto* out) { return dot(dout, out, n); });
+  }
+
+  // ds = out ∘ (dout − row) and dx = scale · ds.
+  void write(const Index& at, int64_t j0, int64_t n, S row, S* copy) const {
+    S* ds = p.ds ? p.ds.at<S>(at.b, at.h, at.i, j0) : nullptr;
+    T* dx = p.dx ? p.dx.at<T>(at.b, at.h, at.i, j0) : nullptr;
+    const bool dx_apart = dx != nullptr && p.dx.stride[3] != 1;
+    with_columns(at, j0, n, copy, [&](auto* dout, auto* out) {
+      for_vectors<S>(n, [&](int, int64_t j) {
+        const vec<S> y = load_some(out + j, n - j, S(0));
+        const vec<S> gradient = y * (load_some(dout + j, n - j, S(0)) - row);
+        if (ds) store_some(ds + j, n - j, gradient);
+        if (dx_apart)
+          store(copy + j, gradient);
+        else if (dx)
+          store_some(dx + j, n - j, gradient * scale);
+      });
+    });
+    if (dx_apart) store_row(dx, p.dx.stride[3], n, copy, scale);
+  }
+
+  void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
+    if (p.dx) zero(p.dx.at<T>(at.b, at.h, at.i, j0), p.dx.stride[3], j1 - j0);
+    if (p.ds) zero(p.ds.at<S>(at.b, at.h, at.i, j0), p.ds.stride[3], j1 - j0);
+  }
+
+  void narrow(const Index& at, S* copy) const {
+    const int64_t n = visible(at);
+    write(at, 0, n, sum(at, 0, n, copy), copy);
+    write_zeros(at, n, p.width());
+  }
+
+  S part(const Index& at, int64_t c, S* copy) const {
+    const int64_t n = smaller(visible(at) - c * chunk, chunk);
+    return n > 0 ? sum(at, c * chunk, n, copy) : S(0);
+  }
+
+  S combine(const S* parts, int64_t count) const {
+    S row = 0;
+    for (int64_t c = 0; c < count; ++c) row += parts[c];
+    return row;
+  }
+
+  void finish(const Index& at, int64_t c, S row, S* copy) const {
+    const int64_t j0 = c * chunk, end = smaller(p.width() - j0, chunk);
+    const int64_t n = larger(smaller(visible(at) - j0, chunk), int64_t(0));
+    if (n > 0) write(at, j0, n, row, copy);
+    write_zeros(at, j0 + n, j0 + end);
+  }
+};
+
+// --- rows over threads ---------------------------------------------------------------------------
+
+// Rows of one chunk. Causal rows grow, so threads take turns.
+template <class Rows, class Params>
+void run_narrow(const Params& p, int threads) {
+  const Rows rows{p};
+  const int64_t count = p.rows();
+  const int64_t block = p.options.causal == SoftmaxCausal::none ? ceil_div(count, threads) : 16;
+#pragma omp parallel num_threads(threads)
+  {
+    alignas(64) typename Rows::S copy[2 * chunk];
+#pragma omp for schedule(static, 1)
+    for (int64_t first = 0; first < count; first += block) {
+      Index at = index_of(p, first);
+      for (int64_t r = first; r < smaller(first + block, count); ++r) {
+        rows.narrow(at, copy);
+        at.next(p);
+      }
+    }
+  }
+}
+
+// Rows of several chunks: a thread each, or, where rows are few, all threads on one after another.
+template <class Rows, class Params>
+void run_wide(const Params& p, int threads) {
+  const Rows rows{p};
+  const int64_t count = p.rows(), chunks = ceil_div(p.width(), chunk);
+  const bool shared = count < 8 * threads && threads > 1;
+  typedef decltype(rows.part(Index{}, 0, nullptr)) Piece;
+  // While some threads still combine one row, others write the parts of the next.
+  const Workspace workspace(sizeof(Piece) * chunks * larger(threads, 2));
+  Piece* const parts = reinterpret_cast<Piece*>(workspace.data());
+#pragma omp parallel num_threads(threads)
+  {
+    alignas(64) typename Rows::S copy[2 * chunk];
+    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t first = shared ? 0 : count * me / team;
+    const int64_t last = shared ? count : count * (me + 1) / team;
+    const int64_t c0 = shared ? chunks * me / team : 0;
+    const int64_t c1 = shared ? chunks * (me + 1) / team : chunks;
+    Index at = index_of(p, first);
+    for (int64_t r = first; r < last; ++r) {
+      Piece* const own = parts + chunks * (shared ? r % 2 : me);
+      for (int64_t c = c0; c < c1; ++c) own[c] = rows.part(at, c, copy);
+      if (shared) {
+#pragma omp barrier
+      }
+      const Piece row = rows.combine(own, chunks);
+      for (int64_t c = c0; c < c1; ++c) rows.finish(at, c, row, copy);
+      at.next(p);
+    }
+  }
+}
+
+template <class Rows, class Params>
+void run_rows(const Params& p) {
+  const int threads = threads_for(p);
+  p.width() <= chunk ? run_narrow<Rows>(p, threads) : run_wide<Rows>(p, threads);
+}
+
+template <class T>
+bool softmax_forward(const SoftmaxForward& p) {
+  SoftmaxForward q = p;
+  if (p.x.stride[3] != 1 && columns_of(q, width<compute_t<T>>))
+    forward_columns<T>(q);
+  else
+    run_rows<ForwardRows<T>>(p);
+  return true;
+}
+
+template <class T>
+bool softmax_backward(const SoftmaxBackward& p) {
+  SoftmaxBackward q = p;
+  if (p.out.stride[3] != 1 && columns_of(q, width<compute_t<T>>))
+    backward_columns<T>(q);
+  else
+    run_rows<BackwardRows<T>>(p);
+  return true;
+}
+
+template <class T>
+void add(SoftmaxKernels& kernels, DType dtype) {
+  kernel_for<SoftmaxForward>(kernels, dtype) = {softmax_forward<T>};
+  kernel_for<SoftmaxBackward>(kernels, dtype) = {softmax_backward<T>};
+}
+
+}  // namespace
 
 SoftmaxKernels softmax_kernels() {
   SoftmaxKernels kernels;
+  add<f16>(kernels, DType::f16);
+  add<bf16>(kernels, DType::bf16);
+  add<float>(kernels, DType::f32);
+  add<double>(kernels, DType::f64);
   return kernels;
 }
 

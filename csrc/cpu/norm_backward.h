@@ -80,14 +80,13 @@ struct NormBackwardRows {
     }
   }
 
-  // n = z · rstd + shift
+  // n = (z − mean) · rstd
   struct Normalise {
-    S rstd, shift;
+    S mean, rstd;
 
     FUSEDATTN_MEMBER Normalise(const NormBackward& p, int64_t row) {
+      mean = p.mean ? static_cast<const S*>(p.mean.data)[row] : S(0);
       rstd = static_cast<const S*>(p.rstd.data)[row];
-      const S mean = p.mean ? static_cast<const S*>(p.mean.data)[row] : S(0);
-      shift = S(-double(mean) * double(rstd));
     }
   };
 
@@ -98,13 +97,13 @@ struct NormBackwardRows {
     const S* w = weight.data() + column;
     const T* dout[Rows];
     const Z* z[Rows];
-    vec<S> rstd[Rows], shift[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
+    vec<S> mean[Rows], rstd[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
     for (int r = 0; r < Rows; ++r) {
       dout[r] = dout_row(row + r, column);
       z[r] = z_row(row + r, column);
       const Normalise of(p, row + r);
+      mean[r] = splat(of.mean);
       rstd[r] = splat(of.rstd);
-      shift[r] = splat(of.shift);
     }
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
       const vec<S> weights = get<S>(w + i, lanes);
@@ -114,7 +113,7 @@ struct NormBackwardRows {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const vec<S> d = get<S>(dout[r] + i, lanes), g = d * weights;
-        const vec<S> x = get<S>(z[r] + i, lanes) * rstd[r] + shift[r];
+        const vec<S> x = (get<S>(z[r] + i, lanes) - mean[r]) * rstd[r];
         if constexpr (Weight) to_weight += d * x;
         if constexpr (Bias) to_bias += d;
         g_sum[r] += g;
@@ -147,7 +146,7 @@ struct NormBackwardRows {
   }
 
   // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`;
-  // what does not depend on g is slope · z + constant.
+  // what does not depend on g is slope · (z − mean) + constant.
   template <bool Dz, class To>
   void gradient(int64_t row, int64_t column, int64_t n, double mean_g, double mean_gn,
                 To* total) const {
@@ -157,10 +156,10 @@ struct NormBackwardRows {
     const Z* dz = Dz ? dz_row(row, column) : nullptr;
     const Normalise of(p, row);
     const S slope = S(-double(of.rstd) * mean_gn);
-    const S constant = S(-mean_g - double(of.shift) * mean_gn);
+    const S constant = S(-mean_g);
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
       const vec<S> g = get<S>(dout + i, lanes) * get<S>(w + i, lanes);
-      vec<S> value = (g + (get<S>(z + i, lanes) * slope + constant)) * of.rstd;
+      vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
       if constexpr (Dz) value += get<S>(dz + i, lanes);
       set<S>(total + i, value, lanes);
     });

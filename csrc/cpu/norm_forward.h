@@ -1,5 +1,5 @@
 // Layer norm and RMS norm, forward. Per row: z = dropout(x) + residual, rounded to its own dtype;
-// its statistics, chunk by chunk; out = (z · rstd − mean · rstd) · weight + bias.
+// its statistics, chunk by chunk; out = (z − mean) · rstd · weight + bias.
 #pragma once
 
 #include "norm_rows.h"
@@ -174,19 +174,16 @@ struct NormForwardRows {
     return whole;
   }
 
-  // out = (z · rstd + shift) · weight + bias. That shift = −mean · rstd is rounded costs no more
-  // than that the mean were.
+  // out = (z − mean) · rstd · weight + bias; the difference first, so that a row of equal elements
+  // gives the bias itself.
   template <bool Weight, bool Bias>
-  FUSEDATTN_INLINE void scale_and_shift(const P* z, T* out, int64_t n, S rstd, S shift,
+  FUSEDATTN_INLINE void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
                                         const S* weight, const S* bias) {
-    const auto apply = [&](vec<S> x, int64_t i, auto lanes) {
-      vec<S> value = x * rstd + shift;
+    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+      vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
       if constexpr (Weight) value *= get<S>(weight + i, lanes);
       if constexpr (Bias) value += get<S>(bias + i, lanes);
-      return value;
-    };
-    for_vectors<S>(n, [&](int64_t i, auto lanes) {
-      set<S>(out + i, apply(get<S>(z + i, lanes), i, lanes), lanes);
+      set<S>(out + i, value, lanes);
     });
   }
 
@@ -201,15 +198,15 @@ struct NormForwardRows {
     const P* z = source(row, columns.begin);
     const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
     const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
-    const S rstd = S(s.rstd), shift = S(-s.mean * double(rstd));
+    const S mean = S(s.mean), rstd = S(s.rstd);
     if (w && b)
-      scale_and_shift<true, true>(z, out, n, rstd, shift, w, b);
+      scale_and_shift<true, true>(z, out, n, mean, rstd, w, b);
     else if (w)
-      scale_and_shift<true, false>(z, out, n, rstd, shift, w, b);
+      scale_and_shift<true, false>(z, out, n, mean, rstd, w, b);
     else if (b)
-      scale_and_shift<false, true>(z, out, n, rstd, shift, w, b);
+      scale_and_shift<false, true>(z, out, n, mean, rstd, w, b);
     else
-      scale_and_shift<false, false>(z, out, n, rstd, shift, w, b);
+      scale_and_shift<false, false>(z, out, n, mean, rstd, w, b);
   }
 };
 

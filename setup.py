@@ -40,6 +40,30 @@ COMPILE_FLAGS = [
 ]
 LINK_FLAGS = ["-shared", "-fopenmp"]
 
+# Kernels for NVIDIA GPUs: C++ as above for the host, whose compiler nvcc calls, and machine code
+# for each target. The runtime is linked in and its symbols are hidden: torch brings its own.
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",  # std::min and its like in kernels
+    "-lineinfo",  # lets profilers and compute-sanitizer name lines
+    "-Xptxas=-warn-spills",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+]
+NVCC_LINK_FLAGS = ["-shared", "-cudart=static", "-nodlink", "-Xlinker=--exclude-libs=ALL"]
+
+# The same sources on the host emulator, for the tests.
+EMULATOR_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",  # unroll
+    "-DFUSEDATTN_EMULATED=1",
+]
+
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
@@ -107,6 +131,89 @@ def knows(compiler: list[str], flags: list[str]) -> bool:
     return not compile_error(compiler, "int probe() { return 0; }", ["-c", *flags])
 
 
+# --- nvcc and its targets ------------------------------------------------------------------------
+
+
+def find_nvcc() -> str | None:
+    """$CUDACXX, else the nvcc of $CUDA_HOME, on PATH or where CUDA is installed by default."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc"]
+    candidates.append("/usr/local/cuda/bin/nvcc")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def gpus() -> list[str]:
+    """The targets of the GPUs in this machine: ["90a"]."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE)
+    # For these GPUs alone, so with what only they have; before 9.0 there is no such thing.
+    return [f"{major}{minor}{'a' if int(major) >= 9 else ''}" for major, minor in found]
+
+
+def capability(target: str) -> int:
+    """90 of "90a"."""
+    return int(re.match(r"\d*", target).group() or 0)
+
+
+def cuda_targets(nvcc: str | None) -> list[str]:
+    """What to compile CUDA kernels for, oldest first; [] for no CUDA module.
+
+    Raises:
+        SetupError: $FUSEDATTN_CUDA_ARCHS asks for what cannot be built.
+    """
+    asked = os.environ.get("FUSEDATTN_CUDA_ARCHS", "").strip()
+    if asked.lower() == "none":
+        return []
+    named = {each.strip() for each in asked.split(";") if each.strip()}
+    wanted = sorted(named or set(gpus()), key=lambda each: (capability(each), each))
+    if not wanted:
+        return []
+    problem = why_not_cuda(nvcc, wanted)
+    if problem and asked:
+        raise SetupError(
+            f"FUSEDATTN_CUDA_ARCHS={asked!r}: {problem}. Give compute capabilities that nvcc "
+            "knows, 8.0 or later, as in FUSEDATTN_CUDA_ARCHS='80;90a', or 'none'"
+        )
+    if problem:
+        print(
+            f"fusedattn installs WITHOUT CUDA C++ kernels for this GPU: {problem}\n"
+            "Install the CUDA toolkit (nvcc on PATH or CUDA_HOME set), then repeat the "
+            "installation with --no-cache-dir --force-reinstall --no-deps; or silence this with "
+            "FUSEDATTN_CUDA_ARCHS=none.",
+            file=sys.stderr,
+        )
+        return []
+    return wanted
+
+
+def why_not_cuda(nvcc: str | None, wanted: list[str]) -> str:
+    """Why kernels for these targets cannot be built here; empty when they can."""
+    if nvcc is None:
+        return "nvcc is not found (looked at $CUDACXX, $CUDA_HOME, PATH and /usr/local/cuda)"
+    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = set(re.findall(r"sm_(\w+)", done.stdout))
+    for each in wanted:
+        if not re.fullmatch(r"\d{2,3}[af]?", each):
+            return f"{each!r} is not a target"
+        if capability(each) < 80:
+            return f"the kernels need compute capability 8.0 or later, not {each}"
+        if each.rstrip("af") not in known:
+            return f"{nvcc} does not know sm_{each}"
+    return ""
+
+
+def target_flags(targets: list[str]) -> list[str]:
+    """Machine code for each target; the last comes as PTX too, for GPUs that are later still."""
+    flags = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in targets]
+    if targets[-1].isdigit():  # the PTX of an "a" or "f" target is bound to its GPUs
+        flags.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    return flags
+
+
 # --- the build -----------------------------------------------------------------------------------
 
 
@@ -115,17 +222,31 @@ class Unit(NamedTuple):
 
     source: Path
     object: Path
+    compiler: list[str]
     flags: list[str]
 
 
-def plan(compiler: list[str], ext: Extension, folder: Path) -> list[Unit]:
-    """The units of an extension, in the order in which they are linked.
+class Module(NamedTuple):
+    """What one native module is made of: units in the order in which they are linked."""
+
+    units: list[Unit]
+    linker: list[str]
+    link_flags: list[str]
+
+
+def python_flags() -> list[str]:
+    """What the bindings need beside the flags of kernels, which see csrc alone."""
+    import pybind11
+
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+def plan_cpu(compiler: list[str], ext: Extension, folder: Path) -> Module:
+    """The units of _cpu.
 
     Raises:
         SetupError: a file isa_<name>.cpp has no row in ISA_FLAGS.
     """
-    import pybind11
-
     isa_files: dict[str, Path] = {}
     rowwise: list[Path] = []
     other_files: list[Path] = []
@@ -141,26 +262,59 @@ def plan(compiler: list[str], ext: Extension, folder: Path) -> list[Unit]:
         else:
             print(f"leaving out {source}: {compiler[0]} does not know {' '.join(ISA_FLAGS[isa])}")
 
-    # Kernels see csrc alone; only the bindings see Python.
     common = [*COMPILE_FLAGS, *(f"-I{path}" for path in ext.include_dirs)]
-    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     present = [f"-DFUSEDATTN_HAS_{isa.upper()}=1" for isa in isa_files]
     units = [
-        Unit(path, folder / f"{path.stem}.o", [*common, *present, *python]) for path in other_files
+        Unit(path, folder / f"{path.stem}.o", compiler, [*common, *present, *python_flags()])
+        for path in other_files
     ]
     # Of an inline function compiled several times the linker keeps the first copy, so the files
     # that every processor can run come first and the most demanding ones come last.
     for isa in (isa for isa in ISA_FLAGS if isa in isa_files):
         flags = [*common, *ISA_FLAGS[isa]]
-        units.append(Unit(isa_files[isa], folder / f"isa_{isa}.o", flags))
+        units.append(Unit(isa_files[isa], folder / f"isa_{isa}.o", compiler, flags))
         if isa not in TILES_ONLY:
             named = [*flags, f"-DFUSEDATTN_ISA={isa}"]
-            units += (Unit(path, folder / f"{path.stem}_{isa}.o", named) for path in rowwise)
-    return units
+            units += (
+                Unit(path, folder / f"{path.stem}_{isa}.o", compiler, named) for path in rowwise
+            )
+    return Module(units, compiler, LINK_FLAGS)
 
 
-def write_ninja_file(path: Path, compiler: list[str], units: list[Unit], module: Path) -> None:
-    """Write the build of `module`; all paths in it are relative to the repository."""
+def plan_cuda(compiler: list[str], ext: Extension, folder: Path) -> Module:
+    """The units of _cuda: kernels by nvcc, the bindings by the C++ compiler."""
+    nvcc = find_nvcc() or "nvcc"
+    targets = cuda_targets(nvcc)
+    include = [f"-I{path}" for path in ext.include_dirs]
+    named = f'-DFUSEDATTN_CUDA_TARGETS="{",".join(targets)}"'
+    host = [flag for flag in COMPILE_FLAGS if flag != "-fopenmp"]
+    device = [nvcc, f"-ccbin={next(word for word in compiler if 'ccache' not in word)}"]
+    units = []
+    for source in map(Path, ext.sources):
+        if source.suffix == ".cu":
+            flags = [*NVCC_FLAGS, *target_flags(targets), *include]
+            units.append(Unit(source, folder / f"{source.stem}.o", device, flags))
+        else:
+            flags = [*host, *include, named, *python_flags()]
+            units.append(Unit(source, folder / f"{source.stem}.o", compiler, flags))
+    return Module(units, device, NVCC_LINK_FLAGS)
+
+
+def plan_emulator(compiler: list[str], ext: Extension, folder: Path) -> Module:
+    """The units of _cuda_emulated: every source by the C++ compiler."""
+    flags = [*EMULATOR_FLAGS, *(f"-I{path}" for path in ext.include_dirs), *python_flags()]
+    units = [
+        Unit(source, folder / f"{source.stem}.o", compiler, [*flags, "-x", "c++"])
+        for source in map(Path, ext.sources)
+    ]
+    return Module(units, compiler, ["-shared"])
+
+
+PLANS = {"_cpu": plan_cpu, "_cuda": plan_cuda, "_cuda_emulated": plan_emulator}
+
+
+def write_ninja_file(path: Path, module: Module, result: Path) -> None:
+    """Write the build of a module; all paths in it are relative to the repository."""
     from ninja import ninja_syntax
 
     def quoted(words: list[str]) -> str:
@@ -168,26 +322,26 @@ def write_ninja_file(path: Path, compiler: list[str], units: list[Unit], module:
 
     with open(path, "w", encoding="utf-8") as file:
         ninja = ninja_syntax.Writer(file)
-        ninja.variable("builddir", str(module.parent))
+        ninja.variable("builddir", str(result.parent))
         ninja.rule(
             "compile",
-            f"{quoted(compiler)} $flags -MD -MF $out.d -c $in -o $out",
+            "$compiler $flags -MD -MF $out.d -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="compiling $in",
         )
         ninja.rule(
             "link",
-            f"{quoted(compiler)} $in -o $out {quoted(LINK_FLAGS)}",
+            f"{quoted(module.linker)} $in -o $out {quoted(module.link_flags)}",
             description="linking $out",
         )
-        for unit in units:
-            variables = {"flags": quoted(unit.flags)}
+        for unit in module.units:
+            variables = {"compiler": quoted(unit.compiler), "flags": quoted(unit.flags)}
             ninja.build(str(unit.object), "compile", str(unit.source), variables=variables)
-        ninja.build(str(module), "link", [str(unit.object) for unit in units])
+        ninja.build(str(result), "link", [str(unit.object) for unit in module.units])
 
 
-def run_ninja(path: Path, compiler: list[str], units: list[Unit], jobs: int | None) -> None:
+def run_ninja(path: Path, units: list[Unit], jobs: int | None) -> None:
     """Build what `path` describes.
 
     Raises:
@@ -205,7 +359,7 @@ def run_ninja(path: Path, compiler: list[str], units: list[Unit], jobs: int | No
         return
     failed = set(re.findall(r"^FAILED: .*?(\S+) *$", done.stdout, re.MULTILINE))
     reports = [
-        f"{unit.source} did not compile\n  compiler: {shlex.join(compiler)}\n"
+        f"{unit.source} did not compile\n  compiler: {shlex.join(unit.compiler)}\n"
         f"  flags: {shlex.join(unit.flags)}"
         for unit in units
         if str(unit.object) in failed
@@ -228,22 +382,57 @@ class NinjaBuild(build_ext):
     """Compiles an extension's sources in parallel, and the next time only what has changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
         # Not build_temp: every editable install gets a new one, and nothing would be reused.
-        folder = Path("build", "native-" + sysconfig.get_config_var("SOABI"))
-        module = folder / f"{ext.name}.so"
+        folder = Path("build", "native-" + sysconfig.get_config_var("SOABI"), name)
+        result = folder / f"{ext.name}.so"
         target = Path(self.get_ext_fullpath(ext.name))
-        compiler = find_compiler()
         with locked(ROOT / folder):
-            units = plan(compiler, ext, folder)
-            write_ninja_file(ROOT / folder / "build.ninja", compiler, units, module)
-            run_ninja(folder / "build.ninja", compiler, units, self.parallel)
+            module = PLANS[name](find_compiler(), ext, folder)
+            write_ninja_file(ROOT / folder / "build.ninja", module, result)
+            run_ninja(folder / "build.ninja", module.units, self.parallel)
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(ROOT / module), str(target))
+            self.copy_file(str(ROOT / result), str(target))
+
+    def run(self) -> None:
+        super().run()
+        # What an earlier build left, and this one does not make, must not be used or shipped.
+        if not any(ext.name == "fusedattn._cuda" for ext in self.extensions):
+            Path(self.get_ext_fullpath("fusedattn._cuda")).unlink(missing_ok=True)
+
+
+class EmulatorBuild(NinjaBuild):
+    """python setup.py build_emulator: the CUDA kernels on the host, for the tests alone."""
+
+    def finalize_options(self) -> None:
+        sources = native_sources("csrc/cuda", ".cpp", ".cu")
+        sources.remove("csrc/cuda/module.cpp")
+        self.distribution.ext_modules = [
+            Extension("fusedattn._cuda_emulated", sources, include_dirs=INCLUDE_DIRS)
+        ]
+        super().finalize_options()
+        self.inplace = True
+
+    def run(self) -> None:
+        reason = why_not_native(find_compiler())
+        if reason:
+            print(f"the emulator is not built: {reason}", file=sys.stderr)
+        else:
+            build_ext.run(self)
+
+
+def native_sources(folder: str, *suffixes: str) -> list[str]:
+    """The sources under a folder, relative to the repository."""
+    found = (path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+INCLUDE_DIRS = ["csrc", "csrc/include"]
 
 
 def native_modules() -> list[Extension]:
-    """The native modules that can be built here: _cpu. A CUDA module would join this list."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp"))
+    """The native modules that can be built here: _cpu, and _cuda where there are targets for it."""
+    sources = native_sources("csrc/cpu", ".cpp")
     reason = why_not_native(find_compiler()) if sources else "csrc/cpu holds no sources"
     if reason:
         print(
@@ -254,7 +443,12 @@ def native_modules() -> list[Extension]:
             file=sys.stderr,
         )
         return []
-    return [Extension("fusedattn._cpu", sources, include_dirs=["csrc", "csrc/include", "csrc/cpu"])]
+    modules = [Extension("fusedattn._cpu", sources, include_dirs=[*INCLUDE_DIRS, "csrc/cpu"])]
+    if (ROOT / "csrc/cuda/module.cpp").exists() and cuda_targets(find_nvcc()):
+        kernels = [each for each in native_sources("csrc/cuda", ".cu") if "emulator" not in each]
+        sources = ["csrc/cuda/module.cpp", *kernels]
+        modules.append(Extension("fusedattn._cuda", sources, include_dirs=INCLUDE_DIRS))
+    return modules
 
 
 FOLDERS = {"": "python", "fusedattn.kernels": "kernels", "fusedattn.benchmarks": "benchmarks"}
@@ -263,5 +457,5 @@ setup(
     packages=[*find_packages("python"), *filter(None, FOLDERS)],
     package_dir=FOLDERS,
     ext_modules=native_modules(),
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_emulator": EmulatorBuild},
 )

@@ -1,4 +1,4 @@
-"""The three reference transformers trained side by side: same seed, same batches, other attention.
+"""The reference transformers trained side by side: same seed, same batches, other ops.
 
 The text is the Python manual's own (`pydoc_data.topics`), byte by byte. The versions take turns
 step by step on the same batch, so their speeds are ratios in one process, and their losses differ
@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
+import fusedattn
 import torch
 import torch.nn.functional as F
 from fusedattn.reference import transformer
+from fusedattn.reference.generation import generate
 from fusedattn.reference.transformer import BEGIN, END, MASK, PAD, Ops, TransformerConfig
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class Size:
     length: int = 1024
     batch: int = 2
     steps: int = 150
-    seconds: float = 30.0
+    seconds: float = 21.0
 
     def config(self) -> TransformerConfig:
         return TransformerConfig(
@@ -44,6 +46,7 @@ class Size:
             layers=self.layers,
             feed_forward=4 * self.width,
             max_length=self.length,
+            kv_heads=self.heads // 2,
         )
 
 
@@ -59,14 +62,21 @@ def sdpa_attention(
     mask = None
     if kv_lengths is not None:
         mask = (torch.arange(k.shape[2], device=k.device) < kv_lengths[:, None])[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
 
 
 VERSIONS: dict[str, Callable[[], Ops]] = {
     "plain": Ops.plain,
     "sdpa": lambda: Ops(attention=sdpa_attention),
-    "fused": Ops.fused,
+    "fused attention": lambda: Ops(attention=fusedattn.attention),
+    "all fused": Ops.fused,
 }
+
+
+BEST = "all fused"
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ class Text:
         return manual()[start : start + length]
 
     def next_bytes(self) -> Batch:
-        """GPT: windows of `length` bytes and the one after each."""
+        """GPT, LLaMA: windows of `length` bytes and the one after each."""
         rows = [self.passage(self.size.length + 1) for _ in range(self.size.batch)]
         return {"tokens": torch.stack(rows)}
 
@@ -174,11 +184,11 @@ def readable(tokens: Tensor) -> str:
 
 
 def continue_text(model: Any, text: Text, device: torch.device) -> dict[str, str]:
-    """GPT: what follows a prompt."""
+    """GPT, LLaMA: what follows a prompt."""
     prompt = "The value of "
     start = torch.tensor([list(prompt.encode())], device=device)
     rng = torch.Generator(device).manual_seed(0)
-    tokens = transformer.generate(
+    tokens = generate(
         model, start, 200, temperature=0.7, top_p=0.9, context=text.size.length, generator=rng
     )
     return {"prompt": prompt, "text": readable(tokens[0, start.shape[1] :])}
@@ -199,7 +209,7 @@ def restore_vowels(model: Any, text: Text, device: torch.device) -> dict[str, st
     source = hide_vowels(text.passage(min(160, text.size.length - 2)))[None].to(device)
     begin = torch.full((1, 1), BEGIN, device=device)
     rng = torch.Generator(device).manual_seed(0)
-    tokens = transformer.generate(
+    tokens = generate(
         model.given(source), begin, source.shape[1] + 1, temperature=0.7, top_p=0.9, generator=rng
     )
     return {"prompt": readable(source[0]), "text": readable(tokens[0])}
@@ -207,7 +217,7 @@ def restore_vowels(model: Any, text: Text, device: torch.device) -> dict[str, st
 
 @dataclass(frozen=True)
 class Model:
-    """One of the three: its class, how a batch is drawn and what a sample shows."""
+    """One of them: its class, how a batch is drawn and what a sample shows."""
 
     title: str
     task: str
@@ -233,6 +243,9 @@ MODELS: dict[str, Model] = {
     ),
     "gpt": Model(
         "decoder (GPT)", "the next byte", transformer.Decoder, Text.next_bytes, continue_text
+    ),
+    "llama": Model(
+        "decoder (LLaMA)", "the next byte", transformer.Llama, Text.next_bytes, continue_text
     ),
 }
 
@@ -318,10 +331,10 @@ def train(
                 run.peak_bytes = probe.peak_bytes
             else:
                 run.step(batch, device)
-        progress(step + 1, f"{model.title}: loss {runs['fused'].losses[-1]:.3f}")
+        progress(step + 1, f"{model.title}: loss {runs[BEST].losses[-1]:.3f}")
         if step >= 2 and time.perf_counter() > end:
             break
-    fused = runs["fused"].model.eval()
+    fused = runs[BEST].model.eval()
     with torch.no_grad():
         sample = model.sample(fused, Text(size, seed + 1), device)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 
@@ -16,13 +17,15 @@ from fusedattn.reference.transformer import (
     Decoder,
     Encoder,
     EncoderDecoder,
+    Llama,
     Ops,
     TransformerConfig,
 )
 from torch import Tensor, nn
 
 CONFIG = TransformerConfig(width=32, heads=4, layers=2, feed_forward=64, max_length=48)
-MODELS = [Decoder, Encoder, EncoderDecoder]
+GROUPED = dataclasses.replace(CONFIG, kv_heads=2)
+MODELS = [Decoder, Encoder, EncoderDecoder, Llama]
 LENGTHS = torch.tensor([24, 17, 5], dtype=torch.int32)
 
 
@@ -32,7 +35,7 @@ def batch(model: type[nn.Module]) -> tuple[Tensor, ...]:
     tokens = torch.randint(0, 256, (3, 24), generator=draw)
     tokens[:, 0] = BEGIN
     tokens = tokens.masked_fill(torch.arange(24) >= LENGTHS[:, None], PAD)
-    if model is Decoder:
+    if model in (Decoder, Llama):
         return (tokens,)
     if model is EncoderDecoder:
         return tokens, tokens.flip(0)[:, :16], LENGTHS
@@ -42,9 +45,9 @@ def batch(model: type[nn.Module]) -> tuple[Tensor, ...]:
     return tokens.masked_fill(hidden, MASK), targets, torch.tensor([0, 1, 1]), segments, LENGTHS
 
 
-def build(model: type[nn.Module], ops: Ops, config: TransformerConfig = CONFIG) -> nn.Module:
+def build(model: type[nn.Module], ops: Ops, config: TransformerConfig | None = None) -> nn.Module:
     torch.manual_seed(0)
-    return model(config, ops)
+    return model(config or (GROUPED if model is Llama else CONFIG), ops)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -63,7 +66,7 @@ def test_fused_equals_plain(model: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("ops", [Ops.plain(), Ops.fused()], ids=["plain", "fused"])
-@pytest.mark.parametrize("model", [Decoder, EncoderDecoder])
+@pytest.mark.parametrize("model", [Decoder, EncoderDecoder, Llama])
 def test_no_look_ahead(model: type[nn.Module], ops: Ops) -> None:
     net = build(model, ops)
     tokens = torch.randint(0, 256, (2, 20))
@@ -91,7 +94,7 @@ def test_padding_changes_nothing(model: type[nn.Module], ops: Ops) -> None:
     short = torch.randint(0, 256, (1, 11))
     padded = torch.cat((short, torch.full((1, 6), PAD)), 1)
     lengths = torch.tensor([11], dtype=torch.int32)
-    if model is Decoder:
+    if model in (Decoder, Llama):
         pair = net(short), net(padded)[:, :11]
     elif model is Encoder:
         pair = net(short), net(padded, None, lengths)[:, :11]
@@ -99,7 +102,7 @@ def test_padding_changes_nothing(model: type[nn.Module], ops: Ops) -> None:
         pair = net(short, short), net.given(padded, lengths)(short)
         assert torch.equal(pair[1], net(padded, short, lengths))
     torch.testing.assert_close(*pair, atol=1e-5, rtol=0)
-    if model is Decoder:
+    if model in (Decoder, Llama):
         torch.testing.assert_close(net.loss(short), net.loss(padded), atol=1e-5, rtol=0)
 
 
@@ -128,7 +131,7 @@ def as_torch(block: transformer.Block, config: TransformerConfig) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [Decoder, Encoder, EncoderDecoder])
 def test_blocks_are_the_papers(model: type[nn.Module]) -> None:
     """Each model's block against torch's layer in the style of its paper, weight for weight."""
     net = build(model, Ops.plain())
@@ -146,6 +149,38 @@ def test_blocks_are_the_papers(model: type[nn.Module]) -> None:
     else:
         pair = block(x), layer(x, None if model is Encoder else causal)
     torch.testing.assert_close(*pair, atol=2e-5, rtol=1e-5)
+
+
+def test_llama_is_llama() -> None:
+    """The whole model against that of Hugging Face, weight for weight."""
+    transformers = pytest.importorskip("transformers")
+    net = build(Llama, Ops.plain())
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    body = theirs.model
+    body.embed_tokens.load_state_dict(net.tokens.state_dict())
+    body.norm.load_state_dict(net.norm.state_dict())
+    for layer, block in zip(body.layers, net.blocks, strict=True):
+        key, value = block.attention.key_value.weight.chunk(2)
+        gate, up = block.feed_forward.gate_up.weight.chunk(2)
+        for target, weight in (
+            (layer.self_attn.q_proj, block.attention.query.weight),
+            (layer.self_attn.k_proj, key),
+            (layer.self_attn.v_proj, value),
+            (layer.self_attn.o_proj, block.attention.out.weight),
+            (layer.mlp.gate_proj, gate),
+            (layer.mlp.up_proj, up),
+            (layer.mlp.down_proj, block.feed_forward.down.weight),
+            (layer.input_layernorm, block.norms[0].weight),
+            (layer.post_attention_layernorm, block.norms[1].weight),
+        ):
+            target.weight.data = weight.data
+    tokens = torch.randint(0, 256, (2, 20))
+    torch.testing.assert_close(net(tokens), theirs(tokens).logits, atol=2e-5, rtol=1e-4)
 
 
 def test_encoder_loss() -> None:
@@ -209,12 +244,13 @@ def test_every_op_is_pluggable() -> None:
 
     plain = Ops.plain()
     ops = Ops(**{name: spy(name, op) for name, op in vars(plain).items()})
-    loss = build(EncoderDecoder, ops).loss(*batch(EncoderDecoder))
-    assert called == {"attention", "layer_norm", "add_sinusoidal"}
-    assert torch.equal(loss, build(EncoderDecoder, plain).loss(*batch(EncoderDecoder)))
+    for model in (EncoderDecoder, Llama):
+        loss = build(model, ops).loss(*batch(model))
+        assert torch.equal(loss, build(model, plain).loss(*batch(model)))
+    assert called == set(vars(plain))
 
 
-@pytest.mark.parametrize("model", [Decoder, EncoderDecoder])
+@pytest.mark.parametrize("model", [Decoder, EncoderDecoder, Llama])
 def test_compiles_without_a_break(model: type[nn.Module]) -> None:
     net = build(model, Ops.fused())
     with warnings.catch_warnings():
@@ -227,5 +263,7 @@ def test_compiles_without_a_break(model: type[nn.Module]) -> None:
 def test_bad_sizes() -> None:
     with pytest.raises(ValueError, match="got width=30 and heads=4, expected"):
         TransformerConfig(width=30, heads=4)
+    with pytest.raises(ValueError, match="got heads=4 and kv_heads=3, expected a divisor"):
+        TransformerConfig(kv_heads=3, heads=4)
     with pytest.raises(ValueError, match="got 49 tokens, expected at most max_length=48"):
         build(Decoder, Ops.plain())(torch.zeros(1, 49, dtype=torch.long))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fusedattn.reference.generation import generate
 from fusedattn.reference.transformer import (
     BEGIN,
     END,
@@ -15,7 +16,6 @@ from fusedattn.reference.transformer import (
     EncoderDecoder,
     Ops,
     TransformerConfig,
-    generate,
 )
 from torch import Tensor, nn
 

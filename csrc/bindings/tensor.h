@@ -12,6 +12,9 @@ namespace py = pybind11;
 
 inline const dlpack::ExchangeApi* exchange = nullptr;
 
+// Set by the emulator's module, which learns of every tensor that kernels may touch.
+inline void (*seen)(const TensorView&) = nullptr;
+
 // Lets other Python threads run meanwhile; pybind11's own does more than these calls need.
 struct WithoutGil {
   PyThreadState* state = PyEval_SaveThread();
@@ -55,6 +58,7 @@ inline TensorView view(py::handle tensor, Align align = Align::first) {
     result.shape[i + shift] = raw.shape[i];
     result.stride[i + shift] = raw.strides[i];
   }
+  if (seen != nullptr) seen(result);
   return result;
 }
 

@@ -4,8 +4,12 @@
 #include <cstdint>
 
 // Members are compiled once per instruction set: inlined always, they never become a symbol that
-// the linker could share between them.
+// the linker could share between them. CUDA kernels call them too.
+#ifdef __CUDACC__
+#define FUSEDATTN_MEMBER __host__ __device__ __attribute__((always_inline))
+#else
 #define FUSEDATTN_MEMBER __attribute__((always_inline))
+#endif
 
 namespace fusedattn {
 

@@ -3,7 +3,24 @@
 from . import autograd, nn
 from .ops._registry import UnsupportedError, strict
 from .ops.attention import attention, explain
+from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.rotary import apply_rotary, apply_rotary_qk
+from .ops.sinusoidal import add_sinusoidal
 from .ops.softmax import softmax
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "attention", "autograd", "explain", "nn", "softmax", "strict"]
+__all__ = [
+    "UnsupportedError",
+    "add_sinusoidal",
+    "apply_rotary",
+    "apply_rotary_qk",
+    "attention",
+    "autograd",
+    "explain",
+    "layer_norm",
+    "nn",
+    "rms_norm",
+    "softmax",
+    "strict",
+]

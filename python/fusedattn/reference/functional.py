@@ -6,6 +6,9 @@ In fp64 these functions are what the kernels are compared with; in the tested dt
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -139,6 +142,130 @@ def attention_backward(
 # --- layer norm and RMS norm ----------------------------------------------------------------------
 
 
+def philox(seed: Tensor, rows: int, width: int) -> Tensor:
+    """Philox-4x32-10 (Salmon et al. 2011): a random word in [0, 2³²) per element, int64.
+
+    Key: the low and the high half of `seed` (one int64). Counter (col // 4, low half of row, high
+    half of row, 0); of its four words element `col` takes number col % 4.
+    """
+    low = 0xFFFFFFFF
+    row = torch.arange(rows, device=seed.device)[:, None]
+    block = torch.arange((width + 3) // 4, device=seed.device)[None, :]
+    zero = torch.zeros_like(row * block)
+    c = [zero + block, zero + (row & low), zero + (row >> 32), zero]
+    key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
+    for _ in range(10):
+        # int64 products wrap around, which leaves their 64 bits as they should be.
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [((b >> 32) & low) ^ c[1] ^ key[0], b & low, ((a >> 32) & low) ^ c[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return torch.stack(c, dim=-1).flatten(-2)[:, :width]
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x / (1 − p) where the random word is at least p·2³², else 0; x (rows, width)."""
+    if p == 0.0 or seed is None:
+        return x
+    keep = philox(seed, *x.shape) >= int(p * 2.0**32)
+    return torch.where(keep, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
+
+
+def norm(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    centre: bool,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z − mean) · rstd · (weight_offset + weight) + bias over the last dimension; mean, rstd.
+
+    `centre` is for layer norm; RMS norm subtracts no mean.
+    """
+    mean = z.mean(-1, keepdim=True) if centre else torch.zeros_like(z[..., :1])
+    centred = z - mean if centre else z
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    out = centred * rstd
+    if weight is not None:
+        out = out * (weight + weight_offset)
+    if bias is not None:
+        out = out + bias
+    return out, mean, rstd
+
+
+def norm_backward(
+    dout: Tensor | None,
+    dz: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    *,
+    centre: bool,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `norm` as a formula: of z, and of weight and bias before the sum over rows.
+
+    With n = (z − mean) · rstd and g = dout · (weight_offset + weight), per row of width N:
+    gradient of z = rstd · (g − Σg / N − n · Σ(g · n) / N) + dz; without Σg for RMS norm.
+    """
+    normalised, _, rstd = norm(z, None, None, centre=centre, eps=eps)
+    dout = torch.zeros_like(z) if dout is None else dout
+    g = dout if weight is None else dout * (weight + weight_offset)
+    total = g - normalised * (g * normalised).mean(-1, keepdim=True)
+    if centre:
+        total = total - g.mean(-1, keepdim=True)
+    total = total * rstd
+    return total if dz is None else total + dz, dout * normalised, dout
+
+
+def _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed, **options):
+    """`norm` over the trailing dimensions `normalized_shape` of dropout(x) + residual."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    width = math.prod(shape)
+    rows = math.prod(x.shape[: x.dim() - len(shape)])
+    weight, bias = (None if y is None else y.reshape(width) for y in (weight, bias))
+    if isinstance(seed, int):
+        seed = torch.tensor([seed], device=x.device)
+    z = dropout(x.reshape(rows, width), dropout_p, seed)
+    z = z if residual is None else z + residual.reshape(rows, width)
+    out = norm(z, weight, bias, **options)[0].reshape(x.shape).to(x.dtype)
+    return out if residual is None else (out, z.reshape(x.shape).to(residual.dtype))
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`F.layer_norm` of z = dropout(x) + residual; with a residual (out, z)."""
+    options = {"centre": True, "eps": eps}
+    return _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed, **options)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`F.rms_norm` of z = dropout(x) + residual, with weight_offset + weight as the weight."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    options = {"centre": False, "eps": eps, "weight_offset": weight_offset}
+    return _norm_of_shape(x, normalized_shape, weight, None, residual, dropout_p, seed, **options)
+
+
 # --- softmax --------------------------------------------------------------------------------------
 
 
@@ -188,4 +315,90 @@ def softmax_backward(
 # --- rotary embedding -----------------------------------------------------------------------------
 
 
+def table_rows(
+    table: Tensor, length: int, positions: Tensor | None, offset: int | Tensor
+) -> Tensor:
+    """The rows of a table (T, N) or (B, T, N) at `length` positions: (S, N) or (B, S, N).
+
+    A position without a row gives NaN.
+    """
+    rows = torch.arange(length, device=table.device) if positions is None else positions
+    rows = rows + offset
+    absent = (rows < 0) | (rows >= table.shape[-2])
+    rows = rows.clamp(0, table.shape[-2] - 1)
+    if table.dim() == 2:
+        found = table[rows]
+    else:
+        rows = (
+            rows.expand(table.shape[0], length) if table.shape[0] > 1 else rows.reshape(-1, length)
+        )
+        index = torch.arange(table.shape[0], device=table.device)[:, None]
+        found = table[index.expand(rows.shape[0], 1), rows]
+    return found.masked_fill(absent[..., None], float("nan"))
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+) -> Tensor:
+    """Pairs (a, b) of x (…, S, D) become (a·cos − b·sin, b·cos + a·sin), in the dtype of x.
+
+    cos, sin (T, R/2) or (B, T, R/2); positions (S,) or (B, S), B the first dimension of x. The
+    features from R on are unchanged.
+    """
+    cos, sin = (table_rows(t, x.shape[-2], positions, offset).to(x.dtype) for t in (cos, sin))
+    if cos.dim() == 3:
+        between = (1,) * (x.dim() - 3)
+        cos, sin = (t.reshape(t.shape[0], *between, *t.shape[1:]) for t in (cos, sin))
+        cos, sin = (t[0] if x.dim() == 2 else t for t in (cos, sin))
+    half = cos.shape[-1]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotated[..., :half], rotated[..., half:]
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((out, rest), dim=-1)
+
+
 # --- sinusoidal positions -------------------------------------------------------------------------
+
+
+def sinusoidal_positions(
+    length: int,
+    width: int,
+    *,
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """sin(p / base^(2i/W)) in feature 2i and cos in feature 2i + 1; (S, W) or (B, S, W), fp64."""
+    p = torch.arange(length, device=device) if positions is None else positions
+    i = torch.arange((width + 1) // 2, dtype=torch.float64, device=p.device)
+    phase = (p + offset).double()[..., None] * base ** (-2.0 * i / width)
+    return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)[..., :width]
+
+
+def add_sinusoidal(
+    x: Tensor,
+    *,
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    base: float = 10000.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """scale · x + sinusoidal positions (Vaswani et al. 2017, §3.5), in the dtype of x (…, S, W).
+
+    The phase is fp64 whatever the dtype; the encoding is rounded to it before the sum.
+    """
+    encoding = sinusoidal_positions(
+        x.shape[-2], x.shape[-1], positions=positions, offset=offset, base=base, device=x.device
+    )
+    return scale * x + encoding.to(x.dtype)

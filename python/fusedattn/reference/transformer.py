@@ -1,9 +1,10 @@
-"""The reference transformer: the three classic models, every fused op pluggable.
+"""The reference transformer: the classic models, every fused op pluggable.
 
     EncoderDecoder   Vaswani et al. 2017: post-norm, sinusoidal positions, cross-attention, ReLU
     Encoder          Devlin et al. 2018 (BERT): post-norm, learned positions and segments, GELU,
                      masked-token and next-sentence losses
     Decoder          Radford et al. 2019 (GPT-2): pre-norm, learned positions, GELU, causal loss
+    Llama            Touvron et al. 2023: pre-norm by RMS, rotary positions, SwiGLU, grouped heads
 
 Each takes a `TransformerConfig` and an `Ops`, and `Ops.plain()` and `Ops.fused()` give the same
 model with the same parameters, so that one can be trained against the other step by step. Text is
@@ -24,7 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.attention import attention as fused_attention
+from ..ops import attention as _attention
+from ..ops import layer_norm as _layer_norm
+from ..ops import rms_norm as _rms_norm
+from ..ops import rotary as _rotary
+from ..ops import sinusoidal as _sinusoidal
 from . import functional
 
 PAD, BEGIN, END, MASK = 256, 257, 258, 259
@@ -40,9 +45,26 @@ def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kv_lengths: Tensor | None = None
 ) -> Tensor:
     """softmax(q kᵀ / √D) v as plain PyTorch spells it, building the whole (Sq, Sk) matrix."""
+    k, v = (functional.expand_heads(x, q.shape[1]) for x in (k, v))
     seen = functional.visible_keys(q, k, causal=causal, kv_lengths=kv_lengths)
     scores = functional.scores(q, k, q.shape[-1] ** -0.5, None, seen)
     return torch.matmul(torch.softmax(scores, dim=-1), v)
+
+
+def residual_norm(norm: Callable[..., Tensor]) -> Callable[..., Any]:
+    """`norm(x, …)`, and given a residual (norm(x + residual, …), x + residual)."""
+
+    def normed(x: Tensor, *args: Any, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return norm(x, *args)
+        total = x + residual
+        return norm(total, *args), total
+
+    return normed
+
+
+layer_norm = residual_norm(F.layer_norm)
+rms_norm = residual_norm(F.rms_norm)
 
 
 def add_sinusoidal(x: Tensor, *, base: float = 10000.0, scale: float = 1.0) -> Tensor:
@@ -51,23 +73,45 @@ def add_sinusoidal(x: Tensor, *, base: float = 10000.0, scale: float = 1.0) -> T
     x (B, S, W), W even; the phases are fp64 (Vaswani et al. 2017, §3.5).
     """
     length, width = x.shape[-2:]
-    position = torch.arange(length, dtype=torch.float64, device=x.device)
-    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width
+    cos, sin = rotary_tables(length, width, base, device=x.device)
+    return x * scale + torch.stack((sin, cos), -1).flatten(-2).to(x.dtype)
+
+
+def rotary_tables(
+    length: int, dim: int, base: float = 10000.0, device: Any = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of p / baseⁱ, i = 2j/dim: (length, dim / 2), fp32 from fp64 phases."""
+    position = torch.arange(length, dtype=torch.float64, device=device)
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
     phase = position[:, None] / base**exponent
-    return x * scale + torch.stack((phase.sin(), phase.cos()), -1).flatten(-2).to(x.dtype)
+    return phase.cos().float(), phase.sin().float()
+
+
+def rotate_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions as models spell them: feature j pairs with j + D/2 (Su et al. 2021)."""
+    cos, sin = (torch.cat((t, t), -1)[: q.shape[-2]].to(q.dtype) for t in (cos, sin))
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    return rotate(q), rotate(k)
 
 
 @dataclass(frozen=True)
 class Ops:
     """The ops a model is built on; each has the signature of its plain version here or in torch.
 
-    attention(q, k, v, *, causal, kv_lengths), layer_norm(x, shape, weight, bias, eps),
-    add_sinusoidal(x, *, scale).
+    attention(q, k, v, *, causal, kv_lengths), layer_norm(x, shape, weight, bias, eps, *, residual),
+    rms_norm(x, shape, weight, eps, *, residual), add_sinusoidal(x, *, scale),
+    apply_rotary_qk(q, k, cos, sin).
     """
 
     attention: Callable[..., Any]
-    layer_norm: Callable[..., Tensor] = F.layer_norm
+    layer_norm: Callable[..., Any] = layer_norm
+    rms_norm: Callable[..., Any] = rms_norm
     add_sinusoidal: Callable[..., Tensor] = add_sinusoidal
+    apply_rotary_qk: Callable[..., tuple[Tensor, Tensor]] = rotate_half
 
     @classmethod
     def plain(cls) -> Ops:
@@ -77,7 +121,13 @@ class Ops:
     @classmethod
     def fused(cls) -> Ops:
         """Everything that this library has a kernel for."""
-        return cls(attention=fused_attention)
+        return cls(
+            attention=_attention.attention,
+            layer_norm=_layer_norm.layer_norm,
+            rms_norm=_rms_norm.rms_norm,
+            add_sinusoidal=_sinusoidal.add_sinusoidal,
+            apply_rotary_qk=_rotary.apply_rotary_qk,
+        )
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -85,7 +135,10 @@ class Ops:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a model; the encoder-decoder has `layers` on each side."""
+    """Sizes of a model; the encoder-decoder has `layers` on each side.
+
+    kv_heads: key and value heads of `Llama`, a divisor of heads; as many as those by default.
+    """
 
     width: int = 128
     heads: int = 4
@@ -94,12 +147,18 @@ class TransformerConfig:
     max_length: int = 256
     dropout: float = 0.0
     vocabulary: int = VOCABULARY
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 2:
             raise ValueError(
                 f"TransformerConfig: got width={self.width} and heads={self.heads}, "
                 "expected an even width that is a multiple of heads"
+            )
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(
+                f"TransformerConfig: got heads={self.heads} and kv_heads={self.kv_heads}, "
+                "expected a divisor of heads"
             )
 
 
@@ -108,24 +167,49 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width)
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """norm(x), and given a residual (norm(x + residual), x + residual) in one pass."""
+        arguments = (x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return self.ops.layer_norm(*arguments, residual=residual)
+
+
+class RMSNorm(nn.RMSNorm):
+    def __init__(self, width: int, ops: Ops) -> None:
+        super().__init__(width, eps=1e-5)
+        self.ops = ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """norm(x), and given a residual (norm(x + residual), x + residual) in one pass."""
+        arguments = (x, self.normalized_shape, self.weight, self.eps)
+        return self.ops.rms_norm(*arguments, residual=residual)
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x (B, Sq, W) to `source` (B, Sk, W)."""
+    """Multi-head attention from x (B, Sq, W) to `source` (B, Sk, W).
 
-    def __init__(self, config: TransformerConfig, ops: Ops, causal: bool = False) -> None:
+    `rotary` (cos, sin), each (S, D / 2), turns the queries and keys by their positions.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, ops: Ops, causal: bool = False, *,
+        kv_heads: int | None = None, bias: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.ops, self.heads, self.causal = ops, config.heads, causal
-        self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(config.width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.ops, self.causal = ops, causal
+        self.heads, self.kv_heads = config.heads, kv_heads or config.heads
+        kv_width = config.width // self.heads * self.kv_heads
+        self.query = nn.Linear(config.width, config.width, bias)
+        self.key_value = nn.Linear(config.width, 2 * kv_width, bias)
+        self.out = nn.Linear(config.width, config.width, bias)
 
-    def forward(self, x: Tensor, source: Tensor, lengths: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, source: Tensor, lengths: Tensor | None, rotary: Any = None
+    ) -> Tensor:
         q = self.query(x).unflatten(-1, (self.heads, -1))
-        k, v = self.key_value(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, W / heads), views
+        k, v = self.key_value(source).unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, D), views
+        if rotary is not None:
+            q, k = self.ops.apply_rotary_qk(q, k, *rotary)
         out = self.ops.attention(q, k, v, causal=self.causal, kv_lengths=lengths)
         return self.out(out.transpose(1, 2).flatten(-2))
 
@@ -141,6 +225,19 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
+class SwiGLU(nn.Module):
+    """down(silu(gate x) ∘ up x), without biases (Shazeer 2020)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.feed_forward, bias=False)
+        self.down = nn.Linear(config.feed_forward, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention if `cross`, feed-forward; each on its residual link.
 
@@ -149,30 +246,42 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, ops: Ops, activation: Activation, *,
-        norm_first: bool = False, causal: bool = False, cross: bool = False,
+        self, config: TransformerConfig, ops: Ops, feed_forward: nn.Module, *,
+        norm: Callable[[int, Ops], nn.Module] = LayerNorm, norm_first: bool = False,
+        causal: bool = False, cross: bool = False, kv_heads: int | None = None, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.norm_first = norm_first
-        self.attention = Attention(config, ops, causal)
+        self.attention = Attention(config, ops, causal, kv_heads=kv_heads, bias=bias)
         self.cross = Attention(config, ops) if cross else None
-        self.feed_forward = FeedForward(config, activation)
-        self.norms = nn.ModuleList(LayerNorm(config.width, ops) for _ in range(2 + cross))
+        self.feed_forward = feed_forward
+        self.norms = nn.ModuleList(norm(config.width, ops) for _ in range(2 + cross))
         self.dropout = nn.Dropout(config.dropout)
 
-    def residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.norm_first:
-            return x + self.dropout(layer(norm(x)))
-        return norm(x + self.dropout(layer(x)))
+    def layers(self, lengths, memory, memory_lengths, rotary) -> list[tuple[nn.Module, Activation]]:
+        """(norm, layer) in the order in which x passes them."""
+        attend = partial(self.attention, lengths=lengths, rotary=rotary)
+        found = [(self.norms[0], lambda y: attend(y, y))]
+        if (cross := self.cross) is not None:
+            found.append((self.norms[2], lambda y: cross(y, memory, memory_lengths)))
+        return [*found, (self.norms[1], self.feed_forward)]
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None,
-        memory: Tensor | None = None, memory_lengths: Tensor | None = None,
+        self, x: Tensor, lengths: Tensor | None = None, memory: Tensor | None = None,
+        memory_lengths: Tensor | None = None, rotary: Any = None,
     ) -> Tensor:  # fmt: skip
-        x = self.residual(x, self.norms[0], lambda y: self.attention(y, y, lengths))
-        if (cross := self.cross) is not None:
-            x = self.residual(x, self.norms[2], lambda y: cross(y, memory, memory_lengths))
-        return self.residual(x, self.norms[1], self.feed_forward)
+        layers = self.layers(lengths, memory, memory_lengths, rotary)
+        if not self.norm_first:
+            for norm, layer in layers:
+                x, _ = norm(self.dropout(layer(x)), residual=x)
+            return x
+        # A layer's sum and the norm that reads it are one pass.
+        (norm, layer), *rest = layers
+        change = self.dropout(layer(norm(x)))
+        for norm, layer in rest:
+            y, x = norm(change, residual=x)
+            change = self.dropout(layer(y))
+        return x + change
 
 
 class Embeddings(nn.Module):
@@ -200,7 +309,8 @@ def initialise(module: nn.Module) -> None:
     """Glorot-uniform products, zero biases, embeddings of deviation 0.02."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
 
@@ -221,7 +331,8 @@ class Decoder(nn.Module):
         self.embedding = Embeddings(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config, ops, F.gelu, norm_first=True, causal=True) for _ in range(config.layers)
+            Block(config, ops, FeedForward(config, F.gelu), norm_first=True, causal=True)
+            for _ in range(config.layers)
         )
         self.norm = LayerNorm(config.width, ops)
         self.apply(initialise)
@@ -232,6 +343,41 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.tokens.weight)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """The causal loss of tokens (B, S), PAD not counted."""
+        return next_token_loss(self(tokens[:, :-1]), tokens)
+
+
+class Llama(nn.Module):
+    """LLaMA: causal and pre-norm, by RMS, with rotary positions, SwiGLU and grouped heads.
+
+    No biases; the output is tied to the embedding.
+    """
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocabulary, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                config, ops, SwiGLU(config),
+                norm=RMSNorm, norm_first=True, causal=True, kv_heads=config.kv_heads, bias=False,
+            )
+            for _ in range(config.layers)
+        )  # fmt: skip
+        self.norm = RMSNorm(config.width, ops)
+        cos, sin = rotary_tables(config.max_length, config.width // config.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(initialise)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, S) → logits (B, S, V). Padding needs no mask: it comes last."""
+        x = self.dropout(self.tokens(tokens))
+        for block in self.blocks:
+            x = block(x, rotary=(self.cos, self.sin))
+        return F.linear(self.norm(x), self.tokens.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """The causal loss of tokens (B, S), PAD not counted."""
@@ -249,7 +395,9 @@ class Encoder(nn.Module):
         self.embedding = Embeddings(config, segments=2)
         self.norm = LayerNorm(config.width, ops)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, ops, F.gelu) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, ops, FeedForward(config, F.gelu)) for _ in range(config.layers)
+        )
         self.token_head = nn.Sequential(
             nn.Linear(config.width, config.width), nn.GELU(), LayerNorm(config.width, ops)
         )
@@ -296,9 +444,11 @@ class EncoderDecoder(nn.Module):
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         layers = range(config.layers)
-        self.encoder = nn.ModuleList(Block(config, ops, F.relu) for _ in layers)
+        self.encoder = nn.ModuleList(
+            Block(config, ops, FeedForward(config, F.relu)) for _ in layers
+        )
         self.decoder = nn.ModuleList(
-            Block(config, ops, F.relu, causal=True, cross=True) for _ in layers
+            Block(config, ops, FeedForward(config, F.relu), causal=True, cross=True) for _ in layers
         )
         self.apply(initialise)
 
@@ -330,80 +480,3 @@ class EncoderDecoder(nn.Module):
     def given(self, source: Tensor, lengths: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """The decoder as a function of the target alone, which is what `generate` takes."""
         return partial(self.decode, memory=self.encode(source, lengths), lengths=lengths)
-
-
-# --- generation ----------------------------------------------------------------------------------
-
-
-def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """logits (B, V) with -inf outside the k likeliest tokens and outside the nucleus.
-
-    The nucleus is the smallest set of the likeliest tokens whose probabilities, after top_k, reach
-    top_p (Holtzman et al. 2019); it always holds one token.
-    """
-    ranked, order = logits.sort(dim=-1, descending=True)
-    if top_k is not None:
-        ranked[:, top_k:] = float("-inf")
-    if top_p is not None:
-        p = ranked.softmax(-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
-    return torch.empty_like(logits).scatter_(-1, order, ranked)
-
-
-@torch.no_grad()
-def generate(
-    model: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    end_token: int | None = END,
-    context: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue `prompt` token by token, until every row has its end token.
-
-    Args:
-        model: maps tokens (B, S) to logits (B, S, V): a `Decoder`, or `EncoderDecoder.given(…)`;
-            put it in evaluation mode first.
-        prompt: (B, S) with S at least 1, not padded; BEGIN for an encoder-decoder.
-        max_new_tokens: how many tokens to add at most.
-        temperature: divides the logits; 0 takes the likeliest token each time (greedy).
-        top_k, top_p: sample among the k likeliest tokens, and within the nucleus.
-        end_token: ends a row, and is kept; the rest of the row is PAD. None never ends.
-        context: the model sees only the last so many tokens.
-        generator: source of randomness, torch's global one by default.
-
-    Returns:
-        (B, S + n) tokens, n ≤ max_new_tokens.
-
-    Raises:
-        ValueError: temperature < 0, top_k < 1, top_p not in (0, 1], or context < 1.
-    """
-    for name, value, good, expected in (
-        ("temperature", temperature, temperature >= 0, ">= 0"),
-        ("top_k", top_k, top_k is None or top_k >= 1, ">= 1 or None"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "0 < top_p <= 1 or None"),
-        ("context", context, context is None or context >= 1, ">= 1 or None"),
-    ):
-        if not good:
-            raise ValueError(f"generate: got {name}={value}, expected {expected}")
-    tokens = prompt
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new_tokens):
-        seen = tokens if context is None else tokens[:, -context:]
-        logits = model(seen)[:, -1].float()
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-            p = restrict(logits, top_k, top_p).softmax(-1)
-            token = torch.multinomial(p, 1, generator=generator).squeeze(-1)
-        tokens = torch.cat((tokens, token.masked_fill(ended, PAD)[:, None]), 1)
-        if end_token is not None:
-            ended = ended | (token == end_token)
-            if ended.all():
-                break
-    return tokens

@@ -1,0 +1,199 @@
+// The names of common.cuh on the host emulator: what device.cuh says with instructions, in C++.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "machine.h"
+
+namespace fusedattn::cuda {
+
+using emulator::Where;
+
+// --- position ------------------------------------------------------------------------------------
+
+inline int thread() { return emulator::position().thread; }
+inline int block_size() { return emulator::position().block_size; }
+inline int64_t block() { return emulator::position().block; }
+inline int64_t grid_size() { return emulator::position().grid_size; }
+inline int lane() { return thread() % warp_size; }
+inline int warp() { return thread() / warp_size; }
+
+// --- barriers and shuffles -----------------------------------------------------------------------
+
+inline void sync_block(Where where = Where::current()) { emulator::sync_block(where); }
+inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(where); }
+
+template <class T>
+T shuffle(T x, int from, Where where = Where::current()) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  bits = emulator::shuffle(bits, sizeof(T), from, where);
+  std::memcpy(&x, &bits, sizeof(T));
+  return x;
+}
+
+template <class T>
+T shuffle_xor(T x, int mask, Where where = Where::current()) {
+  return shuffle(x, lane() ^ mask, where);
+}
+
+template <class T>
+T shuffle_down(T x, int n, Where where = Where::current()) {
+  return shuffle(x, lane() + n < warp_size ? lane() + n : lane(), where);
+}
+
+// --- shared memory and clusters ------------------------------------------------------------------
+
+inline char* shared_memory() { return emulator::position().shared; }
+inline int cluster_rank() { return emulator::position().cluster_rank; }
+inline int cluster_size() { return emulator::position().cluster_size; }
+inline void sync_cluster(Where where = Where::current()) { emulator::sync_cluster(where); }
+
+template <class T>
+T* remote_shared(T* at, int rank) {
+  return reinterpret_cast<T*>(emulator::remote_shared(reinterpret_cast<char*>(at), rank));
+}
+
+// --- loads, stores, conversions ------------------------------------------------------------------
+
+namespace machine {
+
+template <Space space, class T>
+T load(const T* from) {
+  emulator::note(from, sizeof(T), space, emulator::Access::load);
+  T result;
+  std::memcpy(&result, from, sizeof(T));
+  return result;
+}
+
+template <Space space, class T>
+void store(T* to, const T& x) {
+  emulator::note(to, sizeof(T), space, emulator::Access::store);
+  std::memcpy(to, &x, sizeof(T));
+}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float from_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
+
+inline uint16_t to_bf16(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  const uint32_t bits = bits_of(x);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_f16(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float x;
+  if (exponent == 31)
+    x = fraction ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+  else if (exponent == 0)
+    x = std::ldexp(float(fraction), -24);
+  else
+    x = std::ldexp(float(fraction + 1024), exponent - 25);
+  return bits >> 15 ? -x : x;
+}
+
+inline uint16_t to_f16(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  const uint16_t sign = uint16_t(bits_of(x) >> 31 << 15);
+  const float size = std::fabs(x);
+  if (size == 0) return sign;
+  if (size >= 65520.0f) return sign | 0x7c00;  // halfway above the largest
+  int exponent;
+  std::frexp(size, &exponent);
+  // Units of the last place: 2^(exponent - 11), or 2^-24 for subnormal numbers.
+  const int last = exponent - 11 < -24 ? -24 : exponent - 11;
+  const int units = int(std::nearbyint(std::ldexp(size, -last)));
+  return sign | uint16_t(last == -24 ? units : (last + 24) * 1024 + units);
+}
+
+inline uint32_t to_f16_pair(float low, float high) {
+  return to_f16(low) | uint32_t(to_f16(high)) << 16;
+}
+
+inline uint32_t to_bf16_pair(float low, float high) {
+  return to_bf16(low) | uint32_t(to_bf16(high)) << 16;
+}
+
+inline float flush(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x;
+}
+
+}  // namespace machine
+
+inline void atomic_add(float* to, float x) {
+  emulator::note(to, sizeof x, Space::global, emulator::Access::atomic);
+  *to += x;
+}
+
+// --- arithmetic ----------------------------------------------------------------------------------
+
+inline float exp2(float x) { return machine::flush(std::exp2(machine::flush(x))); }
+inline float log2(float x) { return std::log2(machine::flush(x)); }
+inline float rsqrt(float x) { return float(1 / std::sqrt(double(x))); }
+inline float sqrt(float x) { return std::sqrt(x); }
+inline float reciprocal(float x) { return 1 / x; }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline void sincospi(float x, float* sine, float* cosine) {
+  const double turns = std::remainder(double(x), 2.0);
+  *sine = float(std::sin(M_PI * turns));
+  *cosine = float(std::cos(M_PI * turns));
+}
+
+// --- the host's side -----------------------------------------------------------------------------
+
+inline int multiprocessors(int) { return emulator::device.multiprocessors; }
+inline int capability(int) { return emulator::device.capability; }
+inline int max_shared_bytes(int) { return emulator::device.max_shared_bytes; }
+
+template <class... Parameters>
+int resident_blocks(void (*)(Parameters...), const Launch&) {
+  return 2;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape,
+            const Arguments&... arguments) {
+  emulator::run(name, shape, [&] { kernel(Parameters(arguments)...); });
+}
+
+inline void set_zero(void* at, int64_t bytes, Stream, int) { emulator::set_zero(at, bytes); }
+
+class Workspace {
+ public:
+  Workspace(int64_t bytes, Stream, int)
+      : data_(std::aligned_alloc(256, size_t(bytes + 255) / 256 * 256)) {
+    emulator::Memory::here().add_workspace(data_, bytes);
+  }
+  ~Workspace() {
+    emulator::Memory::here().remove_workspace(data_);
+    std::free(data_);
+  }
+  Workspace(const Workspace&) = delete;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+};
+
+}  // namespace fusedattn::cuda

@@ -1,0 +1,64 @@
+// A GPU of threads that are fibers. It runs the blocks of a kernel and the threads of a block in a
+// random order, and ends a kernel that does what a GPU leaves undefined: with a std::runtime_error
+// that names kernel, block and thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <source_location>
+
+#include "memory.h"
+
+namespace fusedattn::cuda {
+struct Launch;
+enum class Space;
+}  // namespace fusedattn::cuda
+
+namespace fusedattn::emulator {
+
+using Where = std::source_location;
+
+// The running thread, as the kernel sees it.
+struct Position {
+  int thread = 0, block_size = 1;
+  int64_t block = 0, grid_size = 1;
+  int cluster_rank = 0, cluster_size = 1;
+  char* shared = nullptr;
+};
+const Position& position();
+
+// Barriers. All threads of the group meet at one place in the source, or the kernel fails.
+void sync_block(const Where& where);
+void sync_warp(const Where& where);
+void sync_cluster(const Where& where);
+
+// The value that lane `from` brings. All lanes of the warp bring one of the same size.
+uint64_t shuffle(uint64_t value, int bytes, int from, const Where& where);
+
+// Check a load, store or atomic addition; alignment is that of its size.
+void note(const void* at, int bytes, cuda::Space space, Access access);
+
+// The place `at`, in the running block's shared memory, in that of another block of its cluster.
+char* remote_shared(char* at, int rank);
+
+// Run a kernel.
+void run(const char* name, const cuda::Launch& launch, const std::function<void()>& kernel);
+
+// Zeros, written by the host between kernels.
+void set_zero(void* at, int64_t bytes);
+
+// The seed of all orders from here on.
+void seed(uint64_t value);
+
+// What the kernels' launchers are told of the device.
+struct Device {
+  int capability = 90;
+  int multiprocessors = 3;
+  int max_shared_bytes = 227 * 1024;
+};
+extern Device device;
+
+// Times that a thread has been resumed.
+int64_t switches();
+
+}  // namespace fusedattn::emulator

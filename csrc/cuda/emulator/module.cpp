@@ -1,0 +1,38 @@
+// The Python module fusedattn._cuda_emulated: _cuda's functions on the emulator, for the tests.
+#include <pybind11/stl.h>
+
+#include "bindings/bind_norm.h"
+#include "bindings/bind_rotary.h"
+#include "bindings/bind_sinusoidal.h"
+#include "bindings/bind_softmax.h"
+#include "cuda/emulator/call.h"
+#include "cuda/emulator/machine.h"
+#include "cuda/kernels.h"
+
+namespace fusedattn::emulator {
+
+void bind_planted(pybind11::module_& m);  // tests/planted.cu
+
+}  // namespace fusedattn::emulator
+
+PYBIND11_MODULE(_cuda_emulated, m) {
+  using namespace fusedattn;
+  using emulator::checked;
+  m.doc() = "The CUDA kernels on a host emulator that checks what they do.";
+  bindings::import_exchange();
+  bindings::seen = emulator::add_tensor;
+  bindings::bind_norm(m, checked<NormForward>, checked<NormBackward>);
+  bindings::bind_softmax(m, checked<SoftmaxForward>, checked<SoftmaxBackward>);
+  bindings::bind_rotary(m, checked<Rotary>);
+  bindings::bind_sinusoidal(m, checked<Sinusoidal>);
+  emulator::bind_planted(m);
+  m.def("seed", &emulator::seed, pybind11::arg("value"), "Seed the orders from here on.");
+  m.def("switches", &emulator::switches, "Times that a thread was resumed.");
+  m.def(
+      "device",
+      [](int capability, int multiprocessors, int max_shared_bytes) {
+        emulator::device = {capability, multiprocessors, max_shared_bytes};
+      },
+      pybind11::arg("capability") = 90, pybind11::arg("multiprocessors") = 3,
+      pybind11::arg("max_shared_bytes") = 227 * 1024, "What launchers are told of the device.");
+}

@@ -1,0 +1,24 @@
+// The Python module fusedattn._cuda: tensors in, by DLPack; kernels on the stream of the call. The
+// CUDA runtime is linked statically and looks for the driver on the first launch, so the module
+// loads where there is neither.
+#include <pybind11/stl.h>
+
+#include "bindings/bind_norm.h"
+#include "bindings/bind_rotary.h"
+#include "bindings/bind_sinusoidal.h"
+#include "bindings/bind_softmax.h"
+#include "cuda/kernels.h"
+#include "cuda/targets.h"
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace fusedattn;
+  m.doc() = "CUDA kernels. Arguments are checked by fusedattn.ops; nothing is checked here.";
+  bindings::import_exchange();
+  bindings::bind_norm(m, cuda::run, cuda::run);
+  bindings::bind_softmax(m, cuda::run, cuda::run);
+  bindings::bind_rotary(m, cuda::run);
+  bindings::bind_sinusoidal(m, cuda::run);
+  m.def("architectures", &cuda::architectures, "Compute capabilities (80, 90, …) compiled for.");
+  m.def("runs_on", &cuda::runs_on, pybind11::arg("capability"),
+        "Whether a GPU of this compute capability (10 · major + minor) can run the kernels.");
+}

@@ -1,0 +1,204 @@
+"""The rotary embedding's options and the checks on its arguments, made before anything is launched.
+
+Whatever the shape of x, the kernels see (B, H, S, D); tables become (1 or B, T, R/2) and positions
+(1 or B, S).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import plain
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+_transforms = torch._C._are_functorch_transforms_active
+
+
+class RotaryConfig(NamedTuple):
+    """The options of one call, in the order of the library ops' schemas.
+
+    interleaved: pairs are features (2i, 2i + 1), else (i, i + R/2). inverse: rotate by −angle, as
+    the gradient does. offset: added to the row number or to the positions.
+    """
+
+    interleaved: bool = False
+    inverse: bool = False
+    offset: int = 0
+
+
+class RotaryCall(NamedTuple):
+    """One checked call: x and x2 as they came, the rest as the kernels take it."""
+
+    x: Tensor
+    x2: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+    offset: Tensor | None
+    config: RotaryConfig
+
+
+def as_heads(x: Tensor) -> Tensor:
+    """(…, S, D) as (B, H, S, D): a view, unless it merges dimensions that do not fit together."""
+    rank = x.dim()
+    if rank == 4:
+        return x
+    if rank < 4:
+        return x.unsqueeze(-3) if rank == 3 else x[None, None]
+    return x.flatten(1, -3)
+
+
+def validate_input(op: str, name: str, x: Tensor) -> None:
+    """x is a floating-point tensor of two dimensions or more."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: got {name} of type {type(x).__name__}, expected a Tensor")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: got {name} of dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+    if x.dim() < 2:
+        raise ValueError(
+            f"{op}: got {name} of shape {tuple(x.shape)}, expected at least 2 dimensions "
+            "(…, length, features)"
+        )
+
+
+def validate_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Check cos and sin against x; they come back as (1 or B, T, R/2)."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, Tensor) or table.dtype not in DTYPES:
+            got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+            raise TypeError(f"{op}: got {name} of type {got}, expected a floating-point tensor")
+        if table.device != x.device:
+            raise ValueError(
+                f"{op}: got {name} on {table.device}, expected the device of x, {x.device}"
+            )
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(
+            f"{op}: got cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype}, "
+            "expected one shape and one dtype"
+        )
+    rank, batch = cos.dim(), x.shape[0] if x.dim() > 2 else 1
+    if rank == 2:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    elif rank != 3 or (cos.shape[0] != 1 and cos.shape[0] != batch):
+        raise ValueError(
+            f"{op}: got cos and sin of shape {tuple(cos.shape)}, expected (T, R/2) or "
+            f"(B, T, R/2) with B = {batch}"
+        )
+    half, features = cos.shape[2], x.shape[-1]
+    if half == 0 or 2 * half > features:
+        raise ValueError(
+            f"{op}: got a rotary dim of {2 * half} (cos and sin have {half} columns, one per pair) "
+            f"for a head dim of {features}, expected 2 to {features}; of tables that repeat the "
+            "angles for both halves pass the first half"
+        )
+    if cos.shape[1] == 0 and x.shape[-2] != 0:
+        raise ValueError(f"{op}: got empty tables cos and sin, expected a row for each position")
+    return cos, sin
+
+
+def validate_positions(
+    op: str, x: Tensor, positions: Tensor | None, offset: int | Tensor
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """positions as (1 or B, S), and the offset as a tensor or as a number."""
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dtype not in INDICES:
+            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise TypeError(f"{op}: got positions of type {got}, expected an int32 or int64 tensor")
+        if positions.device != x.device:
+            raise ValueError(
+                f"{op}: got positions on {positions.device}, expected the device of x, {x.device}"
+            )
+        batch, length = x.shape[0] if x.dim() > 2 else 1, x.shape[-2]
+        shape = positions.shape
+        if len(shape) == 1 and shape[0] == length:
+            positions = positions.unsqueeze(0)
+        elif len(shape) != 2 or shape[1] != length or shape[0] not in (1, batch):
+            raise ValueError(
+                f"{op}: got positions of shape {tuple(shape)}, expected ({length},) or "
+                f"({batch}, {length})"
+            )
+    if not isinstance(offset, Tensor):
+        if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+            raise TypeError(
+                f"{op}: got offset of type {type(offset).__name__}, expected an int or a tensor"
+            )
+        return positions, None, offset
+    if offset.dtype not in INDICES or offset.numel() != 1 or offset.device != x.device:
+        raise ValueError(
+            f"{op}: got offset of shape {tuple(offset.shape)}, {offset.dtype}, on {offset.device}, "
+            f"expected one int32 or int64 on the device of x, {x.device}"
+        )
+    return positions, offset.reshape(1), 0
+
+
+def _validate_range(
+    op: str, length: int, rows: int, positions: Tensor | None, start: Tensor | None, offset: int
+) -> None:
+    """Every position has its row. What lies on a GPU, or is being traced, is not looked at."""
+    if positions is None and start is None:
+        if offset < 0 or offset + length > rows:
+            raise ValueError(
+                f"{op}: got positions {offset} to {offset + length - 1}, expected 0 to {rows - 1}, "
+                "the rows of cos and sin"
+            )
+        return
+    known = [x for x in (positions, start) if x is not None]
+    if _transforms() or not all(x.is_cpu and plain(x) for x in known):
+        return
+    lowest, highest = 0, length - 1
+    if positions is not None:
+        low, high = torch.aminmax(positions)
+        lowest, highest = int(low), int(high)
+    shift = offset if start is None else int(start)
+    if lowest + shift < 0 or highest + shift >= rows:
+        raise ValueError(
+            f"{op}: got positions {lowest + shift} to {highest + shift}, expected 0 to {rows - 1}, "
+            "the rows of cos and sin"
+        )
+
+
+def prepare(
+    op: str,
+    x: Tensor,
+    x2: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    positions: Tensor | None,
+    offset: int | Tensor,
+) -> RotaryCall:
+    """Check everything.
+
+    Raises:
+        TypeError: not tensors, not floating point, positions not int32 or int64.
+        ValueError: shapes, dtypes or devices that do not fit together, or a position without row.
+    """
+    validate_input(op, "x" if x2 is None else "q", x)
+    if x2 is not None:
+        validate_input(op, "k", x2)
+        if x2.dtype != x.dtype or x2.device != x.device:
+            raise ValueError(
+                f"{op}: got q and k of {x.dtype} on {x.device} and {x2.dtype} on {x2.device}, "
+                "expected one dtype and device"
+            )
+        batches = [y.shape[0] if y.dim() > 2 else 1 for y in (x, x2)]
+        if batches[0] != batches[1] or x.shape[-2:] != x2.shape[-2:]:
+            raise ValueError(
+                f"{op}: got q of shape {tuple(x.shape)} and k of shape {tuple(x2.shape)}, expected "
+                "one batch size, length and head dim"
+            )
+    cos, sin = validate_tables(op, x, cos, sin)
+    positions, start, offset = validate_positions(op, x, positions, offset)
+    length = x.shape[-2]
+    if length != 0 and (positions is None or positions.shape[0] != 0):
+        _validate_range(op, length, cos.shape[1], positions, start, offset)
+    return RotaryCall(
+        x, x2, cos, sin, positions, start, RotaryConfig(bool(interleaved), False, offset)
+    )

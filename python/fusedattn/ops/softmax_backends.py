@@ -24,7 +24,7 @@ from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
 from ._registry import Backend, Refusal
-from .softmax_config import SoftmaxCall
+from .softmax_config import HALVES, SoftmaxCall
 
 # --- views ---------------------------------------------------------------------------------------
 
@@ -124,8 +124,11 @@ def _reference_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
 
 def _reference_kernels() -> Any:
     def wide(x: Any) -> Any:
-        """Half precision computes in float32, as the kernels do."""
-        return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+        """Half precision computes in float32, as the kernels do. Torch sums in an order that
+        depends on strides: a contiguous copy keeps them out of the result."""
+        if x is None:
+            return None
+        return (x.float() if x.dtype in HALVES else x).contiguous()
 
     def forward(x, mask, bias, out, config):
         with torch.autocast(x.device.type, enabled=False):

@@ -2,5 +2,19 @@
 
 from .attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
+from .positional import (
+    LearnedPositionalEncoding,
+    RotaryEmbedding,
+    SinusoidalPositionalEncoding,
+)
+from .softmax import Softmax
 
-__all__ = ["LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "LayerNorm",
+    "LearnedPositionalEncoding",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
+    "Softmax",
+]

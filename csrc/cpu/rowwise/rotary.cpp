@@ -96,63 +96,112 @@ class RotaryTask {
     }
   }
 
+  // The inner loop is the one along which x lies closer together: rows, or heads at one row.
   void rotate(const TensorView& x, const TensorView& out, int64_t b, int64_t i, int64_t i_end,
               int64_t h, int64_t h_end) {
-    const int64_t first = i;
-    // The inner loop is the one along which x lies closer together.
     if (x.stride[2] <= x.stride[1]) {
       for (; h < h_end; ++h)
-        for (i = first; i < i_end; ++i) rotate_row(x, out, b, h, i, (i - first) * columns);
+        rotate_run(x, out, x.offset(b, h, i), out.offset(b, h, i), 2, i_end - i, 0);
     } else {
+      const int64_t first = i;
       for (; i < i_end; ++i)
-        for (int64_t each = h; each < h_end; ++each)
-          rotate_row(x, out, b, each, i, (i - first) * columns);
+        rotate_run(x, out, x.offset(b, h, i), out.offset(b, h, i), 1, h_end - h, i - first);
     }
   }
 
-  void rotate_row(const TensorView& x, const TensorView& out, int64_t b, int64_t h, int64_t i,
-                  int64_t table) {
-    const T* from = x.at<T>(b, h, i);
-    T* to = out.at<T>(b, h, i);
-    const int64_t step = x.stride[3], out_step = out.stride[3], features = x.shape[3];
-    if (step == 1 && out_step == 1) {
-      turn(from, to, cos + table, sin + table);
+  // `count` rows of features along dimension `along`; the first is that of the table's `row`.
+  void rotate_run(const TensorView& x, const TensorView& out, int64_t from_offset,
+                  int64_t to_offset, int along, int64_t count, int64_t row) {
+    const T* from = static_cast<const T*>(x.data) + from_offset;
+    T* to = static_cast<T*>(out.data) + to_offset;
+    const Run run = {x.stride[along], out.stride[along], along == 2 ? columns : 0, count};
+    const S *c = cos + row * columns, *s = sin + row * columns;
+    const int64_t step = x.stride[3], out_step = out.stride[3];
+    if (step != 1 || out_step != 1) {
+      turn_strided(from, step, to, out_step, run, c, s);
     } else {
-      load_row(from, step, 2 * half, row, 2 * half);
-      turn(row, row, cos + table, sin + table);
-      store_row(to, out_step, 2 * half, row, S(1));
+      switch (columns % width<S> ? 0 : columns / width<S>) {
+        case 1:
+          turn_rows<1>(from, to, run, c, s);
+          break;
+        case 2:
+          turn_rows<2>(from, to, run, c, s);
+          break;
+        case 4:
+          turn_rows<4>(from, to, run, c, s);
+          break;
+        case 8:
+          turn_rows<8>(from, to, run, c, s);
+          break;
+        default:
+          turn_rows<0>(from, to, run, c, s);
+      }
     }
-    if (from != to)
-      for (int64_t j = 2 * half; j < features; ++j) to[j * out_step] = from[j * step];
+    if (from == to || 2 * half == x.shape[3]) return;
+    for (int64_t r = 0; r < count; ++r, from += run.x, to += run.out)
+      for (int64_t j = 2 * half; j < x.shape[3]; ++j) to[j * out_step] = from[j * step];
   }
 
-  template <class U>
+  // How far the next row lies in x, in out and in the tables; and how many there are.
+  struct Run {
+    int64_t x, out, table, count;
+  };
+
+  // `Vectors` make up a row of the table; 0: any number of columns.
+  template <int Vectors>
+  void turn_rows(const T* from, T* to, Run run, const S* c, const S* s) const {
+    for (int64_t r = 0; r < run.count; ++r) {
+      turn<Vectors>(from, to, c, s);
+      from += run.x, to += run.out, c += run.table, s += run.table;
+    }
+  }
+
+  void turn_strided(const T* from, int64_t step, T* to, int64_t out_step, Run run, const S* c,
+                    const S* s) const {
+    for (int64_t r = 0; r < run.count; ++r) {
+      load_row(from, step, 2 * half, row, 2 * half);
+      turn<0>(row, row, c, s);
+      store_row(to, out_step, 2 * half, row, S(1));
+      from += run.x, to += run.out, c += run.table, s += run.table;
+    }
+  }
+
+  template <int Vectors, class U>
   FUSEDATTN_MEMBER void turn(const U* x, U* out, const S* c, const S* s) const {
+    const int64_t n = Vectors ? Vectors * width<S> : columns;
     int64_t j = 0;
     if constexpr (Interleaved) {
       ints<S> neighbour;
       for (int lane = 0; lane < width<S>; ++lane) neighbour[lane] = lane ^ 1;
-      for (; j + width<S> <= columns; j += width<S>) {
+      for (; j + width<S> <= n; j += width<S>) {
         const vec<S> each = load_as(x + j);
         const vec<S> other = __builtin_shuffle(each, neighbour);
         store_as(out + j, each * load(c + j) + other * load(s + j));
       }
-      for (; j < columns; j += 2) {
+      for (; j < n; j += 2) {
         const S a = to_float(x[j]), b = to_float(x[j + 1]);
         put(out + j, a * c[j] + b * s[j]);
         put(out + j + 1, b * c[j] + a * s[j + 1]);
       }
     } else {
-      for (; j + width<S> <= half; j += width<S>) {
-        const vec<S> a = load_as(x + j), b = load_as(x + half + j);
-        const vec<S> cj = load(c + j), sj = load(s + j);
-        store_as(out + j, a * cj - b * sj);
-        store_as(out + half + j, b * cj + a * sj);
+      // Whole cache lines are stored one after the other, where the registers allow.
+      constexpr int group = Vectors && Vectors <= vector_registers / 8 ? Vectors : 1;
+      for (; j + group * width<S> <= n; j += group * width<S>) {
+        vec<S> a[group], b[group];
+        for (int k = 0; k < group; ++k) {
+          const int64_t at = j + k * width<S>;
+          const vec<S> first = load_as(x + at), second = load_as(x + n + at);
+          const vec<S> cosine = load(c + at), sine = load(s + at);
+          a[k] = first * cosine - second * sine;
+          b[k] = second * cosine + first * sine;
+        }
+        for (int k = 0; k < group; ++k) store_as(out + j + k * width<S>, a[k]);
+        for (int k = 0; k < group; ++k) store_as(out + n + j + k * width<S>, b[k]);
       }
-      for (; j < half; ++j) {
-        const S a = to_float(x[j]), b = to_float(x[half + j]);
+      for (; j < n; ++j) {
+        const S a = to_float(x[j]), b = to_float(x[n + j]);
         put(out + j, a * c[j] - b * s[j]);
-        put(out + half + j, b * c[j] + a * s[j]);
+        put(out + n + j, b * c[j] + a * s[j]);
       }
     }
   }

@@ -14,7 +14,7 @@ template <class T, bool Interleaved>
 class RotaryTask {
   typedef compute_t<T> S;
   // Bytes of gathered tables that stay in the first-level cache beside x.
-  static constexpr int64_t table_bytes = 16 << 10;
+  static constexpr int64_t table_bytes = 4 << 10;
 
   const Rotary& f;
   const Positions positions;

@@ -14,7 +14,7 @@ template <class T, bool Interleaved>
 class RotaryTask {
   typedef compute_t<T> S;
   // Bytes of gathered tables that stay in the first-level cache beside x.
-  static constexpr int64_t table_bytes = 4 << 10;
+  static constexpr int64_t table_bytes = 16 << 10;
 
   const Rotary& f;
   const Positions positions;
@@ -96,87 +96,121 @@ class RotaryTask {
     }
   }
 
-  // The inner loop is the one along which x lies closer together: rows, or heads at one row.
+  // Heads that lie apart are taken four at a time, so that a row of the tables is read once for
+  // them; heads that lie side by side all at once.
   void rotate(const TensorView& x, const TensorView& out, int64_t b, int64_t i, int64_t i_end,
               int64_t h, int64_t h_end) {
-    if (x.stride[2] <= x.stride[1]) {
-      for (; h < h_end; ++h)
-        rotate_run(x, out, x.offset(b, h, i), out.offset(b, h, i), 2, i_end - i, 0);
-    } else {
-      const int64_t first = i;
-      for (; i < i_end; ++i)
-        rotate_run(x, out, x.offset(b, h, i), out.offset(b, h, i), 1, h_end - h, i - first);
+    const int64_t most = x.stride[2] <= x.stride[1] ? 4 : h_end;
+    for (; h < h_end; h += most) {
+      const int64_t heads = h + most < h_end ? most : h_end - h;
+      const Block block = {i_end - i, x.stride[2], out.stride[2],
+                           heads,     x.stride[1], out.stride[1]};
+      rotate_block(x.at<T>(b, h, i), x.stride[3], out.at<T>(b, h, i), out.stride[3], block);
+      copy_rest(x.at<T>(b, h, i), x.stride[3], out.at<T>(b, h, i), out.stride[3], block,
+                x.shape[3]);
     }
   }
 
-  // `count` rows of features along dimension `along`; the first is that of the table's `row`.
-  void rotate_run(const TensorView& x, const TensorView& out, int64_t from_offset,
-                  int64_t to_offset, int along, int64_t count, int64_t row) {
-    const T* from = static_cast<const T*>(x.data) + from_offset;
-    T* to = static_cast<T*>(out.data) + to_offset;
-    const Run run = {x.stride[along], out.stride[along], along == 2 ? columns : 0, count};
-    const S *c = cos + row * columns, *s = sin + row * columns;
-    const int64_t step = x.stride[3], out_step = out.stride[3];
-    if (step != 1 || out_step != 1) {
-      turn_strided(from, step, to, out_step, run, c, s);
-    } else {
-      switch (columns % width<S> ? 0 : columns / width<S>) {
-        case 1:
-          turn_rows<1>(from, to, run, c, s);
-          break;
-        case 2:
-          turn_rows<2>(from, to, run, c, s);
-          break;
-        case 4:
-          turn_rows<4>(from, to, run, c, s);
-          break;
-        case 8:
-          turn_rows<8>(from, to, run, c, s);
-          break;
-        default:
-          turn_rows<0>(from, to, run, c, s);
-      }
-    }
-    if (from == to || 2 * half == x.shape[3]) return;
-    for (int64_t r = 0; r < count; ++r, from += run.x, to += run.out)
-      for (int64_t j = 2 * half; j < x.shape[3]; ++j) to[j * out_step] = from[j * step];
-  }
-
-  // How far the next row lies in x, in out and in the tables; and how many there are.
-  struct Run {
-    int64_t x, out, table, count;
+  // Rows and heads, and how far apart they lie in x and in out.
+  struct Block {
+    int64_t rows, x_row, out_row, heads, x_head, out_head;
   };
 
-  // `Vectors` make up a row of the table; 0: any number of columns.
+  void rotate_block(const T* from, int64_t step, T* to, int64_t out_step,
+                    const Block& block) const {
+    if (step != 1 || out_step != 1) return turn_strided(from, step, to, out_step, block);
+    switch (columns % width<S> ? 0 : columns / width<S>) {
+      case 1:
+        return turn_block<1>(from, to, block);
+      case 2:
+        return turn_block<2>(from, to, block);
+      case 4:
+        return turn_block<4>(from, to, block);
+      default:
+        return turn_block<0>(from, to, block);
+    }
+  }
+
+  // `Vectors` make up a row of the table, and stay in registers; 0: any number of columns.
   template <int Vectors>
-  void turn_rows(const T* from, T* to, Run run, const S* c, const S* s) const {
-    for (int64_t r = 0; r < run.count; ++r) {
-      turn<Vectors>(from, to, c, s);
-      from += run.x, to += run.out, c += run.table, s += run.table;
+  void turn_block(const T* from, T* to, const Block& block) const {
+    const S *c = cos, *s = sin;
+    for (int64_t r = 0; r < block.rows; ++r, c += columns, s += columns) {
+      const T* x = from + r * block.x_row;
+      T* out = to + r * block.out_row;
+      if constexpr (Vectors > 0) {
+        vec<S> row_cos[Vectors], row_sin[Vectors];
+        for (int k = 0; k < Vectors; ++k) {
+          row_cos[k] = load(c + k * width<S>);
+          row_sin[k] = load(s + k * width<S>);
+        }
+        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head)
+          turn_vectors<Vectors>(x, out, row_cos, row_sin);
+      } else {
+        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head)
+          turn(x, out, c, s);
+      }
     }
   }
 
-  void turn_strided(const T* from, int64_t step, T* to, int64_t out_step, Run run, const S* c,
-                    const S* s) const {
-    for (int64_t r = 0; r < run.count; ++r) {
-      load_row(from, step, 2 * half, row, 2 * half);
-      turn<0>(row, row, c, s);
-      store_row(to, out_step, 2 * half, row, S(1));
-      from += run.x, to += run.out, c += run.table, s += run.table;
+  void turn_strided(const T* from, int64_t step, T* to, int64_t out_step,
+                    const Block& block) const {
+    for (int64_t r = 0; r < block.rows; ++r) {
+      for (int64_t h = 0; h < block.heads; ++h) {
+        load_row(from + r * block.x_row + h * block.x_head, step, 2 * half, row, 2 * half);
+        turn(row, row, cos + r * columns, sin + r * columns);
+        store_row(to + r * block.out_row + h * block.out_head, out_step, 2 * half, row, S(1));
+      }
     }
   }
 
-  template <int Vectors, class U>
+  void copy_rest(const T* from, int64_t step, T* to, int64_t out_step, const Block& block,
+                 int64_t features) const {
+    if (from == to || 2 * half == features) return;
+    for (int64_t r = 0; r < block.rows; ++r) {
+      for (int64_t h = 0; h < block.heads; ++h) {
+        const T* x = from + r * block.x_row + h * block.x_head;
+        T* out = to + r * block.out_row + h * block.out_head;
+        for (int64_t j = 2 * half; j < features; ++j) out[j * out_step] = x[j * step];
+      }
+    }
+  }
+
+  FUSEDATTN_MEMBER static vec<S> swap_neighbours(vec<S> x) {
+    ints<S> neighbour;
+    for (int lane = 0; lane < width<S>; ++lane) neighbour[lane] = lane ^ 1;
+    return __builtin_shuffle(x, neighbour);
+  }
+
+  // All is read before anything is written, and whole cache lines are written one after the other.
+  template <int Vectors>
+  FUSEDATTN_MEMBER static void turn_vectors(const T* x, T* out, const vec<S>* c, const vec<S>* s) {
+    if constexpr (Interleaved) {
+      for (int k = 0; k < Vectors; ++k) {
+        const vec<S> each = load_as(x + k * width<S>);
+        store_as(out + k * width<S>, each * c[k] + swap_neighbours(each) * s[k]);
+      }
+    } else {
+      const int n = Vectors * width<S>;
+      vec<S> a[Vectors], b[Vectors];
+      for (int k = 0; k < Vectors; ++k) {
+        const vec<S> first = load_as(x + k * width<S>), second = load_as(x + n + k * width<S>);
+        a[k] = first * c[k] - second * s[k];
+        b[k] = second * c[k] + first * s[k];
+      }
+      for (int k = 0; k < Vectors; ++k) store_as(out + k * width<S>, a[k]);
+      for (int k = 0; k < Vectors; ++k) store_as(out + n + k * width<S>, b[k]);
+    }
+  }
+
+  template <class U>
   FUSEDATTN_MEMBER void turn(const U* x, U* out, const S* c, const S* s) const {
-    const int64_t n = Vectors ? Vectors * width<S> : columns;
+    const int64_t n = columns;
     int64_t j = 0;
     if constexpr (Interleaved) {
-      ints<S> neighbour;
-      for (int lane = 0; lane < width<S>; ++lane) neighbour[lane] = lane ^ 1;
       for (; j + width<S> <= n; j += width<S>) {
         const vec<S> each = load_as(x + j);
-        const vec<S> other = __builtin_shuffle(each, neighbour);
-        store_as(out + j, each * load(c + j) + other * load(s + j));
+        store_as(out + j, each * load(c + j) + swap_neighbours(each) * load(s + j));
       }
       for (; j < n; j += 2) {
         const S a = to_float(x[j]), b = to_float(x[j + 1]);
@@ -184,19 +218,11 @@ class RotaryTask {
         put(out + j + 1, b * c[j] + a * s[j + 1]);
       }
     } else {
-      // Whole cache lines are stored one after the other, where the registers allow.
-      constexpr int group = Vectors && Vectors <= vector_registers / 8 ? Vectors : 1;
-      for (; j + group * width<S> <= n; j += group * width<S>) {
-        vec<S> a[group], b[group];
-        for (int k = 0; k < group; ++k) {
-          const int64_t at = j + k * width<S>;
-          const vec<S> first = load_as(x + at), second = load_as(x + n + at);
-          const vec<S> cosine = load(c + at), sine = load(s + at);
-          a[k] = first * cosine - second * sine;
-          b[k] = second * cosine + first * sine;
-        }
-        for (int k = 0; k < group; ++k) store_as(out + j + k * width<S>, a[k]);
-        for (int k = 0; k < group; ++k) store_as(out + n + j + k * width<S>, b[k]);
+      for (; j + width<S> <= n; j += width<S>) {
+        const vec<S> a = load_as(x + j), b = load_as(x + n + j);
+        const vec<S> cj = load(c + j), sj = load(s + j);
+        store_as(out + j, a * cj - b * sj);
+        store_as(out + n + j, b * cj + a * sj);
       }
       for (; j < n; ++j) {
         const S a = to_float(x[j]), b = to_float(x[n + j]);

@@ -22,13 +22,12 @@ class Sheets(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """`data` int (B, S) or None; `offset` int (1,) or None, which replaces the number `start`."""
+    """`data` int (B, S) or None; `offset` int (1,), or None where it is a number."""
 
     data: Any
     batch: Any
     row: Any
     offset: Any
-    start: Any
 
 
 def sheets(x: Tensor) -> Sheets:
@@ -37,18 +36,22 @@ def sheets(x: Tensor) -> Sheets:
     return Sheets(x, 0 if x.shape[0] == 1 else sheet, row, col)
 
 
-def positions_view(positions: Tensor | None, offset: Tensor | None, start: int) -> Positions:
-    """What an op's options say about positions; positions (1 or B, S)."""
+def positions_view(positions: Tensor | None, offset: Tensor | None) -> Positions:
+    """positions (1 or B, S), or None where each row's number is its position."""
     if positions is None:
-        return Positions(None, None, None, offset, start)
+        return Positions(None, None, None, offset)
     batch, row = positions.stride()
-    return Positions(positions, 0 if positions.shape[0] == 1 else batch, row, offset, start)
+    return Positions(positions, 0 if positions.shape[0] == 1 else batch, row, offset)
 
 
 @triton.jit
-def load_positions(positions, batch, row, rows):
-    """int64 positions of a vector of rows; any number for a row at or after `rows`."""
-    start = tl.cast(positions.start, tl.int64)
+def load_positions(positions, start, batch, row, rows):
+    """int64 positions of a vector of rows; any number for a row at or after `rows`.
+
+    `start` is the offset where it is a number, and a kernel argument of its own so that it is not
+    compiled for.
+    """
+    start = tl.cast(start, tl.int64)
     if positions.offset is not None:
         start = tl.load(positions.offset).to(tl.int64)
     own = row.to(tl.int64)

@@ -46,11 +46,13 @@ def _pointers(x, batch, head, row, col):
 
 @triton.jit
 def _table(table, batch, position, length, col, HALF: tl.constexpr):
-    """(rows, pairs) of cos or sin in fp32; 0 for a position that the table does not have."""
+    """(rows, pairs) of cos or sin in fp32; NaN for a position that the table does not have."""
     inside = (position >= 0) & (position < length)
     pointers = table.data + batch.to(tl.int64) * table.sheet + position[:, None] * table.row
     mask = inside[:, None] & (col < HALF)[None, :]
-    return tl.load(pointers + col[None, :] * table.col, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointers + col[None, :] * table.col, mask=mask, other=float("nan")).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -103,14 +105,14 @@ def _turn_neighbours(
 
 @triton.jit
 def _features(
-    x, out, batch, head, heads, row, rows, block, cos, sin, positions, length,
+    x, out, batch, head, heads, row, rows, block, cos, sin, positions, start, length,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One block of features of the given heads and rows."""
     turned: tl.constexpr = (HALF + BLOCK_C - 1) // BLOCK_C
     if block < turned:
-        position = load_positions(positions, batch, row, rows)
+        position = load_positions(positions, start, batch, row, rows)
         # Rows past the end have made-up positions: −1 is in no table.
         position = tl.where(row < rows, position, -1)
         first = block * BLOCK_C
@@ -130,13 +132,14 @@ def _features(
         _copy(x, out, batch, head, heads, row, rows, first, D, 2 * BLOCK_C)
 
 
-@triton.jit(do_not_specialize=["heads", "heads2", "rows", "length", "blocks"])
+@triton.jit(do_not_specialize=["start", "heads", "heads2", "rows", "length", "blocks"])
 def rotary_kernel(
     x,  # View (B, H, S, D)
     x2,  # View (B, H2, S, D), or None
     cos,  # Sheets (1 or B, T, R/2)
     sin,  # Sheets (1 or B, T, R/2)
     positions,  # Positions (B, S)
+    start,  # added to them, unless positions.offset is
     out,  # View (B, H, S, D), may be x
     out2,  # View (B, H2, S, D), or None
     heads,  # H
@@ -163,12 +166,12 @@ def rotary_kernel(
     if group < groups:
         _features(
             x, out, batch, group * BLOCK_H + head, heads, row, rows, block, cos, sin, positions,
-            length, D, HALF, INTERLEAVED, INVERSE, BLOCK_C,
+            start, length, D, HALF, INTERLEAVED, INVERSE, BLOCK_C,
         )  # fmt: skip
     elif x2 is not None:
         _features(
             x2, out2, batch, (group - groups) * BLOCK_H + head, heads2, row, rows, block, cos, sin,
-            positions, length, D, HALF, INTERLEAVED, INVERSE, BLOCK_C,
+            positions, start, length, D, HALF, INTERLEAVED, INVERSE, BLOCK_C,
         )  # fmt: skip
 
 
@@ -193,8 +196,8 @@ def rotary_forward(
 ) -> None:
     """Write `out` as x (B, H, S, D) turned, and `out2` as x2 turned; `out` may be x itself.
 
-    fp16, bf16 and fp32, any strides; cos and sin of any float dtype. Positions outside the table
-    turn to 0, but nothing outside it is read.
+    fp16, bf16 and fp32, any strides; cos and sin of any float dtype. Where a position has no
+    row in the tables NaN is written, and nothing outside them is read.
     """
     batches, heads, rows, dim = x.shape
     heads2 = 0 if x2 is None else x2.shape[1]
@@ -218,7 +221,8 @@ def rotary_forward(
             None if x2 is None else view(x2),
             sheets(cos),
             sheets(sin),
-            positions_view(positions, offset, config.offset),
+            positions_view(positions, offset),
+            config.offset,
             view(out),
             None if out2 is None else view(out2),
             heads,

@@ -75,10 +75,11 @@ def frequencies(first, PAIRS: tl.constexpr, EXPONENT: tl.constexpr):
     return (turns * 2.0**64).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["batches", "rows", "share"])
+@triton.jit(do_not_specialize=["start", "batches", "rows", "share"])
 def sinusoidal_kernel(
     x,  # Sheets (B, S, W)
     positions,  # Positions (B, S)
+    start,  # added to them, unless positions.offset is
     out,  # Sheets (B, S, W)
     scale,
     batches,  # B
@@ -103,7 +104,7 @@ def sinusoidal_kernel(
     # Always one batch element ahead: the first is on its way while the encoding is computed.
     values = tl.load(source + batch.to(tl.int64) * x.sheet, mask=inside)
 
-    position = load_positions(positions, batch, row, rows)
+    position = load_positions(positions, start, batch, row, rows)
     turns = frequencies(block * PAIRS, PAIRS, EXPONENT)
     sin, cos = sincos(position[:, None] * turns[None, :])
     encoding = tl.reshape(tl.join(sin, cos), [BLOCK_S, 2 * PAIRS])
@@ -150,7 +151,8 @@ def sinusoidal_forward(
     with torch.cuda.device_of(x):
         sinusoidal_kernel[(programs,)](
             sheets(x),
-            positions_view(positions, offset, config.offset),
+            positions_view(positions, offset),
+            config.offset,
             sheets(out),
             config.scale,
             batches,

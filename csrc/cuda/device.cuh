@@ -142,7 +142,7 @@ FUSEDATTN_DEVICE T load(const T* from) {
   return result;
 }
 
-// PTX: st.global, st.global.cs, st.shared.
+// PTX: st.global (128 bits: st.global.v4.b32), st.global.cs, st.shared.
 template <Space space, class T>
 FUSEDATTN_DEVICE void store(T* to, const T& x) {
   using W = typename Word<sizeof(T)>::type;
@@ -151,8 +151,16 @@ FUSEDATTN_DEVICE void store(T* to, const T& x) {
   __builtin_memcpy(&word, &x, sizeof(T));
   if constexpr (space == Space::streaming) {
     __stcs(at, word);
+  } else if constexpr (space == Space::global) {
+    __builtin_assume(__isGlobal(at));
+    // Assigned through a pointer, 16 bytes may be taken apart and stored in pieces.
+    if constexpr (sizeof(T) == 16)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),
+                   "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                   : "memory");
+    else
+      *at = word;
   } else {
-    if constexpr (space == Space::global) __builtin_assume(__isGlobal(at));
     if constexpr (space == Space::shared) __builtin_assume(__isShared(at));
     *at = word;
   }

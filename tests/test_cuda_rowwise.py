@@ -123,7 +123,7 @@ def check_norm(case: Norm, backend: str, made: dict | None = None) -> dict:
     # A dropped or kept element decides which rows these sums have; summands stay below 30.
     for name, value in actual.items():
         what = f"{backend} {name}"
-        if name in ("dweight", "dbias") and value.dtype == case.x == F32:
+        if name in ("dweight", "dbias") and value.dtype == rounded == F32:
             check_sum(value, ref[name], rows=case.rows, largest_summand=30.0, what=what, case=case)
         else:
             rows = case.rows if name in ("dweight", "dbias") else 1

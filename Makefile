@@ -28,6 +28,7 @@ bench: $(BUILT)
 	$(PYTHON) -m fusedattn.cli bench
 
 test: $(BUILT)
+	$(PYTHON) setup.py -q build_emulator
 	$(PYTHON) -m pytest tests
 	$(PYTHON) -m pytest tests -m "not slow" --deterministic
 

@@ -149,14 +149,14 @@ def gpus() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    found = re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE) if not done.returncode else []
-    # For this GPU alone, so with what only this GPU has; before 9.0 there is no such thing.
-    kind = {major: "a" if int(major) >= 9 else "" for major, _ in found}
-    return sorted({f"{major}{minor}{kind[major]}" for major, minor in found}, key=_capability)
+    found = re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE)
+    # For these GPUs alone, so with what only they have; before 9.0 there is no such thing.
+    return [f"{major}{minor}{'a' if int(major) >= 9 else ''}" for major, minor in found]
 
 
-def _capability(target: str) -> int:
-    return int(target.rstrip("af"))
+def capability(target: str) -> int:
+    """90 of "90a"."""
+    return int(re.match(r"\d*", target).group() or 0)
 
 
 def cuda_targets(nvcc: str | None) -> list[str]:
@@ -168,15 +168,15 @@ def cuda_targets(nvcc: str | None) -> list[str]:
     asked = os.environ.get("FUSEDATTN_CUDA_ARCHS", "").strip()
     if asked.lower() == "none":
         return []
-    wanted = sorted({each.strip() for each in asked.split(";") if each.strip()} or gpus(),
-                    key=lambda each: (len(each.rstrip("af")), each))  # fmt: skip
+    named = {each.strip() for each in asked.split(";") if each.strip()}
+    wanted = sorted(named or set(gpus()), key=lambda each: (capability(each), each))
     if not wanted:
         return []
     problem = why_not_cuda(nvcc, wanted)
     if problem and asked:
         raise SetupError(
-            f"FUSEDATTN_CUDA_ARCHS={asked!r}: {problem}. Give compute capabilities from 8.0 on that "
-            "this nvcc knows, as in FUSEDATTN_CUDA_ARCHS='80;90a', or 'none'"
+            f"FUSEDATTN_CUDA_ARCHS={asked!r}: {problem}. Give compute capabilities that nvcc "
+            "knows, 8.0 or later, as in FUSEDATTN_CUDA_ARCHS='80;90a', or 'none'"
         )
     if problem:
         print(
@@ -199,7 +199,7 @@ def why_not_cuda(nvcc: str | None, wanted: list[str]) -> str:
     for each in wanted:
         if not re.fullmatch(r"\d{2,3}[af]?", each):
             return f"{each!r} is not a target"
-        if _capability(each) < 80:
+        if capability(each) < 80:
             return f"the kernels need compute capability 8.0 or later, not {each}"
         if each.rstrip("af") not in known:
             return f"{nvcc} does not know sm_{each}"
@@ -283,13 +283,12 @@ def plan_cpu(compiler: list[str], ext: Extension, folder: Path) -> Module:
 
 def plan_cuda(compiler: list[str], ext: Extension, folder: Path) -> Module:
     """The units of _cuda: kernels by nvcc, the bindings by the C++ compiler."""
-    nvcc = find_nvcc()
+    nvcc = find_nvcc() or "nvcc"
     targets = cuda_targets(nvcc)
-    assert nvcc is not None  # else there were no targets, and no such extension
     include = [f"-I{path}" for path in ext.include_dirs]
     named = f'-DFUSEDATTN_CUDA_TARGETS="{",".join(targets)}"'
     host = [flag for flag in COMPILE_FLAGS if flag != "-fopenmp"]
-    device = [nvcc, f"-ccbin={compiler[0]}"]
+    device = [nvcc, f"-ccbin={next(word for word in compiler if 'ccache' not in word)}"]
     units = []
     for source in map(Path, ext.sources):
         if source.suffix == ".cu":
@@ -415,7 +414,11 @@ class EmulatorBuild(NinjaBuild):
         self.inplace = True
 
     def run(self) -> None:
-        build_ext.run(self)
+        reason = why_not_native(find_compiler())
+        if reason:
+            print(f"the emulator is not built: {reason}", file=sys.stderr)
+        else:
+            build_ext.run(self)
 
 
 def native_sources(folder: str, *suffixes: str) -> list[str]:

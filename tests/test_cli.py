@@ -44,7 +44,7 @@ def test_env_json_holds_the_same_findings(capsys):
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["threads of torch"] == torch.get_num_threads()
     assert found["cpu"]["cores"] >= 1
-    assert set(found["backends"]) == {"cpu", "triton", "reference"}
+    assert set(found["backends"]) == {"cpu", "cuda", "triton", "reference"}
     assert found["backends"]["reference"]["usable"]
     for backend in found["backends"].values():
         assert backend["usable"] == (backend["remedy"] is None)
@@ -90,6 +90,47 @@ def test_env_says_why_a_built_module_does_not_load(monkeypatch):
     backend = environment.collect()["backends"]["cpu"]
     assert not backend["usable"]
     assert "undefined symbol: forty_two" in backend["detail"]
+
+
+def test_env_without_the_cuda_module(monkeypatch, without):
+    without("fusedattn._cuda")
+    monkeypatch.setattr(_native, "cuda", None)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    backend = environment.collect()["backends"]["cuda"]
+    assert not backend["usable"]
+    assert backend["detail"] == (
+        "the native module fusedattn._cuda was not built; there is no nvcc on PATH"
+    )
+    assert 'FUSEDATTN_CUDA_ARCHS="80;90a"' in backend["remedy"]
+
+
+def test_env_says_why_the_cuda_module_does_not_load(monkeypatch):
+    monkeypatch.setattr(_native, "cuda", None)
+    monkeypatch.setattr(_native, "cuda_error", "undefined symbol: forty_three")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    backend = environment.collect()["backends"]["cuda"]
+    assert "undefined symbol: forty_three" in backend["detail"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "usable", "detail"),
+    [(None, False, "built for sm_80, sm_90, but torch finds no NVIDIA GPU"),
+     ((8, 6), True, "native kernels for sm_80, sm_90, on A Card"),
+     ((12, 0), False, "built for sm_80, sm_90, and A Card is sm_120")],
+)  # fmt: skip
+def test_env_holds_the_cuda_module_against_the_gpu(monkeypatch, capability, usable, detail):
+    class Native:
+        architectures = staticmethod(lambda: [80, 90])
+        runs_on = staticmethod(lambda capability: capability // 10 in (8, 9))
+
+    monkeypatch.setattr(_native, "cuda", Native)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    backend = environment._cuda_backend()
+    assert backend["usable"] == usable
+    assert detail in backend["detail"]
 
 
 def test_env_names_the_extra_when_triton_is_absent(without):

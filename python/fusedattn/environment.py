@@ -170,6 +170,7 @@ def _first_line_of(command: list[str], wanted: str = "") -> str | None:
 def _backends() -> dict[str, dict[str, Any]]:
     return {
         "cpu": _cpu_backend(),
+        "cuda": _cuda_backend(),
         "triton": _triton_backend(),
         "reference": _usable("plain PyTorch, on any device; slow"),
     }
@@ -194,6 +195,33 @@ def _cpu_backend() -> dict[str, Any]:
         reason += "; there is no C++ compiler"
     # Clang is refused: it would bring a second OpenMP runtime beside torch's libgomp.
     return _missing(reason, f"{_native.REMEDY} -v, which shows what setup.py found")
+
+
+def _cuda_backend() -> dict[str, Any]:
+    native = _native.cuda
+    if native is None and importlib.util.find_spec("fusedattn._cuda") is None:
+        reason = "the native module fusedattn._cuda was not built"
+        if not shutil.which("nvcc"):
+            reason += "; there is no nvcc on PATH"
+        return _missing(reason, _native.CUDA_REMEDY)
+    if native is None:
+        reason = f"fusedattn._cuda was built but does not load: {_native.cuda_error}"
+        return _missing(reason, _native.CUDA_REMEDY)
+    targets = ", ".join(f"sm_{each}" for each in native.architectures())
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return _missing(
+            f"kernels are built for {targets}, but torch finds no NVIDIA GPU",
+            "run where there is one, with a CUDA build of torch (pytorch.org); if there is, check "
+            "its driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if not native.runs_on(10 * major + minor):
+        return _missing(
+            f"kernels are built for {targets}, and {torch.cuda.get_device_name()} is "
+            f"sm_{major}{minor}",
+            _native.CUDA_REMEDY,
+        )
+    return _usable(f"native kernels for {targets}, on {torch.cuda.get_device_name()}")
 
 
 def _triton_backend() -> dict[str, Any]:

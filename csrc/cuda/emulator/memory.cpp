@@ -131,19 +131,27 @@ void Memory::add_tensor(const TensorView& view) {
     shape += (i ? ", " : "") + std::to_string(view.shape[i]);
   }
   added.end = added.begin + extent * added.element;
+  added.views = 1;
   if (allocations_.empty()) tensors_ = 0;
+  for (Allocation& each : allocations_) {
+    if (each.begin != added.begin || !std::equal(each.shape, each.shape + 4, added.shape) ||
+        !std::equal(each.stride, each.stride + 4, added.stride))
+      continue;
+    ++each.views;
+    ++tensors_;
+    return;
+  }
   added.name =
       "tensor " + std::to_string(tensors_++) + " (" + shape + ") " + name_of[int(view.dtype)];
   allocations_.push_back(std::move(added));
 }
 
 void Memory::mark_output(const TensorView& view) {
-  int shared = 0;
   for (Allocation& each : allocations_) {
-    each.output |= each.begin == view.data;
-    shared += each.begin == view.data;
+    if (each.begin != view.data) continue;
+    each.output = true;
+    if (each.views == 1) fill_with_nan(view);
   }
-  if (shared == 1) fill_with_nan(view);
 }
 
 void Memory::add_workspace(void* data, int64_t bytes) {

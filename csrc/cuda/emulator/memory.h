@@ -63,6 +63,7 @@ struct Allocation {
   bool dense;      // no gaps between elements
   bool output;     // every element has to be written
   bool workspace;  // of the kernels' own
+  int views;       // arguments that are this tensor
   Shadow shadow;
   std::string name;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,7 @@ def error_of(actual: Tensor, ref: Tensor, eager: Tensor, *, gradient: bool = Fal
     if not torch.isfinite(error).all():
         return Error(math.inf, math.inf)
     largest = r.abs().max().item()
-    exponent = math.floor(math.log2(max(largest, torch.finfo(dtype).tiny)))
-    floor = 2 * torch.finfo(dtype).eps * 2.0**exponent
+    floor = 2 * _ulp(largest, dtype)
     if dtype == torch.float32:
         floor = max(floor, 1e-6 * max(1.0, largest))
     factor, cap = (3, _CAPS[dtype][1]) if gradient else (2, _CAPS[dtype][0])
@@ -48,6 +48,39 @@ def error_of(actual: Tensor, ref: Tensor, eager: Tensor, *, gradient: bool = Fal
     allowed = min(factor * slack.max().item() + floor, cap * max(1.0, largest))
     norm_allowed = factor * slack.norm().item() + floor * math.sqrt(error.numel())
     return Error(worst, max(worst / allowed, error.norm().item() / norm_allowed))
+
+
+def _ulp(largest: float, dtype: torch.dtype) -> float:
+    exponent = math.floor(math.log2(max(largest, torch.finfo(dtype).tiny)))
+    return torch.finfo(dtype).eps * 2.0**exponent
+
+
+def error_of_sum(actual: Tensor, ref: Tensor, rows: int, largest_summand: float) -> Error:
+    """Hold a sum over `rows` rows, accumulated in fp32, to its rule.
+
+    max|o − ref| ≤ 5e-6·√rows·max|summand| + 2 ulp of max|ref| in the dtype of the result.
+    """
+    error = (actual.detach().double() - ref).abs()
+    if not torch.isfinite(error).all():
+        return Error(math.inf, math.inf)
+    allowed = 5e-6 * math.sqrt(rows) * largest_summand
+    allowed += 2 * _ulp(ref.abs().max().item(), actual.dtype)
+    worst = error.max().item()
+    return Error(worst, worst / allowed)
+
+
+def _worst(errors: Iterable[Error]) -> Error:
+    found = list(errors)
+    return Error(max(e.max_abs for e in found), max(e.of_allowed for e in found))
+
+
+def _sample(count: int, rng: torch.Generator) -> Tensor:
+    """At most 64 of `count` rows, in order, the first and the last among them."""
+    rows = torch.randperm(count, generator=rng)[:62]
+    return torch.cat([rows, torch.tensor([0, count - 1])]).unique()
+
+
+# --- attention -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,7 +102,7 @@ class Expected:
             parts = [output[0][b, h, self.rows], *(x[b, h] for x in output[1:])]
             for n, (got, ref, eager) in enumerate(zip(parts, refs, eagers, strict=True)):
                 found.append(error_of(got, ref, eager, gradient=n > 0))
-        return Error(max(e.max_abs for e in found), max(e.of_allowed for e in found))
+        return _worst(found)
 
 
 def expected_attention(
@@ -82,8 +115,7 @@ def expected_attention(
     """
     rng = torch.Generator().manual_seed(seed)
     batch, heads, seq, _ = q.shape
-    rows = torch.randperm(seq, generator=rng)[:62]
-    rows = torch.cat([rows, torch.tensor([0, seq - 1])]).unique()
+    rows = _sample(seq, rng)
     chosen = {(0, 0), (batch - 1, heads - 1)}
     if dout is not None:
         chosen = {(batch - 1, int(torch.randint(heads, (), generator=rng)))}
@@ -120,3 +152,101 @@ def _one_head(
         dk += grads[1][0, 0]
         dv += grads[2][0, 0]
     return out, dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+# --- ops that work on rows -----------------------------------------------------------------------
+
+Formula = Callable[..., Outputs]
+CHUNK_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class ExpectedRows:
+    """The reference on a sample of the rows, and the sums over all of them.
+
+    `rows` counts the second to last dimension. `ref` and `eager` hold what has rows, in order;
+    `sums` what has none, the gradients of weights: (fp64, largest summand).
+    """
+
+    rows: Tensor
+    count: int
+    ref: Outputs
+    eager: Outputs
+    sums: list[tuple[Tensor, float]]
+    gradient: bool
+
+    def error(self, output: Outputs) -> Error:
+        """The error of a version's outputs, or of its gradients."""
+        pairs, sums = iter(zip(self.ref, self.eager, strict=True)), iter(self.sums)
+        found = []
+        for x in output:
+            if x.dim() == 1:
+                found.append(error_of_sum(x, *self._summed(next(sums))))
+            else:
+                got = x.index_select(-2, self.rows)
+                found.append(error_of(got, *next(pairs), gradient=self.gradient))
+        return _worst(found)
+
+    def _summed(self, one: tuple[Tensor, float]) -> tuple[Tensor, int, float]:
+        return one[0], self.count, one[1]
+
+
+def expected_rows(
+    reference: Callable[[Tensor], Formula],
+    inputs: Outputs,
+    *,
+    leaves: int,
+    douts: Outputs | None,
+    summands: Callable[..., Outputs],
+    seed: int,
+) -> ExpectedRows:
+    """What an op that works on rows should give: its outputs, or its gradients for `douts`.
+
+    Args:
+        reference: the oracle for the rows of these numbers.
+        inputs: of the op; what has two dimensions or more has its rows in the second to last.
+        leaves: how many of the inputs, from the first, get a gradient.
+        douts: the gradients of the outputs; None compares the outputs.
+        summands: (inputs, douts) of some rows → the summands of each weight's gradient, in fp64.
+        seed: of the sample.
+    """
+    count = inputs[0].shape[-2]
+    rows = _sample(count, torch.Generator().manual_seed(seed)).to(inputs[0].device)
+    formula = reference(rows)
+    both = []
+    for exact in (True, False):
+        chosen = [_rows_of(x, rows, exact) for x in inputs]
+        if douts is None:
+            both.append(formula(*chosen))
+            continue
+        wanted = [x.requires_grad_() for x in chosen[:leaves] if x.dim() > 1]
+        grads = [_rows_of(x, rows, exact) for x in douts]
+        both.append(torch.autograd.grad(formula(*chosen), wanted, grads))
+    sums = [] if douts is None else _sums(summands, inputs, douts, count)
+    return ExpectedRows(rows, count, both[0], both[1], sums, douts is not None)
+
+
+def _rows_of(x: Tensor, rows: Tensor, exact: bool) -> Tensor:
+    x = x.detach()
+    x = x.index_select(-2, rows) if x.dim() > 1 else x.clone()
+    return x.double() if exact else x
+
+
+def _sums(
+    summands: Callable[..., Outputs], inputs: Outputs, douts: Outputs, count: int
+) -> list[tuple[Tensor, float]]:
+    totals: list[Tensor] = []
+    largest: list[float] = []
+    step = max(1, CHUNK_ELEMENTS // inputs[0].shape[-1])
+    for part in torch.arange(count, device=inputs[0].device).split(step):
+        # Not yet in fp64: what an op rounds on its way (a sum with a residual) is rounded there.
+        some = (
+            [x.index_select(-2, part) if x.dim() > 1 else x for x in t] for t in (inputs, douts)
+        )
+        parts = [x.double() for x in summands(*some)]
+        totals = totals or [torch.zeros_like(x[0]) for x in parts]
+        largest = largest or [0.0] * len(parts)
+        for n, x in enumerate(parts):
+            totals[n] += x.sum(0)
+            largest[n] = max(largest[n], x.abs().max().item())
+    return list(zip(totals, largest, strict=True))

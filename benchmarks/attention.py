@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from .accuracy import expected_attention
-from .harness import DTYPES, Limits, Measured, Unavailable, Version, measure
+from .figures import figures_of, ratios
+from .harness import DTYPES, Limits, Unavailable, Version, measure
 from .peers import COMPILED, OURS, PEERS, Problem, fused, peers_on
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -198,55 +199,17 @@ def run_case(
             q, k, v, causal=case.causal, dout=dout if case.backward else None, seed=seed
         )
     limit = case.limit(limits)
-    rows = {}
-    for name, m in measured.items():
-        error = expected[m.set_index].error(m.output)
-        rows[name] = {
-            **_rates(case, m, limit),
-            "peak_bytes": m.peak_bytes,
-            "max_error": error.max_abs,
-            "error_of_allowed": error.of_allowed,
-            "within_tolerance": error.within,
-            "detail": versions[name].detail,
-        }
+    rows = {
+        name: figures_of(m, versions[name], expected[m.set_index].error(m.output), case.work, limit)
+        for name, m in measured.items()
+    }
     return {
         "case": {**asdict(case), "label": case.label, "flops": case.flops, "bytes": case.bytes},
         "unit": "byte/s" if case.bound_by_bytes else "FLOP/s",
         "limit": limit,
         "versions": rows,
         "skipped": skipped,
-        **_ratios(rows),
-    }
-
-
-def _rates(case: Case, m: Measured, limit: float) -> dict[str, Any]:
-    rate = case.work / m.timing.median
-    return {
-        "median_s": m.timing.median,
-        "p20_s": m.timing.p20,
-        "p80_s": m.timing.p80,
-        "samples": m.timing.samples,
-        "rate": rate,
-        "rate_p20": case.work / m.timing.p80,
-        "rate_p80": case.work / m.timing.p20,
-        "of_limit": rate / limit,
-    }
-
-
-def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How many times as fast as each peer fusedattn is; a peer with a wrong result is no peer."""
-    ours = rows.get(OURS)
-    if ours is None:
-        return {"speedup": {}, "best_peer": None, "speedup_over_best": None}
-    speedup = {
-        name: row["median_s"] / ours["median_s"] for name, row in rows.items() if name != OURS
-    }
-    right = [name for name in speedup if rows[name]["within_tolerance"]]
-    best = min(right, key=speedup.__getitem__, default=None)
-    return {
-        "speedup": speedup,
-        "best_peer": best,
-        "speedup_over_best": None if best is None else speedup[best],
+        **ratios(rows, [OURS]),
     }
 
 

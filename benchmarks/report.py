@@ -26,6 +26,11 @@ Row = dict[str, Any]
 
 _COLOURS = {
     OURS: "#d1495b",
+    f"{OURS}-cuda": "#d1495b",
+    f"{OURS}-triton": "#e98a94",
+    "torch": "#2e6f95",
+    "two calls": "#e09f3e",
+    "liger": "#3a7d44",
     "eager": "#9a9a9a",
     "torch.compile": "#7f5aa2",
     "sdpa-flash": "#2e6f95",
@@ -75,11 +80,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_csv(rows: Iterable[Row], folder: Path) -> Path:
-    """One line per case and version, as `attention.csv`."""
-    path = folder / "attention.csv"
+def write_csv(rows: Iterable[Row], folder: Path, name: str) -> Path:
+    """One line per case and version, as `<name>.csv`."""
+    path = folder / f"{name}.csv"
     lines = [
-        {"case": row["case"]["label"], "version": name, "unit": row["unit"], **figures}
+        {
+            "case": row["case"]["label"],
+            "version": name,
+            "unit": row["unit"],
+            "limit": row["limit"],
+            **figures,
+        }
         for row in rows
         for name, figures in row["versions"].items()
     ]
@@ -124,9 +135,13 @@ def _table_line(row: Row, unit: float) -> list[str]:
     ours = row["versions"].get(OURS)
     if ours is None:
         return [label, row["skipped"].get(OURS, "not run"), *[""] * 5]
-    unit = 1e9 if row["unit"] == "byte/s" else unit
-    rate, low, high = (_digits(ours[key] / unit) for key in _RATE_KEYS)
     sdpa = [x for name, x in row["speedup"].items() if name.startswith("sdpa")]
+    unit = 1e9 if row["unit"] == "byte/s" else unit
+    return _cells(row, ours, unit, min(sdpa, default=None))
+
+
+def _cells(row: Row, ours: Row, unit: float, over_torch: float | None) -> list[str]:
+    rate, low, high = (_digits(ours[key] / unit) for key in _RATE_KEYS)
     best = row["best_peer"]
     peer_memory = row["versions"][best]["peak_bytes"] if best else None
     error = f"{ours['max_error']:.1e} ({ours['error_of_allowed']:.0%})"
@@ -134,14 +149,42 @@ def _table_line(row: Row, unit: float) -> list[str]:
         error = f"[bold red]{error}[/]"
     note = " [yellow](reference)[/]" if ours["detail"] == "reference" else ""
     return [
-        label,
+        row["case"]["label"],
         f"{rate} [dim]\\[{low}, {high}][/]{note}",
         f"{ours['of_limit']:.0%}",
-        _ratio(min(sdpa, default=None)),
+        _ratio(over_torch),
         f"{_ratio(row['speedup_over_best'])} [dim]{best or ''}[/]",
         f"{_mebibytes(ours['peak_bytes'])} [dim]({_mebibytes(peer_memory)})[/]",
         error,
     ]
+
+
+def rowwise_table(rows: Sequence[Row]) -> Table:
+    """One line per case: fusedattn's rate, share of a copy, ratios, memory and error."""
+    table = Table(
+        title="norms, softmax and positions, rows x width (batch x heads x length x head dim)",
+        caption="rates in GB/s, each tensor read and written once, median \\[p20, p80]; 'of copy' "
+        "compares with a copy of as many bytes in the same turns; bwd is the backward pass alone; "
+        "the other columns as for attention",
+        title_style="bold",
+        caption_style="dim",
+    )
+    table.add_column("case", no_wrap=True)
+    for name in ("fusedattn", "of copy", "x torch", "x best peer", "MiB (peer's)", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before and before["case"]["op"] != row["case"]["op"]:
+            table.add_section()
+        name = row["ours"]
+        if name is None:
+            reasons = [x for n, x in row["skipped"].items() if n.startswith(OURS)]
+            table.add_row(row["case"]["label"], (reasons or ["not run"])[0], *[""] * 5)
+            continue
+        cells = _cells(row, row["versions"][name], 1e9, row["speedup"].get("torch"))
+        backend = name.removeprefix(OURS).removeprefix("-")
+        cells[1] += f" [dim]{backend}[/]" if backend else ""
+        table.add_row(*cells)
+    return table
 
 
 def _digits(value: float) -> str:
@@ -161,16 +204,26 @@ def _mebibytes(count: float | None) -> str:
 
 
 def print_skipped(rows: Iterable[Row], console: Console) -> None:
-    """Which versions did not run, why, and in how many cases."""
+    """Which versions did not run, why, and in how many cases; and which peers were wrong."""
     counts: dict[tuple[str, str], int] = {}
+    wrong: dict[str, int] = {}
     for row in rows:
         for name, reason in row["skipped"].items():
             # Sizes in a reason differ from case to case; the version and the first words do not.
             key = (name, "its matrix of scores is too large" if "scores" in reason else reason)
             counts[key] = counts.get(key, 0) + 1
+        for name in row["speedup"]:
+            wrong[name] = wrong.get(name, 0) + (not row["versions"][name]["within_tolerance"])
     for (name, reason), count in counts.items():
-        cases = "1 case" if count == 1 else f"{count} cases"
-        console.print(f"  [dim]not run: {name} in {cases}: {reason}[/]", highlight=False)
+        console.print(f"  [dim]not run: {name} in {_cases(count)}: {reason}[/]", highlight=False)
+    for name, count in wrong.items():
+        if count:
+            note = f"outside the tolerance rule, so no best peer: {name} in {_cases(count)}"
+            console.print(f"  [dim]{note}[/]", highlight=False)
+
+
+def _cases(count: int) -> str:
+    return "1 case" if count == 1 else f"{count} cases"
 
 
 def training_table(models: Iterable[Row]) -> Table:
@@ -209,6 +262,8 @@ def plot_all(results: dict[str, Any], folder: Path) -> list[Path]:
             paths.append(_plot_series(key, series, folder))
         if rows:
             paths.append(_plot_ratios(rows, folder))
+        if results["rowwise"]:
+            paths.append(_plot_rowwise(results["rowwise"], folder))
         if results["training"]:
             paths.append(_plot_losses(results["training"], folder))
     return paths
@@ -308,6 +363,53 @@ def _plot_ratios(rows: list[Row], folder: Path) -> Path:
     axis.set_xlabel("times as fast as the best peer (named on the bar)")
     axis.set_title("fusedattn against the best peer of each case")
     return _save(figure, folder / "attention_ratios.png")
+
+
+def _plot_rowwise(rows: list[Row], folder: Path) -> Path:
+    """Share of a copy's speed, one panel per op: ours as a bar, each peer as a mark.
+
+    At the right how many times as fast as the best peer.
+    """
+    groups = {op: list(g) for op, g in itertools.groupby(rows, lambda row: row["case"]["op"])}
+    figure, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(8.2, 1.0 + 0.21 * len(rows) + 0.45 * len(groups)),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+        gridspec_kw={"height_ratios": [len(g) + 1 for g in groups.values()]},
+    )
+    top = max(v["of_limit"] for row in rows for v in row["versions"].values())
+    handles: dict[str, Any] = {}
+    for axis, (op, group) in zip(axes[:, 0], groups.items(), strict=True):
+        _share_panel(axis, group[::-1], handles)
+        axis.set_title(op.replace("_", " "), loc="left")
+        # A copy of a single row is all overhead of the call: a share can be large.
+        axis.set_xlim(0, min(max(1.05, 1.05 * top), 2.0))
+    axes[-1][0].set_xlabel("share of the speed of a copy of as many bytes")
+    axes[-1][0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8)
+    return _save(figure, folder / "rowwise_of_copy.png")
+
+
+def _share_panel(axis: Axes, rows: list[Row], handles: dict[str, Any]) -> None:
+    for place, row in enumerate(rows):
+        for name, figures in row["versions"].items():
+            share, colour = figures["of_limit"], _COLOURS[name]
+            if name == row["ours"]:
+                handles[name] = axis.barh(place, share, color=colour, height=0.68)
+            else:
+                look = {"marker": "|", "s": 90, "linewidths": 2.2, "zorder": 3}
+                handles[name] = axis.scatter(share, place, color=colour, **look)
+        if row["best_peer"]:
+            note = f" {row['speedup_over_best']:.2f}x {row['best_peer']}"
+            axis.text(1, place, note, transform=axis.get_yaxis_transform(), va="center", size=7)
+    axis.axvline(1.0, color="#444444", linestyle="--", linewidth=1)
+    labels = [row["case"]["label"].removeprefix(row["case"]["op"]).lstrip(" ") for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.grid(axis="y", visible=False)
 
 
 def _plot_losses(models: list[Row], folder: Path) -> Path:

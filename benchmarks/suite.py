@@ -1,4 +1,4 @@
-"""The whole run: environment, limits, attention cases, training; then tables, files and plots."""
+"""The whole run: environment, attention, row-wise ops, training; then tables, files and plots."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import attention, report, transformer
+from . import attention, report, rowwise, transformer
 from .harness import measure_limits
+
+PARTS = ("attention", "rowwise", "transformer")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Plan:
     thorough: bool
     cases: Sequence[attention.Case]
     size: transformer.Size
-    parts: tuple[str, ...] = ("attention", "transformer")
+    rowwise_cases: Sequence[rowwise.Case] = ()
+    parts: tuple[str, ...] = PARTS
     seed: int = 0
     seconds: float = 110.0
+    rowwise_seconds: float = 40.0
     limit_seconds: float = 4.0
     limit_scale: float = 1.0
 
@@ -60,26 +64,27 @@ def make_plan(
     where = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
     on_gpu = where.type == "cuda"
     whole = full or (on_gpu and not quick)
-    cases = (attention.full_grid if whole else attention.quick_grid)(where)
     return Plan(
         device=where,
         thorough=full,
-        cases=cases,
+        cases=(attention.full_grid if whole else attention.quick_grid)(where),
+        rowwise_cases=(rowwise.full_grid if whole else rowwise.quick_grid)(where),
         size=transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK,
-        parts=(only,) if only else ("attention", "transformer"),
+        parts=(only,) if only else PARTS,
         seed=seed,
         seconds=3600.0 if full else 240.0 if on_gpu else 110.0,
+        rowwise_seconds=1200.0 if full else 120.0 if on_gpu else 40.0,
     )
 
 
 def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, Any]:
-    """Run the plan and write the JSON, attention.csv and the plots into `folder`.
+    """Run the plan and write the JSON, a CSV of each kind of case and the plots into `folder`.
 
     Returns what the JSON holds: results.json, or <name of the GPU>.json. It is written after every
     case, so a run that is stopped keeps what it has measured.
     """
     # Where nobody says how wide the terminal is (a pipe, a log), the tables need this much.
-    console = console or Console(width=None if sys.stdout.isatty() else 132)
+    console = console or Console(width=None if sys.stdout.isatty() else 144)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     found = environment.collect()
@@ -93,18 +98,22 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
         "environment": found,
         "limits": None,
         "attention": [],
+        "rowwise": [],
         "training": [],
     }
     with _progress(console) as progress:
         if "attention" in plan.parts:
             _measure_attention(plan, results, folder, progress)
+        if "rowwise" in plan.parts:
+            _measure_rowwise(plan, results, folder, progress)
         if "transformer" in plan.parts:
             _train(plan, results, folder, progress)
     results["seconds"] = time.perf_counter() - start
     _show(results, console)
     files = [report.write_json(results, folder)]
-    if results["attention"]:
-        files.append(report.write_csv(results["attention"], folder))
+    for name in ("attention", "rowwise"):
+        if results[name]:
+            files.append(report.write_csv(results[name], folder, name))
     files += report.plot_all(results, folder)
     console.print(f"\n{results['seconds']:.0f} s; written:")
     for path in files:
@@ -150,6 +159,25 @@ def _measure_attention(
         report.write_json(results, folder)
 
 
+def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
+    bar = progress.add_task("norms, softmax and positions", total=len(plan.rowwise_cases))
+
+    def update(done: int, label: str) -> None:
+        progress.update(bar, completed=done, description=label, refresh=True)
+
+    rows = rowwise.run_cases(
+        plan.rowwise_cases,
+        plan.device,
+        seconds=plan.rowwise_seconds,
+        seed=plan.seed,
+        thorough=plan.thorough,
+        progress=update,
+    )
+    for row in rows:
+        results["rowwise"].append(row)
+        report.write_json(results, folder)
+
+
 def _train(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
     for model in transformer.MODELS.values():
         bar = progress.add_task(model.title, total=plan.size.steps)
@@ -176,6 +204,10 @@ def _show(results: dict[str, Any], console: Console) -> None:
         )
         copy = limits["bytes_per_second"] / 1e9
         console.print(f"  [dim]limits measured here: matmul {matmul}; copy {copy:.1f} GB/s[/]")
+    if results["rowwise"]:
+        console.print()
+        console.print(report.rowwise_table(results["rowwise"]))
+        report.print_skipped(results["rowwise"], console)
     if results["training"]:
         console.print()
         console.print(report.training_table(results["training"]))

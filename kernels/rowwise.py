@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, block_width
+from .common import Device, Matrix, block_width
 
 # --- device functions ----------------------------------------------------------------------------
 
@@ -23,6 +23,17 @@ from .common import Device, block_width
 def at(x, row, col):
     """Pointers to x[row, col] of a matrix, for vectors of rows and of columns."""
     return x.data + row.to(tl.int64)[:, None] * x.row + col.to(tl.int64)[None, :] * x.col
+
+
+@triton.jit
+def load_weight(weight, col, width, weight_offset):
+    """weight_offset + weight, (1, columns); None without a weight."""
+    if weight is None:
+        return None
+    w = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32)
+    if weight_offset is not None:
+        w += weight_offset
+    return w[None, :]
 
 
 @triton.jit
@@ -41,41 +52,17 @@ def dropout(value, seed, row, first, limit, keep_scale, BLOCK: tl.constexpr):
     quad = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)[None, :]
     low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = (row >> 32).to(tl.uint32)[:, None]
-    a, b, c, d = tl.philox(tl.load(seed), quad, low, high, tl.zeros_like(high))
+    a, b, c, d = tl.philox(seed, quad, low, high, tl.zeros_like(high))
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return tl.where(words > limit.to(tl.uint32), value * keep_scale, 0.0)
 
 
-@triton.jit
-def sum_of_parts(parts, out, col, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in tl.range(0, count, ROWS):
-        row = first + tl.arange(0, ROWS)
-        pointers = parts + row.to(tl.int64)[:, None] * width + col[None, :]
-        inside = (row < count)[:, None] & (col < width)[None, :]
-        total += tl.load(pointers, mask=inside, other=0.0)
-    tl.store(out + col, tl.sum(total, 0).to(out.dtype.element_ty), mask=col < width)
-
-
-@triton.jit(do_not_specialize=["count"])
-def parts_kernel(
-    weight_parts,  # fp32 (count, width), or None
-    bias_parts,  # fp32 (count, width), or None
-    dweight,  # (width,), or None
-    dbias,  # (width,), or None
-    count,
-    width,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if dweight is not None:
-        sum_of_parts(weight_parts, dweight, col, count, width, ROWS, BLOCK)
-    if dbias is not None:
-        sum_of_parts(bias_parts, dbias, col, count, width, ROWS, BLOCK)
-
-
 # --- launching -----------------------------------------------------------------------------------
+
+
+def matrix_of(x: Tensor | None) -> Matrix | None:
+    """(rows, width) with unit column stride."""
+    return None if x is None else Matrix(x, x.stride(0), 1)
 
 
 class Dropout(NamedTuple):
@@ -123,36 +110,10 @@ def tile_of(rows: int, width: int, *, per_thread: int, most: int, apart: bool = 
     together = min(together, triton.next_power_of_2(rows))
     whole = together * padded <= most
     block = padded if whole else max(16, min(padded, most // 2 // together))
-    warps = min(MOST_WARPS, max(1, together * block // (32 * per_thread)))
-    return Tile(together, block, whole, warps)
+    warps = together * block // (32 * (per_thread if whole else 16))
+    return Tile(together, block, whole, min(MOST_WARPS, max(1, warps)))
 
 
-def parts_of(rows: int, columns: int, tile: Tile, device: Device) -> int:
-    """Into how many parts the rows are split, where a program sums over all rows of its part.
-
-    As many programs as run at once: each writes a part of the sums, as wide as a row in fp32.
-    """
-    programs = device.processors * (MOST_WARPS // tile.warps)
-    return max(1, min(programs // columns, triton.cdiv(rows, tile.rows)))
-
-
-def add_parts(
-    weight_parts: Tensor | None,
-    bias_parts: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    device: Device,
-) -> None:
-    """The sums over the first dimension of (parts, width); both of each pair are None or neither.
-
-    On the current device.
-    """
-    given = bias_parts if weight_parts is None else weight_parts
-    if given is not None:
-        count, width = given.shape
-        # 32 columns are a line of memory; more only where that still keeps every processor busy.
-        block = min(1024, max(32, triton.next_power_of_2(width // (2 * device.processors))))
-        parts_kernel[(triton.cdiv(width, block),)](
-            weight_parts, bias_parts, dweight, dbias, count, width,
-            ROWS=2048 // block, BLOCK=block, num_warps=8,
-        )  # fmt: skip
+def registers(device: Device, most: int) -> dict[str, int]:
+    """A limit that keeps more programs on a processor; ptxas would spend registers on latency."""
+    return {"maxnreg": most} if device.arch else {}

@@ -202,13 +202,13 @@ def _merged(
     for size, step in zip(sizes, steps, strict=True):
         if size == 1:
             continue
-        if found_sizes and found_sizes[-1] * size < 2**31:
-            if found_steps[-1] == tuple(size * inner for inner in step):
-                found_sizes[-1] *= size
-                found_steps[-1] = step
-                continue
-        found_sizes.append(size)
-        found_steps.append(step)
+        one_step = found_sizes and found_steps[-1] == tuple(size * inner for inner in step)
+        if one_step and found_sizes[-1] * size < 2**31:
+            found_sizes[-1] *= size
+            found_steps[-1] = step
+        else:
+            found_sizes.append(size)
+            found_steps.append(step)
     return found_sizes, found_steps
 
 

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedattn.benchmarks import report, suite, transformer
+from fusedattn.benchmarks import report, rowwise, suite, transformer
 from fusedattn.benchmarks.attention import Case
 from fusedattn.reference.transformer import BEGIN, END, MASK, PAD
 from rich.console import Console
@@ -34,7 +34,13 @@ def finished(tmp_path_factory):
         thorough=False,
         cases=cases,
         size=TINY,
+        rowwise_cases=[
+            rowwise.Case("layer_norm", (8, 32), "fp32", residual=True),
+            rowwise.Case("layer_norm", (8, 32), "bf16", True),
+            rowwise.Case("softmax", (8, 32), "fp32"),
+        ],
         seconds=0.5,
+        rowwise_seconds=0.3,
         limit_seconds=0.1,
         limit_scale=0.05,
     )
@@ -52,20 +58,26 @@ def test_the_json_holds_every_figure(finished):
     assert stored["threads"] == torch.get_num_threads()
     assert set(stored["limits"]["flops_per_second"]) == {"fp32", "bf16", "fp16"}
     assert len(stored["attention"]) == 5
+    assert len(stored["rowwise"]) == 3
     assert len(stored["training"]) == 3
     assert stored["attention"][0]["versions"].keys() == results["attention"][0]["versions"].keys()
     for row in stored["attention"]:
         assert row["versions"]["fusedattn"]["within_tolerance"]
         assert row["best_peer"] in row["versions"]
         assert row["unit"] == ("byte/s" if row["case"]["seq_q"] == 1 else "FLOP/s")
+    for row in stored["rowwise"]:
+        assert row["versions"]["fusedattn"]["within_tolerance"]
+        assert row["copy"]["median_s"] > 0
 
 
-def test_the_csv_has_a_line_per_case_and_version(finished):
+@pytest.mark.parametrize("part", ["attention", "rowwise"])
+def test_the_csv_has_a_line_per_case_and_version(finished, part):
     results, folder, _ = finished
-    with (folder / "attention.csv").open() as file:
+    with (folder / f"{part}.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == sum(len(row["versions"]) for row in results["attention"])
+    assert len(lines) == sum(len(row["versions"]) for row in results[part])
     assert float(lines[0]["median_s"]) > 0
+    assert float(lines[0]["limit"]) > 0
 
 
 def test_the_plots_are_png_files(finished):
@@ -73,6 +85,7 @@ def test_the_plots_are_png_files(finished):
     assert {path.name for path in folder.glob("*.png")} == {
         "attention_d16_causal_forward.png",
         "attention_ratios.png",
+        "rowwise_of_copy.png",
         "training_losses.png",
     }
     for path in folder.glob("*.png"):
@@ -83,7 +96,7 @@ def test_the_plots_are_png_files(finished):
 
 def test_the_terminal_shows_cases_models_and_files(finished):
     results, _, text = finished
-    for row in results["attention"]:
+    for row in results["attention"] + results["rowwise"]:
         assert row["case"]["label"] in text
     for model in results["training"]:
         assert model["title"] in text

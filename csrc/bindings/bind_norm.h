@@ -1,3 +1,4 @@
+// The norms' functions of a native module: Python's arguments into their parameter structs.
 #pragma once
 
 #include "norm.h"
@@ -5,7 +6,39 @@
 
 namespace fusedattn::bindings {
 
-inline void bind_norm(py::module_&, void (*)(const NormForward&, Stream),
-                      void (*)(const NormBackward&, Stream)) {}
+// NormConfig of fusedattn/ops/norm_config.py.
+inline NormOptions norm_options(const py::tuple& config) {
+  return {config[0].cast<bool>(), config[1].cast<double>(), config[2].cast<double>(),
+          config[3].cast<double>()};
+}
+
+inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream),
+                      void (*backward)(const NormBackward&, Stream)) {
+  m.def(
+      "norm_forward",
+      [forward](py::handle x, py::handle residual, py::handle weight, py::handle bias,
+                py::handle seed, py::handle out, py::handle z, py::handle mean, py::handle rstd,
+                const py::tuple& config, Stream stream) {
+        const NormForward params{view(x),    view(residual),      view(weight), view(bias),
+                                 view(seed), view(out),           view(z),      view(mean),
+                                 view(rstd), norm_options(config)};
+        const WithoutGil release;
+        forward(params, stream);
+      },
+      "Writes out, rstd and, where given, z and mean.");
+  m.def(
+      "norm_backward",
+      [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
+                 py::handle rstd, py::handle seed, py::handle dx, py::handle dresidual,
+                 py::handle dweight, py::handle dbias, const py::tuple& config, Stream stream) {
+        const NormBackward params{view(dout),    view(dz),    view(z),
+                                  view(weight),  view(mean),  view(rstd),
+                                  view(seed),    view(dx),    view(dresidual),
+                                  view(dweight), view(dbias), norm_options(config)};
+        const WithoutGil release;
+        backward(params, stream);
+      },
+      "Writes dx and, where given, dresidual, dweight and dbias.");
+}
 
 }  // namespace fusedattn::bindings

@@ -1,3 +1,4 @@
+// The rotary embedding's function of a native module: Python's arguments into its parameter struct.
 #pragma once
 
 #include "rotary.h"
@@ -5,6 +6,29 @@
 
 namespace fusedattn::bindings {
 
-inline void bind_rotary(py::module_&, void (*)(const Rotary&, Stream)) {}
+// `config` is RotaryConfig of fusedattn/ops/rotary_config.py.
+inline void bind_rotary(py::module_& m, void (*forward)(const Rotary&, Stream)) {
+  m.def(
+      "rotary_forward",
+      [forward](py::handle x, py::handle x2, py::handle cos, py::handle sin, py::handle positions,
+                py::handle offset, py::handle out, py::handle out2, const py::tuple& config,
+                Stream stream) {
+        Rotary params;
+        params.x = view(x);
+        params.x2 = view(x2);
+        params.cos = broadcast_view(cos);
+        params.sin = broadcast_view(sin);
+        params.positions = broadcast_view(positions);
+        params.offset = view(offset);
+        params.out = view(out);
+        params.out2 = view(out2);
+        params.options.interleaved = config[0].cast<bool>();
+        params.options.inverse = config[1].cast<bool>();
+        params.options.offset = config[2].cast<int64_t>();
+        const WithoutGil release;
+        forward(params, stream);
+      },
+      "Writes out and, where given, out2; out may be x.");
+}
 
 }  // namespace fusedattn::bindings

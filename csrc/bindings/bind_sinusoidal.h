@@ -1,3 +1,4 @@
+// Sinusoidal positions' function of a native module: Python's arguments into its parameter struct.
 #pragma once
 
 #include "sinusoidal.h"
@@ -5,6 +6,24 @@
 
 namespace fusedattn::bindings {
 
-inline void bind_sinusoidal(py::module_&, void (*)(const Sinusoidal&, Stream)) {}
+// `config` is SinusoidalConfig of fusedattn/ops/sinusoidal.py.
+inline void bind_sinusoidal(py::module_& m, void (*forward)(const Sinusoidal&, Stream)) {
+  m.def(
+      "sinusoidal_forward",
+      [forward](py::handle x, py::handle positions, py::handle offset, py::handle out,
+                const py::tuple& config, Stream stream) {
+        Sinusoidal params;
+        params.x = view(x);
+        params.positions = broadcast_view(positions);
+        params.offset = view(offset);
+        params.out = view(out);
+        params.options.base = config[0].cast<double>();
+        params.options.scale = config[1].cast<double>();
+        params.options.offset = config[2].cast<int64_t>();
+        const WithoutGil release;
+        forward(params, stream);
+      },
+      "Writes out.");
+}
 
 }  // namespace fusedattn::bindings

@@ -295,12 +295,16 @@ FUSEDATTN_INLINE void store_as(float* p, vec<float> x) { store(p, x); }
 FUSEDATTN_INLINE void store_as(double* p, vec<double> x) { store(p, x); }
 
 FUSEDATTN_INLINE void store_as(bf16* p, vec<float> x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#else
   const ints<float> bits = (ints<float>)x;
   const ints<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const ints<float> nan = (bits >> 16) | 0x40;
   const ints<float> chosen = x == x ? rounded : nan;
   *reinterpret_cast<simd<float>::halves*>(p) =
       __builtin_convertvector(chosen, typename simd<float>::halves);
+#endif
 }
 
 FUSEDATTN_INLINE void store_as(f16* p, vec<float> x) {

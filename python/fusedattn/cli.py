@@ -34,9 +34,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="measure attention against its peers, and train three transformers side by side",
-        description="Measure attention against its peers, then train the reference transformers "
-        "plain and fused. Writes JSON, CSV and plots, and prints tables.",
+        help="measure every op against its peers, and train transformers side by side",
+        description="Measure attention, the norms, softmax and positional encodings against their "
+        "peers, then train the reference transformers plain and fused. Writes JSON, CSV and plots, "
+        "and prints tables.",
     )
     size = bench.add_mutually_exclusive_group()
     size.add_argument(
@@ -50,13 +51,14 @@ def _parser() -> argparse.ArgumentParser:
         help="the whole grid, with torch.compile and FlexAttention for every shape; takes an hour "
         "or more (a GPU's default is the whole grid, with these for a few shapes)",
     )
-    bench.add_argument("--only", choices=("attention", "transformer"), help="run one part alone")
+    parts = ("attention", "rowwise", "transformer")
+    bench.add_argument("--only", choices=parts, help="run one part alone")
     bench.add_argument(
         "--output",
         type=Path,
         default=Path("bench-results"),
         metavar="DIR",
-        help="where results.json, attention.csv and the plots go (default: %(default)s)",
+        help="where results.json, the CSV files and the plots go (default: %(default)s)",
     )
     bench.add_argument("--seed", type=int, default=0, help="of all random inputs (default: 0)")
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -1,11 +1,20 @@
-#include "norm.h"
-
-#include "vec.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
+template <class T>
+static void add(NormKernels& kernels) {
+  kernel_for<NormForward>(kernels, dtype_of<T>) = {norm_forward<T>};
+  kernel_for<NormBackward>(kernels, dtype_of<T>) = {norm_backward<T>};
+}
+
 NormKernels norm_kernels() {
   NormKernels kernels;
+  add<f16>(kernels);
+  add<bf16>(kernels);
+  add<float>(kernels);
+  add<double>(kernels);
   return kernels;
 }
 

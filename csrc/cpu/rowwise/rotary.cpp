@@ -1,11 +1,211 @@
+// Rotary embedding: pairs (a, b) of the first R features become (a·cos − b·sin, b·cos + a·sin).
+//
+// A task is a block of rows. Their rows of cos and sin are gathered once, in the type that is
+// computed in, and then serve every head of x and x2; x is read and written once. A row is read
+// before it is written, vector by vector, so that `out` may be x.
 #include "rotary.h"
 
-#include "vec.h"
+#include "positions.h"
+#include "workspace.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
+template <class T, bool Interleaved>
+class RotaryTask {
+  typedef compute_t<T> S;
+  // Bytes of gathered tables that stay in the first-level cache beside x.
+  static constexpr int64_t table_bytes = 16 << 10;
+
+  const Rotary& f;
+  const Positions positions;
+  const int64_t half, columns;  // pairs, and columns of a gathered table
+  S *cos, *sin, *row;
+  int64_t loaded_b = -1, loaded_i = -1;
+
+ public:
+  // Interleaved tables repeat each number for the two features of its pair.
+  RotaryTask(const Rotary& f, Arena& arena)
+      : f(f),
+        positions(f.positions, f.offset, f.options.offset),
+        half(f.cos.shape[2]),
+        columns(Interleaved ? 2 * half : half) {
+    cos = arena.take<S>(most_rows(f) * columns);
+    sin = arena.take<S>(most_rows(f) * columns);
+    row = arena.take<S>(2 * half);
+  }
+
+  static int64_t most_rows(const Rotary& f) {
+    const int64_t row_bytes = 2 * f.cos.shape[2] * int64_t(sizeof(S)) * (Interleaved ? 2 : 1);
+    return row_bytes < table_bytes ? table_bytes / row_bytes : 1;
+  }
+
+  bool shared() const { return f.cos.stride[0] == 0 && positions.shared(); }
+
+  // Rows i … i_end of batch b, the heads h … h_end of x and then x2.
+  void run(int64_t b, int64_t i, int64_t i_end, int64_t h, int64_t h_end) {
+    if (loaded_i != i || (loaded_b != b && !shared())) gather(b, i, i_end);
+    loaded_b = b, loaded_i = i;
+    const int64_t heads = f.x.shape[1];
+    if (h < heads) rotate(f.x, f.out, b, i, i_end, h, h_end < heads ? h_end : heads);
+    if (h_end > heads) {
+      const int64_t first = h > heads ? h - heads : 0;
+      rotate(f.x2, f.out2, b, i, i_end, first, h_end - heads);
+    }
+  }
+
+ private:
+  void gather(int64_t b, int64_t i, int64_t i_end) {
+    switch (f.cos.dtype) {
+      case DType::f16:
+        return gather_from<f16>(b, i, i_end);
+      case DType::bf16:
+        return gather_from<bf16>(b, i, i_end);
+      case DType::f32:
+        return gather_from<float>(b, i, i_end);
+      default:
+        return gather_from<double>(b, i, i_end);
+    }
+  }
+
+  template <class From>
+  void gather_from(int64_t b, int64_t i, int64_t i_end) {
+    const S sign = f.options.inverse ? S(-1) : S(1);
+    S *c = cos, *s = sin;
+    for (; i < i_end; ++i, c += columns, s += columns) {
+      const int64_t position = positions.at(b, i);
+      if (position < 0 || position >= f.cos.shape[1]) {
+        // No memory outside the tables is read, and the missing angle shows.
+        for (int64_t j = 0; j < columns; ++j) c[j] = s[j] = __builtin_nan("");
+        continue;
+      }
+      const From* from_cos = f.cos.at<From>(b, position, 0);
+      const From* from_sin = f.sin.at<From>(b, position, 0);
+      const int64_t cos_step = f.cos.stride[2], sin_step = f.sin.stride[2];
+      if constexpr (Interleaved) {
+        for (int64_t j = 0; j < half; ++j) {
+          c[2 * j] = c[2 * j + 1] = S(to_float(from_cos[j * cos_step]));
+          const S angle = sign * S(to_float(from_sin[j * sin_step]));
+          s[2 * j] = -angle, s[2 * j + 1] = angle;
+        }
+      } else {
+        for (int64_t j = 0; j < half; ++j) {
+          c[j] = S(to_float(from_cos[j * cos_step]));
+          s[j] = sign * S(to_float(from_sin[j * sin_step]));
+        }
+      }
+    }
+  }
+
+  void rotate(const TensorView& x, const TensorView& out, int64_t b, int64_t i, int64_t i_end,
+              int64_t h, int64_t h_end) {
+    const int64_t first = i;
+    // The inner loop is the one along which x lies closer together.
+    if (x.stride[2] <= x.stride[1]) {
+      for (; h < h_end; ++h)
+        for (i = first; i < i_end; ++i) rotate_row(x, out, b, h, i, (i - first) * columns);
+    } else {
+      for (; i < i_end; ++i)
+        for (int64_t each = h; each < h_end; ++each)
+          rotate_row(x, out, b, each, i, (i - first) * columns);
+    }
+  }
+
+  void rotate_row(const TensorView& x, const TensorView& out, int64_t b, int64_t h, int64_t i,
+                  int64_t table) {
+    const T* from = x.at<T>(b, h, i);
+    T* to = out.at<T>(b, h, i);
+    const int64_t step = x.stride[3], out_step = out.stride[3], features = x.shape[3];
+    if (step == 1 && out_step == 1) {
+      turn(from, to, cos + table, sin + table);
+    } else {
+      load_row(from, step, 2 * half, row, 2 * half);
+      turn(row, row, cos + table, sin + table);
+      store_row(to, out_step, 2 * half, row, S(1));
+    }
+    if (from != to)
+      for (int64_t j = 2 * half; j < features; ++j) to[j * out_step] = from[j * step];
+  }
+
+  template <class U>
+  FUSEDATTN_MEMBER void turn(const U* x, U* out, const S* c, const S* s) const {
+    int64_t j = 0;
+    if constexpr (Interleaved) {
+      ints<S> neighbour;
+      for (int lane = 0; lane < width<S>; ++lane) neighbour[lane] = lane ^ 1;
+      for (; j + width<S> <= columns; j += width<S>) {
+        const vec<S> each = load_as(x + j);
+        const vec<S> other = __builtin_shuffle(each, neighbour);
+        store_as(out + j, each * load(c + j) + other * load(s + j));
+      }
+      for (; j < columns; j += 2) {
+        const S a = to_float(x[j]), b = to_float(x[j + 1]);
+        put(out + j, a * c[j] + b * s[j]);
+        put(out + j + 1, b * c[j] + a * s[j + 1]);
+      }
+    } else {
+      for (; j + width<S> <= half; j += width<S>) {
+        const vec<S> a = load_as(x + j), b = load_as(x + half + j);
+        const vec<S> cj = load(c + j), sj = load(s + j);
+        store_as(out + j, a * cj - b * sj);
+        store_as(out + half + j, b * cj + a * sj);
+      }
+      for (; j < half; ++j) {
+        const S a = to_float(x[j]), b = to_float(x[half + j]);
+        put(out + j, a * c[j] - b * s[j]);
+        put(out + half + j, b * c[j] + a * s[j]);
+      }
+    }
+  }
+};
+
+template <class T, bool Interleaved>
+static bool rotate_all(const Rotary& f) {
+  typedef RotaryTask<T, Interleaved> Task;
+  const int64_t batch = f.x.shape[0], length = f.x.shape[2];
+  const int64_t heads = f.x.shape[1] + (f.x2 ? f.x2.shape[1] : 0);
+  const int threads = threads_for_elements(f.work());
+  // Rows of a task: as many as have room, but not so many that threads stay without one.
+  const int64_t share = length * batch / (4 * threads);
+  int64_t rows = Task::most_rows(f);
+  rows = rows < share ? rows : share > 0 ? share : 1;
+  rows = rows < length ? rows : length;
+  const int64_t blocks = (length + rows - 1) / rows;
+  // A few long rows, in decoding, split their heads.
+  const int64_t parts = blocks * batch < threads ? (heads < threads ? heads : threads) : 1;
+  const int64_t tasks = blocks * batch * parts;
+
+  Arena count;
+  Task(f, count);
+  const Workspace workspace(count.used() * threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int own = omp_get_thread_num(), all = omp_get_num_threads();
+    Arena arena(workspace.data() + count.used() * own);
+    Task task(f, arena);
+    const bool shared = task.shared();
+    for (int64_t t = tasks * own / all; t < tasks * (own + 1) / all; ++t) {
+      const int64_t part = t % parts, at = t / parts;
+      // Batches that share their tables follow each other.
+      const int64_t b = shared ? at % batch : at / blocks;
+      const int64_t i = (shared ? at / batch : at % blocks) * rows;
+      const int64_t i_end = i + rows < length ? i + rows : length;
+      task.run(b, i, i_end, heads * part / parts, heads * (part + 1) / parts);
+    }
+  }
+  return true;
+}
+
+template <class T>
+static bool rotary(const Rotary& f) {
+  return f.options.interleaved ? rotate_all<T, true>(f) : rotate_all<T, false>(f);
+}
+
 RotaryKernels rotary_kernels() {
   RotaryKernels kernels;
+  kernel_for<Rotary>(kernels, DType::f16) = {rotary<f16>};
+  kernel_for<Rotary>(kernels, DType::bf16) = {rotary<bf16>};
+  kernel_for<Rotary>(kernels, DType::f32) = {rotary<float>};
+  kernel_for<Rotary>(kernels, DType::f64) = {rotary<double>};
   return kernels;
 }
 

@@ -68,7 +68,7 @@ def _native_kernels(native: Any) -> Any:
     return SimpleNamespace(forward=forward, backward=backward)
 
 
-# --- triton: kernels/norm.py ---------------------------------------------------------------------
+# --- triton: kernels/norm_fwd.py, norm_bwd.py ----------------------------------------------------
 
 
 def _triton_refuses(call: NormCall, requested: bool) -> Refusal | None:
@@ -76,9 +76,10 @@ def _triton_refuses(call: NormCall, requested: bool) -> Refusal | None:
 
 
 def _triton_kernels() -> Any:
-    from ..kernels import norm
+    from ..kernels.norm_bwd import norm_backward
+    from ..kernels.norm_fwd import norm_forward
 
-    return SimpleNamespace(forward=norm.norm_forward, backward=norm.norm_backward)
+    return SimpleNamespace(forward=norm_forward, backward=norm_backward)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------

@@ -1,0 +1,83 @@
+"""`pytest benchmarks`: norms, softmax and positions under pytest-benchmark, one group per case.
+
+The quick subset by default, `--full-grid` for every case; `-k "softmax and bf16 and fusedattn"`
+picks by what stands in the ids. As for attention, the versions run one after the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from fusedattn.benchmarks import rowwise
+from fusedattn.benchmarks.harness import clock_for
+from fusedattn.benchmarks.peers import OURS
+from fusedattn.benchmarks.rowwise_peers import COMPILED, Problem, builders
+
+pytest.importorskip("pytest_benchmark")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    grid = rowwise.full_grid if config.getoption("--full-grid") else rowwise.quick_grid
+    compiling = config.getoption("--compile")
+    pairs = [
+        pytest.param(case, name, id=f"{case.label} {name}".replace(" ", "-"))
+        for case in grid(device)
+        for name in (*builders(case, device), rowwise.COPY)
+        if compiling or name != COMPILED
+    ]
+    metafunc.parametrize(("case", "name"), pairs)
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """Makes the inputs of a case, and keeps those of the last case only."""
+    kept: dict[rowwise.Case, Problem] = {}
+
+    def make(case: rowwise.Case) -> Problem:
+        if case not in kept:
+            kept.clear()
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            kept[case] = rowwise.make_problem(case, device, seed=0)
+        return kept[case]
+
+    return make
+
+
+def test_rowwise(benchmark, problems, case, name):
+    problem = problems(case)
+    device = problem.device
+    clock = clock_for(device)
+    turn = itertools.count()
+
+    def call():
+        last = next(turn)
+        output = version.call(last)
+        clock.wait()
+        return last, output
+
+    benchmark.group = case.label
+    benchmark.extra_info["work"] = case.bytes
+    benchmark.extra_info["unit"] = "byte"
+    try:
+        if name == rowwise.COPY:
+            version = rowwise.copy_of(case, device)
+        else:
+            version = builders(case, device)[name](problem)
+        with version.context():
+            call()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    with version.context():
+        # An even number of rounds ends on other inputs than the first call's.
+        last, output = benchmark.pedantic(call, rounds=6, warmup_rounds=1)
+    if name == rowwise.COPY:
+        return
+    error = rowwise.expected_of(problem, last % len(problem.sets), seed=0).error(output)
+    benchmark.extra_info["max_error"] = error.max_abs
+    benchmark.extra_info["error_of_allowed"] = error.of_allowed
+    if name.startswith(OURS):
+        assert error.within, f"error is {error.of_allowed:.2f} of what is allowed"

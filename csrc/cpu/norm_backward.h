@@ -1,0 +1,342 @@
+// Layer norm and RMS norm, backward. Per row, with n = (z − mean) · rstd and g = dout · weight:
+// first Σ g and Σ g·n, and the row's share of dweight = Σ dout · n and dbias = Σ dout; then the
+// gradient of z. Several rows go through the first pass together, so that the sums over rows are
+// read and written once for all of them.
+#pragma once
+
+#include "norm_rows.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+constexpr int norm_block = 4;  // rows in the first pass together
+// Rows whose sum stays in S; in half a million rows summed in fp32 alone the last digits would go.
+constexpr int64_t rows_per_flush = 128;
+
+struct RowSums {
+  double g, gn;
+};
+
+// The sums over one thread's rows: S over a few rows, then double.
+template <class S>
+struct ColumnSums {
+  S *weight = nullptr, *bias = nullptr;  // null where not wanted
+  double *weight_total = nullptr, *bias_total = nullptr;
+  int64_t pending = 0;
+
+  FUSEDATTN_MEMBER void clear(Range columns) {
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+      if (weight) weight[i] = S(weight_total[i] = 0);
+      if (bias) bias[i] = S(bias_total[i] = 0);
+    }
+  }
+  FUSEDATTN_MEMBER void flush(Range columns) {
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+      if (weight) {
+        weight_total[i] += double(weight[i]);
+        weight[i] = 0;
+      }
+      if (bias) {
+        bias_total[i] += double(bias[i]);
+        bias[i] = 0;
+      }
+    }
+    pending = 0;
+  }
+};
+
+// Z is the type in which z and dz are read.
+template <class T, class Z>
+struct NormBackwardRows {
+  typedef compute_t<T> S;
+
+  const NormBackward& p;
+  const Division& division;
+  const Parameter<S>& weight;
+  const Dropout dropout;
+  const T* const no_dout;           // a row of zeros in place of an absent dout
+  Z *const z_rows, *const dz_rows;  // z and dz as S, if they are stored otherwise
+
+  const T* dout_row(int64_t row, int64_t column) const {
+    if (!p.dout) return no_dout + column;
+    return static_cast<const T*>(p.dout.data) + row * p.dout.stride[0] + column;
+  }
+  int64_t buffered(int64_t row) const {
+    return (division.split ? row : row % norm_block) * division.width;
+  }
+  const Z* z_row(int64_t row, int64_t column) const {
+    if (z_rows) return z_rows + buffered(row) + column;
+    return static_cast<const Z*>(p.z.data) + row * p.z.stride[0] + column;
+  }
+  const Z* dz_row(int64_t row, int64_t column) const {
+    if (dz_rows) return dz_rows + buffered(row) + column;
+    return static_cast<const Z*>(p.dz.data) + row * p.dz.stride[0] + column;
+  }
+
+  // Reads z and dz into the buffers, where there are some.
+  void fetch(int64_t row, Range columns) const {
+    if constexpr (sizeof(Z) == sizeof(S)) {
+      const int64_t at = buffered(row) + columns.begin, n = columns.end - columns.begin;
+      if (z_rows) read_row<S>(p.z, row, columns.begin, n, z_rows + at);
+      if (dz_rows) read_row<S>(p.dz, row, columns.begin, n, dz_rows + at);
+    }
+  }
+
+  // n = (scale · z − centre) · factor. Rows near the largest numbers are halved twice, so that the
+  // difference is in range.
+  struct Normalise {
+    S scale, centre, factor;
+
+    FUSEDATTN_MEMBER Normalise(const NormBackward& p, int64_t row) {
+      const S rstd = static_cast<const S*>(p.rstd.data)[row];
+      scale = rstd < S(0x1p-100) ? S(0.25) : S(1);
+      centre = p.mean ? static_cast<const S*>(p.mean.data)[row] * scale : S(0);
+      factor = rstd / scale;
+    }
+  };
+
+  // Rows row … row + Rows on a chunk; writes each row's sums to sums[r · chunks].
+  template <int Rows, bool Weight, bool Bias>
+  void sum_chunk(int64_t row, int64_t column, int64_t n, RowSums* sums, int64_t chunks, S* dweight,
+                 S* dbias) const {
+    const S* w = weight.data() + column;
+    const T* dout[Rows];
+    const Z* z[Rows];
+    vec<S> scale[Rows], centre[Rows], factor[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
+    for (int r = 0; r < Rows; ++r) {
+      dout[r] = dout_row(row + r, column);
+      z[r] = z_row(row + r, column);
+      const Normalise of(p, row + r);
+      scale[r] = splat(of.scale);
+      centre[r] = splat(of.centre);
+      factor[r] = splat(of.factor);
+    }
+    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+      const vec<S> weights = get<S>(w + i, lanes);
+      vec<S> to_weight, to_bias;
+      if constexpr (Weight) to_weight = get<S>(dweight + i, lanes);
+      if constexpr (Bias) to_bias = get<S>(dbias + i, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const vec<S> d = get<S>(dout[r] + i, lanes), g = d * weights;
+        const vec<S> x = (get<S>(z[r] + i, lanes) * scale[r] - centre[r]) * factor[r];
+        if constexpr (Weight) to_weight += d * x;
+        if constexpr (Bias) to_bias += d;
+        g_sum[r] += g;
+        gn_sum[r] += g * x;
+      }
+      if constexpr (Weight) set<S>(dweight + i, to_weight, lanes);
+      if constexpr (Bias) set<S>(dbias + i, to_bias, lanes);
+    });
+    for (int r = 0; r < Rows; ++r)
+      sums[r * chunks] = {double(reduce_add(g_sum[r])), double(reduce_add(gn_sum[r]))};
+  }
+
+  template <int Rows>
+  void first_pass(int64_t row, Range columns, RowSums* sums, ColumnSums<S>& to) const {
+    const int64_t chunks = chunks_of(division.width);
+    for (int r = 0; r < Rows; ++r) fetch(row + r, columns);
+    for_chunks(columns, [&](int64_t c, int64_t n) {
+      RowSums* const here = sums + c / norm_chunk;
+      if (to.weight && to.bias)
+        sum_chunk<Rows, true, true>(row, c, n, here, chunks, to.weight + c, to.bias + c);
+      else if (to.weight)
+        sum_chunk<Rows, true, false>(row, c, n, here, chunks, to.weight + c, nullptr);
+      else if (to.bias)
+        sum_chunk<Rows, false, true>(row, c, n, here, chunks, nullptr, to.bias + c);
+      else
+        sum_chunk<Rows, false, false>(row, c, n, here, chunks, nullptr, nullptr);
+    });
+    to.pending += Rows;
+    if (to.pending >= rows_per_flush) to.flush(columns);
+  }
+
+  // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`.
+  template <bool Dz, class To>
+  void gradient(int64_t row, int64_t column, int64_t n, S mean_g, S mean_gn, To* total) const {
+    const S* w = weight.data() + column;
+    const T* dout = dout_row(row, column);
+    const Z* z = z_row(row, column);
+    const Z* dz = Dz ? dz_row(row, column) : nullptr;
+    const Normalise of(p, row);
+    const S rstd = static_cast<const S*>(p.rstd.data)[row], factor = of.factor * mean_gn;
+    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+      const vec<S> g = get<S>(dout + i, lanes) * get<S>(w + i, lanes);
+      const vec<S> x = get<S>(z + i, lanes) * of.scale - of.centre;
+      vec<S> value = (g - mean_g - x * factor) * rstd;
+      if constexpr (Dz) value += get<S>(dz + i, lanes);
+      set<S>(total + i, value, lanes);
+    });
+  }
+
+  template <class To>
+  void gradient_of_z(int64_t row, int64_t column, int64_t n, S mean_g, S mean_gn, To* to) const {
+    if (p.dz)
+      gradient<true>(row, column, n, mean_g, mean_gn, to);
+    else
+      gradient<false>(row, column, n, mean_g, mean_gn, to);
+  }
+
+  void second_pass(int64_t row, Range columns, const RowSums* sums) const {
+    RowSums total{0, 0};
+    for (int64_t c = 0; c < chunks_of(division.width); ++c) {
+      total.g += sums[c].g;
+      total.gn += sums[c].gn;
+    }
+    const S mean_g = p.options.centre ? S(total.g / double(division.width)) : S(0);
+    const S mean_gn = S(total.gn / double(division.width));
+    T* dx = static_cast<T*>(p.dx.data) + row * p.dx.stride[0];
+    for_chunks(columns, [&](int64_t c, int64_t n) {
+      if (!dropout && !p.dresidual) return gradient_of_z(row, c, n, mean_g, mean_gn, dx + c);
+      alignas(64) S chunk[norm_chunk];
+      gradient_of_z(row, c, n, mean_g, mean_gn, chunk);
+      if (p.dresidual) write_row(p.dresidual, row, c, n, chunk);
+      through_dropout(row, c, n, chunk, dx + c);
+    });
+  }
+
+  void through_dropout(int64_t row, int64_t column, int64_t n, const S* total, T* dx) const {
+    alignas(64) uint8_t keep[norm_chunk];
+    if (dropout) keep_mask(dropout, row, column, n, keep);
+    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+      vec<S> value = get<S>(total + i, lanes);
+      if (dropout) value = select_bytes<S>(keep + i, value * S(dropout.factor), vec<S>{});
+      set<S>(dx + i, value, lanes);
+    });
+  }
+};
+
+// One thread's rows, a block at a time.
+template <class T, class Z>
+static void norm_backward_rows(const NormBackwardRows<T, Z>& f, const Share& share, RowSums* sums,
+                               ColumnSums<compute_t<T>>& to) {
+  const int64_t chunks = chunks_of(f.division.width);
+  // Blocks start at multiples of their size, so that a row's place in the buffers is its own.
+  for (int64_t row = share.rows.begin; row < share.rows.end;) {
+    const bool whole = row % norm_block == 0 && row + norm_block <= share.rows.end;
+    const int rows = whole ? norm_block : 1;
+    if (whole)
+      f.template first_pass<norm_block>(row, share.columns, sums, to);
+    else
+      f.template first_pass<1>(row, share.columns, sums, to);
+    for (int r = 0; r < rows; ++r) f.second_pass(row + r, share.columns, sums + r * chunks);
+    row += rows;
+  }
+}
+
+// One thread's columns of all rows; the threads wait for each other's sums.
+template <class T, class Z>
+static void norm_backward_columns(const NormBackwardRows<T, Z>& f, const Share& share,
+                                  RowSums* sums, ColumnSums<compute_t<T>>& to) {
+  const int64_t rows = f.division.rows, chunks = chunks_of(f.division.width);
+  f.weight.convert(share.columns);
+  int64_t row = 0;
+  for (; row + norm_block <= rows; row += norm_block)
+    f.template first_pass<norm_block>(row, share.columns, sums + row * chunks, to);
+  for (; row < rows; ++row) f.template first_pass<1>(row, share.columns, sums + row * chunks, to);
+#pragma omp barrier
+  for (row = 0; row < rows; ++row) f.second_pass(row, share.columns, sums + row * chunks);
+}
+
+// The scratch of a call; without memory behind the arena it only counts.
+template <class T, class Z>
+struct NormBackwardScratch {
+  typedef compute_t<T> S;
+
+  Parameter<S> weight;
+  int64_t copies;  // of the sums over rows: one for each thread, or one if split by columns
+  int64_t rows;    // of the buffers
+  RowSums* sums;
+  S *dweight, *dbias;
+  double *dweight_total, *dbias_total;
+  T* no_dout;
+  S *z, *dz;
+  size_t bytes;
+
+  FUSEDATTN_MEMBER NormBackwardScratch(const NormBackward& p, const Division& d, Arena arena)
+      : weight(p.weight, p.options.weight_offset, true, d.width, arena),
+        copies(d.split ? 1 : d.threads),
+        rows(d.split ? d.rows : d.threads * norm_block),
+        sums(arena.take<RowSums>(rows * chunks_of(d.width))),
+        dweight(p.dweight ? arena.take<S>(copies * d.width) : nullptr),
+        dbias(p.dbias ? arena.take<S>(copies * d.width) : nullptr),
+        dweight_total(p.dweight ? arena.take<double>(copies * d.width) : nullptr),
+        dbias_total(p.dbias ? arena.take<double>(copies * d.width) : nullptr),
+        no_dout(p.dout ? nullptr : arena.take<T>(d.width)),
+        z(p.z.dtype == dtype_of<Z> ? nullptr : arena.take<S>(rows * d.width)),
+        dz(!p.dz || p.dz.dtype == dtype_of<Z> ? nullptr : arena.take<S>(rows * d.width)),
+        bytes(arena.used()) {}
+
+  FUSEDATTN_MEMBER ColumnSums<S> column_sums(int64_t copy, int64_t width) const {
+    ColumnSums<S> result;
+    if (dweight) {
+      result.weight = dweight + copy * width;
+      result.weight_total = dweight_total + copy * width;
+    }
+    if (dbias) {
+      result.bias = dbias + copy * width;
+      result.bias_total = dbias_total + copy * width;
+    }
+    return result;
+  }
+};
+
+// The threads' sums, added in the threads' order, in the dtype of the gradient.
+template <class S>
+static void write_column_sums(const TensorView& to, const double* totals, int64_t copies,
+                              int64_t width, Range columns) {
+  if (!to) return;
+  for_chunks(columns, [&](int64_t c, int64_t n) {
+    alignas(64) S chunk[norm_chunk];
+    for (int64_t i = 0; i < n; ++i) {
+      double total = totals[c + i];
+      for (int64_t t = 1; t < copies; ++t) total += totals[t * width + c + i];
+      chunk[i] = S(total);
+    }
+    write_row(to, 0, c, n, chunk);
+  });
+}
+
+template <class T, class Z>
+static bool norm_backward_of(const NormBackward& p) {
+  typedef compute_t<T> S;
+  const Division division(p.rows(), p.width());
+  const int64_t width = division.width;
+  const Workspace memory(NormBackwardScratch<T, Z>(p, division, Arena()).bytes);
+  const NormBackwardScratch<T, Z> scratch(p, division, Arena(memory.data()));
+  const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
+  if (!division.split) scratch.weight.convert({0, width});
+  if (scratch.no_dout) memset(static_cast<void*>(scratch.no_dout), 0, width * sizeof(T));
+#pragma omp parallel num_threads(division.threads) if (division.threads > 1)
+  {
+    const int thread = omp_get_thread_num();
+    const Share share = division.share(thread);
+    const int64_t own = division.split ? 0 : thread, first = own * norm_block;
+    Z *z = nullptr, *dz = nullptr;
+    if constexpr (sizeof(Z) == sizeof(S)) {
+      if (scratch.z) z = scratch.z + first * width;
+      if (scratch.dz) dz = scratch.dz + first * width;
+    }
+    const NormBackwardRows<T, Z> rows{p, division, scratch.weight, dropout, scratch.no_dout, z, dz};
+    ColumnSums<S> to = scratch.column_sums(own, width);
+    to.clear(share.columns);
+    RowSums* const sums = scratch.sums + first * chunks_of(width);
+    if (division.split)
+      norm_backward_columns(rows, share, sums, to);
+    else
+      norm_backward_rows(rows, share, sums, to);
+    to.flush(share.columns);
+#pragma omp barrier
+    const Range columns = part_of(width, thread, division.threads, norm_chunk);
+    write_column_sums<S>(p.dweight, scratch.dweight_total, scratch.copies, width, columns);
+    write_column_sums<S>(p.dbias, scratch.dbias_total, scratch.copies, width, columns);
+  }
+  return true;
+}
+
+template <class T>
+static bool norm_backward(const NormBackward& p) {
+  if (p.z.dtype == dtype_of<T>) return norm_backward_of<T, T>(p);
+  return norm_backward_of<T, compute_t<T>>(p);
+}
+
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -1,0 +1,90 @@
+// What the norms' forward and backward share: chunks, the division of work, the weights.
+#pragma once
+
+#include "dropout.h"
+#include "norm.h"
+#include "rowwise.h"
+#include "workspace.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+// Sums run in vectors of S over a chunk of a row and in double from chunk to chunk, in their order.
+// So a row's result depends neither on the number of threads nor on the other rows.
+constexpr int64_t norm_chunk = 2048;
+
+FUSEDATTN_INLINE int64_t chunks_of(int64_t width) { return (width + norm_chunk - 1) / norm_chunk; }
+
+// What one thread does: rows by columns. Few wide rows are split by columns (`split`): the threads
+// then meet after each sum.
+struct Share {
+  Range rows, columns;
+};
+
+struct Division {
+  int64_t rows, width;
+  int threads;
+  bool split;
+
+  FUSEDATTN_MEMBER Division(int64_t rows, int64_t width)
+      : rows(rows), width(width), threads(threads_for_elements(rows * width)) {
+    split = threads > 1 && rows < 4 * threads && chunks_of(width) >= threads;
+    if (!split && threads > rows) threads = int(rows);
+  }
+
+  FUSEDATTN_MEMBER Share share(int thread) const {
+    const Range all_rows{0, rows}, all_columns{0, width};
+    if (split) return {all_rows, part_of(width, thread, threads, norm_chunk)};
+    return {part_of(rows, thread, threads), all_columns};
+  }
+};
+
+// offset + weight (or the bias) as S: read in place where it is stored so, else from `scratch`.
+template <class S>
+struct Parameter {
+  const TensorView* tensor = nullptr;
+  S offset = 0;
+  S* scratch = nullptr;
+
+  // Absent ones are 1 where the caller has no other case for them.
+  FUSEDATTN_MEMBER Parameter(const TensorView& tensor, double offset, bool or_ones, int64_t width,
+                             Arena& arena)
+      : tensor(&tensor), offset(S(offset)) {
+    const bool in_place = tensor.dtype == dtype_of<S> && offset == 0;
+    if (tensor ? !in_place : or_ones) scratch = arena.take<S>(width);
+  }
+
+  FUSEDATTN_MEMBER const S* data() const {
+    return scratch ? scratch : static_cast<const S*>(tensor->data);
+  }
+
+  // Fills columns of the scratch.
+  void convert(Range columns) const {
+    if (!scratch) return;
+    S* const to = scratch + columns.begin;
+    const int64_t n = columns.end - columns.begin;
+    if (*tensor) read_row(*tensor, 0, columns.begin, n, to);
+    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+      set<S>(to + i, *tensor ? get<S>(to + i, lanes) + offset : splat(S(1)), lanes);
+    });
+  }
+};
+
+// f(first column, columns) over the chunks of a range.
+template <class F>
+FUSEDATTN_INLINE void for_chunks(Range columns, const F& f) {
+  for (int64_t c = columns.begin; c < columns.end; c += norm_chunk)
+    f(c, columns.end - c < norm_chunk ? columns.end - c : norm_chunk);
+}
+
+// Multiplying by a power of two before subtracting and squaring keeps rows near the largest and
+// the smallest numbers from overflowing and vanishing.
+template <class S>
+constexpr double shrink = 0x1p-80;
+template <>
+constexpr double shrink<double> = 0x1p-600;
+template <class S>
+constexpr double vanishing = 0x1p-100;  // squares below this have lost digits
+template <>
+constexpr double vanishing<double> = 0x1p-900;
+
+}  // namespace fusedattn::FUSEDATTN_ISA

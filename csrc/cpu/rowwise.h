@@ -1,0 +1,142 @@
+// What the row-wise ops share: whole vectors and tails in one loop body, and the division of work.
+#pragma once
+
+#include <omp.h>
+
+#include "vec.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+
+// Threads worth waking: none for work that is over before they are.
+FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
+  return elements < 24576 || omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+// Part `index` of `parts` of [0, count), in multiples of `grain`.
+struct Range {
+  int64_t begin, end;
+};
+
+FUSEDATTN_INLINE Range part_of(int64_t count, int index, int parts, int64_t grain = 1) {
+  const int64_t grains = (count + grain - 1) / grain;
+  const int64_t begin = grains * index / parts * grain;
+  const int64_t end = grains * (index + 1) / parts * grain;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
+// How much of a vector a loop body handles: all of it, or the first n lanes.
+struct Whole {};
+struct Some {
+  int n;
+};
+
+// `width<S>` elements as S, 0 past the end of a tail.
+template <class S, class P>
+FUSEDATTN_INLINE vec<S> get(const P* p, Whole) {
+  if constexpr (sizeof(compute_t<P>) == sizeof(S)) {
+    return load_as(p);
+  } else {
+    vec<S> x;
+    for (int i = 0; i < width<S>; ++i) x[i] = S(to_float(p[i]));
+    return x;
+  }
+}
+
+template <class S, class P>
+FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
+  alignas(64) S x[width<S>] = {};
+  for (int i = 0; i < tail.n; ++i) x[i] = S(to_float(p[i]));
+  return load(x);
+}
+
+// AVX-512-BF16 rounds in one instruction; it takes subnormals for 0.
+FUSEDATTN_INLINE void store_rounded(bf16* p, vec<float> x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  store_as(p, x);
+#endif
+}
+template <class P, class V>
+FUSEDATTN_INLINE void store_rounded(P* p, V x) {
+  store_as(p, x);
+}
+
+// x rounded to P.
+template <class S, class P>
+FUSEDATTN_INLINE void set(P* p, vec<S> x, Whole) {
+  if constexpr (sizeof(compute_t<P>) == sizeof(S)) {
+    store_rounded(p, x);
+  } else {
+    for (int i = 0; i < width<S>; ++i) put(p + i, compute_t<P>(x[i]));
+  }
+}
+
+template <class S, class P>
+FUSEDATTN_INLINE void set(P* p, vec<S> x, Some tail) {
+  alignas(64) S lanes[width<S>];
+  store(lanes, x);
+  for (int i = 0; i < tail.n; ++i) put(p + i, compute_t<P>(lanes[i]));
+}
+
+template <class V>
+FUSEDATTN_INLINE V zero_past(V x, Whole) {
+  return x;
+}
+template <class V>
+FUSEDATTN_INLINE V zero_past(V x, Some tail) {
+  return select_below(tail.n, x, V{});
+}
+
+// body(i, lanes) for the vectors of n elements.
+template <class S, class Body>
+FUSEDATTN_INLINE void for_vectors(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + width<S> <= n; i += width<S>) body(i, Whole{});
+  if (i < n) body(i, Some{int(n - i)});
+}
+
+// f(pointer to the element at (row, column)) with the type that the tensor has.
+template <class F>
+FUSEDATTN_INLINE void typed(const TensorView& x, int64_t row, int64_t column, const F& f) {
+  const int64_t at = row * x.stride[0] + column;
+  switch (x.dtype) {
+    case DType::f16:
+      return f(static_cast<f16*>(x.data) + at);
+    case DType::bf16:
+      return f(static_cast<bf16*>(x.data) + at);
+    case DType::f32:
+      return f(static_cast<float*>(x.data) + at);
+    default:
+      return f(static_cast<double*>(x.data) + at);
+  }
+}
+
+template <class T>
+constexpr DType dtype_of = DType::f32;
+template <>
+constexpr DType dtype_of<double> = DType::f64;
+template <>
+constexpr DType dtype_of<f16> = DType::f16;
+template <>
+constexpr DType dtype_of<bf16> = DType::bf16;
+
+// n elements of a row as S.
+template <class S>
+static void read_row(const TensorView& x, int64_t row, int64_t column, int64_t n, S* to) {
+  typed(x, row, column, [&](const auto* from) {
+    for_vectors<S>(n,
+                   [&](int64_t i, auto lanes) { set<S>(to + i, get<S>(from + i, lanes), lanes); });
+  });
+}
+
+// n elements of S, rounded to the dtype of the row.
+template <class S>
+static void write_row(const TensorView& x, int64_t row, int64_t column, int64_t n, const S* from) {
+  typed(x, row, column, [&](auto* to) {
+    for_vectors<S>(n,
+                   [&](int64_t i, auto lanes) { set<S>(to + i, get<S>(from + i, lanes), lanes); });
+  });
+}
+
+}  // namespace fusedattn::FUSEDATTN_ISA

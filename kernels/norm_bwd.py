@@ -1,0 +1,275 @@
+r"""Layer norm and RMS norm, backward: the gradients of z, of x before it, of weight and bias.
+
+    dout, dz, z, dx, dresidual (rows, width)   weight, dweight, dbias (width,)   mean, rstd (rows,)
+
+With n = (z − mean) · rstd, d = dout and g = d · (weight_offset + weight),
+
+    total = (g − mean of g − n · mean of (g · n)) · rstd + dz      (mean of g: 0 for RMS)
+    dresidual = total, dx = dropout(total), dweight = Σ d · n, dbias = Σ d over rows
+
+A fixed number of programs walks over all rows, and each keeps its part of dweight and dbias in
+registers; a second kernel adds the parts, always in the same order. Rows wider than a block get
+the two means from a kernel of their own; then programs take columns, of which they need no sums.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Device, device_of
+from .rowwise import (
+    MOST_WARPS,
+    NO_DROPOUT,
+    Tile,
+    at,
+    dropout,
+    dropout_of,
+    load_weight,
+    matrix_of,
+    registers,
+    store,
+    tile_of,
+)
+
+if TYPE_CHECKING:
+    from fusedattn.ops.norm_config import NormConfig
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gradients(dout, z, w, mean, rstd, row, col, rows, width):
+    """Tiles of d, g and n (see the top); d and g are 0 outside."""
+    inside = (row < rows)[:, None] & (col < width)[None, :]
+    value = tl.load(at(z, row, col), mask=inside, other=0.0).to(tl.float32)
+    if mean is not None:
+        value = value - tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+    value = value * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+    if dout is None:
+        d = tl.zeros_like(value)
+    else:
+        d = tl.load(at(dout, row, col), mask=inside, other=0.0).to(tl.float32)
+    g = d
+    if w is not None:
+        g = d * w
+    return d, g, value
+
+
+@triton.jit(do_not_specialize=["rows"])
+def means_kernel(
+    dout,
+    z,
+    weight,
+    mean,
+    rstd,
+    means,  # fp32 (2, rows): of g · n, and of g (not written for RMS)
+    weight_offset,  # None for 0
+    rows,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    slope = tl.zeros([ROWS, BLOCK], tl.float32)
+    level = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in tl.range(0, width, BLOCK, num_stages=2):
+        w = load_weight(weight, first + col, width, weight_offset)
+        _, g, n = gradients(dout, z, w, mean, rstd, row, first + col, rows, width)
+        slope += g * n
+        level += g
+    tl.store(means + row, tl.sum(slope, 1) / width, mask=row < rows)
+    if mean is not None:
+        tl.store(means + rows + row, tl.sum(level, 1) / width, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "limit", "columns"])
+def backward_kernel(
+    dout,  # Matrix (rows, width), or None: zero
+    dz,  # Matrix, or None: zero
+    z,  # Matrix
+    weight,  # (width,), or None
+    mean,  # fp32 (rows,), None for RMS
+    rstd,  # fp32 (rows,)
+    seed,  # int64 (1,), or None
+    means,  # fp32 (2, rows) of means_kernel; None where a block is a whole row
+    dx,  # Matrix
+    dresidual,  # Matrix, or None
+    dweight,  # fp32 (parts, width), or None
+    dbias,  # fp32 (parts, width), or None
+    weight_offset,  # None for 0
+    limit,
+    keep_scale,
+    rows,
+    width,
+    columns,  # blocks of a row
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    part = tl.program_id(0) // columns
+    first = tl.program_id(0) % columns * BLOCK
+    col = first + tl.arange(0, BLOCK)
+    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    parts = tl.num_programs(0) // columns
+    tiles = tl.cdiv(rows, ROWS)
+    if seed is not None:
+        seed = tl.load(seed)
+    w = load_weight(weight, col, width, weight_offset)
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < width)[None, :]
+        d, g, n = gradients(dout, z, w, mean, rstd, row, col, rows, width)
+        if means is None:
+            slope = tl.sum(g * n, 1) / width
+            level = tl.sum(g, 1) / width
+        else:
+            slope = tl.load(means + row, mask=row < rows, other=0.0)
+            level = slope
+            if mean is not None:
+                level = tl.load(means + rows + row, mask=row < rows, other=0.0)
+        if dweight is not None:
+            weight_sum += d * n
+        if dbias is not None:
+            bias_sum += d
+        total = g - n * slope[:, None]
+        if mean is not None:
+            total = total - level[:, None]
+        total = total * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        if dz is not None:
+            total += tl.load(at(dz, row, col), mask=inside, other=0.0).to(tl.float32)
+        if dresidual is not None:
+            store(dresidual, row, col, total, inside)
+        if seed is not None:
+            total = dropout(total, seed, row, first, limit, keep_scale, BLOCK)
+        store(dx, row, col, total, inside)
+    place = part.to(tl.int64) * width + col
+    if dweight is not None:
+        tl.store(dweight + place, tl.sum(weight_sum, 0), mask=col < width)
+    if dbias is not None:
+        tl.store(dbias + place, tl.sum(bias_sum, 0), mask=col < width)
+
+
+@triton.jit
+def sum_of_parts(parts, out, col, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in tl.range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        pointers = parts + row.to(tl.int64)[:, None] * width + col[None, :]
+        inside = (row < count)[:, None] & (col < width)[None, :]
+        total += tl.load(pointers, mask=inside, other=0.0)
+    tl.store(out + col, tl.sum(total, 0).to(out.dtype.element_ty), mask=col < width)
+
+
+@triton.jit(do_not_specialize=["count"])
+def parts_kernel(
+    weight_parts,  # fp32 (count, width), or None
+    bias_parts,  # fp32 (count, width), or None
+    dweight,  # (width,), or None
+    dbias,  # (width,), or None
+    count,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if dweight is not None:
+        sum_of_parts(weight_parts, dweight, col, count, width, ROWS, BLOCK)
+    if dbias is not None:
+        sum_of_parts(bias_parts, dbias, col, count, width, ROWS, BLOCK)
+
+
+# --- launcher ------------------------------------------------------------------------------------
+
+
+def _stages(tile: Tile, device: Device, *read: Tensor | None) -> int:
+    """2 where the next rows fit into shared memory while these are worked on."""
+    size = sum(x.element_size() for x in read if x is not None)
+    return 2 if tile.rows * tile.block * size <= device.shared - 4096 else 1
+
+
+def _parts(rows: int, columns: int, tile: Tile, device: Device) -> int:
+    """Into how many parts the rows are split, where a program sums over all rows of its part.
+
+    As many programs as run at once: each writes a part of the sums, as wide as a row in fp32.
+    """
+    programs = device.processors * (MOST_WARPS // tile.warps)
+    return max(1, min(programs // columns, triton.cdiv(rows, tile.rows)))
+
+
+def _add_parts(
+    weight_parts: Tensor | None,
+    bias_parts: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    device: Device,
+) -> None:
+    """The sums over the first dimension of (parts, width); both of each pair are None or neither.
+
+    On the current device.
+    """
+    given = bias_parts if weight_parts is None else weight_parts
+    if given is None:
+        return
+    count, width = given.shape
+    # 32 columns are a line of memory; more only where that still keeps every processor busy.
+    block = min(1024, max(32, triton.next_power_of_2(width // (2 * device.processors))))
+    parts_kernel[(triton.cdiv(width, block),)](
+        weight_parts, bias_parts, dweight, dbias, count, width,
+        ROWS=2048 // block, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+
+
+def norm_backward(
+    dout: Tensor | None,
+    dz: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dx: Tensor,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    config: NormConfig,
+) -> None:
+    """Write `dx` and, where not None, `dresidual`, `dweight` and `dbias`; no atomics."""
+    rows, width = z.shape
+    device = device_of(z)
+    tile = tile_of(rows, width, per_thread=16, most=16384)
+    drop = dropout_of(config.dropout_p)
+    tensors = {
+        "dout": matrix_of(dout),
+        "z": matrix_of(z),
+        "weight": weight,
+        "mean": mean,
+        "rstd": rstd,
+    }
+    sizes = {"weight_offset": config.weight_offset or None, "rows": rows, "width": width}
+    with torch.cuda.device_of(z):
+        means = None
+        if not tile.whole:
+            means = rstd.new_empty(2, rows)
+            means_kernel[(triton.cdiv(rows, tile.rows),)](
+                means=means, **tensors, **sizes,
+                ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+            )  # fmt: skip
+        columns = triton.cdiv(width, tile.block)
+        parts = _parts(rows, columns, tile, device)
+        sums = [x if x is None else rstd.new_empty(parts, width) for x in (dweight, dbias)]
+        limit, keep_scale = drop or NO_DROPOUT
+        backward_kernel[(parts * columns,)](
+            dz=matrix_of(dz), seed=None if drop is None else seed, means=means, dx=matrix_of(dx),
+            dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1], limit=limit,
+            keep_scale=keep_scale, columns=columns, **tensors, **sizes,
+            ROWS=tile.rows, BLOCK=tile.block, STAGES=_stages(tile, device, z, dout, dz),
+            num_warps=tile.warps, **registers(device, 128),
+        )  # fmt: skip
+        _add_parts(*sums, dweight, dbias, device)

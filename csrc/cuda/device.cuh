@@ -6,6 +6,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+
 namespace fusedattn::cuda {
 
 // --- position (PTX: Special Registers) -----------------------------------------------------------
@@ -313,14 +316,35 @@ inline void set_zero(void* at, int64_t bytes, Stream stream, int device) {
         "cudaMemsetAsync", std::to_string(bytes) + " bytes on device " + std::to_string(device));
 }
 
+// The memory pool of workspaces on a device. It keeps what it has got; the default pool would give
+// it back whenever the GPU is idle, and allocating would take longer than a kernel.
+inline cudaMemPool_t workspace_pool(int device) {
+  static std::mutex mutex;
+  static std::map<int, cudaMemPool_t> pools;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaMemPool_t& pool = pools[device];
+  if (pool == nullptr) {
+    cudaMemPoolProps properties = {};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
+    uint64_t keep = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep),
+          "cudaMemPoolSetAttribute");
+  }
+  return pool;
+}
+
 // Memory for the partial results of one call, ordered on its stream: free for the next call as
 // soon as the stream is past this one (guide: Stream Ordered Memory Allocator).
 class Workspace {
  public:
   Workspace(int64_t bytes, Stream stream, int device)
-      : stream_(reinterpret_cast<cudaStream_t>(stream)), device_(device) {
+      : stream_(reinterpret_cast<cudaStream_t>(stream)) {
     const DeviceGuard guard(device);
-    check(cudaMallocAsync(&data_, size_t(bytes), stream_), "allocating a workspace",
+    check(cudaMallocFromPoolAsync(&data_, size_t(bytes), workspace_pool(device), stream_),
+          "allocating a workspace",
           std::to_string(bytes) + " bytes on device " + std::to_string(device));
   }
   ~Workspace() {
@@ -336,7 +360,6 @@ class Workspace {
  private:
   void* data_ = nullptr;
   cudaStream_t stream_;
-  int device_;
 };
 
 }  // namespace fusedattn::cuda

@@ -112,7 +112,7 @@ inline uint16_t to_f16(float x) {
   if (std::isnan(x)) return 0x7fff;
   const uint16_t sign = uint16_t(bits_of(x) >> 31 << 15);
   const float size = std::fabs(x);
-  if (size == 0) return sign;
+  if (size == 0.0f) return sign;
   if (size >= 65520.0f) return sign | 0x7c00;  // halfway above the largest
   int exponent;
   std::frexp(size, &exponent);

@@ -1,0 +1,228 @@
+"""The CUDA module: what setup.py builds where, and the machine code that nvcc makes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_install import ROOT, build, make_tree, needs_compiler, run, tree  # noqa: F401
+
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+# --- what is built where: with an nvcc and an nvidia-smi that only pretend ----------------------
+
+PRETENDED_NVCC = """#!/bin/sh
+echo "$@" >>nvcc.log
+for word; do
+  case "$before" in -o) : >"$word";; -MF) : >"$word";; esac
+  case "$word" in
+    --list-gpu-code) echo sm_75 sm_80 sm_90 sm_100;;
+    *bad.cu) echo "bad line" >&2; exit 1;;
+  esac
+  before=$word
+done
+"""
+
+
+@pytest.fixture
+def cuda_tree(tree: Path) -> Path:  # noqa: F811
+    """A small source tree with CUDA sources and an nvcc of its own, on a machine without a GPU."""
+    sources = {
+        "csrc/cuda/one.cu": "",
+        "csrc/cuda/two.cu": "",
+        "csrc/cuda/module.cpp": "const char* targets() { return FUSEDATTN_CUDA_TARGETS; }",
+        "csrc/cuda/emulator/tests/planted.cu": "#error only for the emulator",
+        "bin/nvcc": PRETENDED_NVCC,
+        "bin/nvidia-smi": "#!/bin/sh\nexit 9\n",
+    }
+    for name, text in sources.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return tree
+
+
+def build_cuda(tree: Path, archs: str = "", gpu: str = "", check: bool = True) -> str:  # noqa: F811
+    """Build in place, on a machine with that GPU; the log."""
+    if gpu:
+        (tree / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho {gpu}\n")
+    environment = {
+        "PATH": f"{tree}/bin:{os.environ['PATH']}",
+        "CUDACXX": str(tree / "bin/nvcc"),
+        "FUSEDATTN_CUDA_ARCHS": archs,
+        "LC_ALL": "C",
+    }
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    return run(*command, cwd=tree, check=check, **environment)
+
+
+def module_of(tree: Path) -> Path:  # noqa: F811
+    return tree / f"python/fusedattn/_cuda{SUFFIX}"
+
+
+def generated(tree: Path) -> set[str]:  # noqa: F811
+    """The -gencode flags that nvcc was called with."""
+    log = tree / "nvcc.log"
+    return set(re.findall(r"-gencode=(\S+)", log.read_text())) if log.exists() else set()
+
+
+@needs_compiler
+def test_without_gpu_or_named_targets_nothing_is_built(cuda_tree: Path) -> None:
+    log = build_cuda(cuda_tree)
+    assert "cuda" not in log.lower()
+    assert not module_of(cuda_tree).exists()
+    assert not (cuda_tree / "nvcc.log").exists()
+
+
+@needs_compiler
+def test_for_the_gpu_that_is_there_alone(cuda_tree: Path) -> None:
+    log = build_cuda(cuda_tree, gpu="9.0")
+    assert {"compiling csrc/cuda/one.cu", "compiling csrc/cuda/two.cu"} <= set(
+        re.findall(r"compiling \S+", log)
+    )
+    assert module_of(cuda_tree).exists()
+    assert generated(cuda_tree) == {"arch=compute_90a,code=sm_90a"}
+
+
+@needs_compiler
+def test_named_targets_come_oldest_first_with_ptx_for_the_last(cuda_tree: Path) -> None:
+    build_cuda(cuda_tree, archs="100; 80;90a", gpu="9.0")
+    assert generated(cuda_tree) == {
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90a,code=sm_90a",
+        "arch=compute_100,code=sm_100",
+        "arch=compute_100,code=compute_100",
+    }
+
+
+@needs_compiler
+def test_none_builds_none_and_leaves_nothing_stale(cuda_tree: Path) -> None:
+    build_cuda(cuda_tree, archs="80")
+    assert module_of(cuda_tree).exists()
+    build_cuda(cuda_tree, archs="none", gpu="9.0")
+    assert not module_of(cuda_tree).exists()
+
+
+@needs_compiler
+def test_rebuild_compiles_only_what_has_changed(cuda_tree: Path) -> None:
+    build_cuda(cuda_tree, archs="80")
+    assert "compiling" not in build_cuda(cuda_tree, archs="80")
+    (cuda_tree / "csrc/cuda/two.cu").write_text("// changed")
+    assert re.findall(r"compiling \S+", build_cuda(cuda_tree, archs="80")) == [
+        "compiling csrc/cuda/two.cu"
+    ]
+
+
+@needs_compiler
+def test_build_error_names_kernel_file_and_flags(cuda_tree: Path) -> None:
+    (cuda_tree / "csrc/cuda/bad.cu").write_text("")
+    log = build_cuda(cuda_tree, archs="80", check=False)
+    assert "error: csrc/cuda/bad.cu did not compile\n  compiler: " in log
+    assert "arch=compute_80,code=sm_80" in log
+    assert "bad line" in log
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [("75", "compute capability 8.0 or later, not 75"), ("80;banana", "'banana' is not a target"),
+     ("80;130", "does not know sm_130")],
+)  # fmt: skip
+def test_wrong_targets_are_named(cuda_tree: Path, archs: str, message: str) -> None:
+    log = build_cuda(cuda_tree, archs=archs, check=False)
+    assert f"FUSEDATTN_CUDA_ARCHS='{archs}': " in log
+    assert message in log
+    assert "as in FUSEDATTN_CUDA_ARCHS='80;90a', or 'none'" in log
+
+
+@needs_compiler
+def test_gpu_that_nvcc_does_not_know_leaves_the_module_out(cuda_tree: Path) -> None:
+    log = build_cuda(cuda_tree, gpu="13.0")
+    assert "WITHOUT CUDA C++ kernels for this GPU: " in log
+    assert "does not know sm_130" in log
+    assert "Install the CUDA toolkit" in log
+    assert not module_of(cuda_tree).exists()
+
+
+# --- what nvcc makes of the kernels ---------------------------------------------------------------
+
+TARGETS = ("sm_80", "sm_90")
+
+# Kernels that move whole rows, by what their demangled names match: every instantiation loads and
+# stores 16 bytes at a time.
+HOT_KERNELS: dict[str, tuple[str, ...]] = {}
+
+
+class Built(NamedTuple):
+    module: Path
+    log: str
+    kernels: list
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The real kernels, compiled by the real nvcc for TARGETS."""
+    if NVCC is None:
+        pytest.skip("needs nvcc")
+    pytest.importorskip("triton")
+    from machine_code import kernels_of
+
+    folder = make_tree(tmp_path_factory.mktemp("cuda"))
+    for name in ("cuda", "include", "bindings"):
+        shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name, dirs_exist_ok=True)
+    wanted = ";".join(each.removeprefix("sm_") for each in TARGETS)
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    log = run(
+        *command,
+        cwd=folder,
+        FUSEDATTN_CUDA_ARCHS=wanted,
+    )
+    return Built(module_of(folder), log, kernels_of(module_of(folder)))
+
+
+@pytest.mark.slow
+@needs_compiler
+class TestMachineCode:
+    def test_compiles_without_warnings(self, built: Built) -> None:
+        assert "compiling csrc/cuda/norm.cu" in built.log
+        assert "warning" not in built.log
+
+    def test_loads_without_gpu_and_driver(self, built: Built) -> None:
+        code = (
+            "import torch, importlib.util as u; s = u.spec_from_file_location('_cuda', "
+            f"{str(built.module)!r}); m = u.module_from_spec(s); s.loader.exec_module(m); "
+            "print(m.architectures(), [m.runs_on(x) for x in (75, 80, 86, 90, 100, 120)])"
+        )
+        assert run(sys.executable, "-c", code, cwd=ROOT).splitlines()[-1] == (
+            "[80, 90] [False, True, True, True, True, True]"
+        )
+        if shutil.which("readelf"):
+            assert "libcu" not in run("readelf", "-d", built.module, cwd=ROOT)
+            symbols = run("readelf", "-W", "--dyn-syms", built.module, cwd=ROOT)
+            assert not re.findall(r"\bcuda\w+|\bcu[A-Z]\w+", symbols)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_no_local_memory(self, built: Built, target: str) -> None:
+        for kernel in built.kernels:
+            if kernel.target == target:
+                assert not kernel.count(r"(LDL|STL)\b.*"), kernel
+                assert kernel.stack == 0, kernel
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("name", HOT_KERNELS)
+    def test_rows_move_in_16_bytes(self, built: Built, name: str, target: str) -> None:
+        for pattern in HOT_KERNELS[name]:
+            hot = [x for x in built.kernels
+                   if x.target == target and re.fullmatch(pattern, x.name)]  # fmt: skip
+            assert hot, f"no kernel is named {pattern}"
+            for kernel in hot:
+                assert kernel.count(r"LDG\.E\..*128.*") > 0, kernel
+                assert kernel.count(r"STG\.E\..*128.*") > 0, kernel

@@ -274,13 +274,37 @@ FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n) {
 }
 
 // d = scale · out ∘ (dout − row).
-template <class In, class Out, class S>
-FUSEDATTN_INLINE void gradient(const In* dout, const In* out, int64_t n, S row, S scale, Out* d) {
+template <class T, class Out, class S>
+FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S scale, Out* d) {
   for_vectors<S>(n, [=](int, int64_t j, auto left) {
     const vec<S> y = load_some(out + j, left, S(0));
     store_some(d + j, left, y * (load_some(dout + j, left, S(0)) * scale - row * scale));
   });
 }
+
+#if defined(__AVX512BF16__)
+// The same in products of pairs, which add to float.
+FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n) {
+  constexpr int64_t pairs = 2 * width<float>;
+  vec<float> sums[unroll] = {};
+  const auto step = [&](int v, __m512i a, __m512i b) {
+    sums[v] = _mm512_dpbf16_ps(sums[v], (__m512bh)a, (__m512bh)b);
+  };
+  int64_t j = 0;
+  for (; j + unroll * pairs <= n; j += unroll * pairs) {
+#pragma GCC unroll 4
+    for (int v = 0; v < unroll; ++v)
+      step(v, _mm512_loadu_si512(x + j + v * pairs), _mm512_loadu_si512(y + j + v * pairs));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < unroll; ++v, j += pairs) {
+    if (j >= n) break;
+    const __mmask32 lanes = n - j < pairs ? (__mmask32(1) << (n - j)) - 1 : ~__mmask32(0);
+    step(v, _mm512_maskz_loadu_epi16(lanes, x + j), _mm512_maskz_loadu_epi16(lanes, y + j));
+  }
+  return reduce_add(sum_of(sums));
+}
+#endif
 
 template <class T>
 struct BackwardRows {
@@ -293,34 +317,34 @@ struct BackwardRows {
 
   // Runs f(dout, out) on columns [j0, j0 + n), in copies where they do not lie side by side.
   template <class F>
-  FUSEDATTN_MEMBER auto with_columns(const Index& at, int64_t j0, int64_t n, S* copy, F f) const {
+  FUSEDATTN_MEMBER auto with_columns(const Index& at, int64_t j0, int64_t n, S* space, F f) const {
     const T* dout = p.dout.at<const T>(at.b, at.h, at.i, j0);
     const T* out = p.out.at<const T>(at.b, at.h, at.i, j0);
     if (direct) return f(dout, out);
-    const int64_t wide = round_up(n, width<S>);
-    load_row(dout, p.dout.stride[3], n, copy, wide);
-    load_row(out, p.out.stride[3], n, copy + chunk, wide);
-    return f(const_cast<const S*>(copy), const_cast<const S*>(copy + chunk));
+    T* copy = reinterpret_cast<T*>(space);
+    gather(dout, p.dout.stride[3], n, copy);
+    gather(out, p.out.stride[3], n, copy + chunk);
+    return f(const_cast<const T*>(copy), const_cast<const T*>(copy + chunk));
   }
 
-  S sum(const Index& at, int64_t j0, int64_t n, S* copy) const {
-    return with_columns(at, j0, n, copy, [&](auto* dout, auto* out) { return dot(dout, out, n); });
+  S sum(const Index& at, int64_t j0, int64_t n, S* space) const {
+    return with_columns(at, j0, n, space,
+                        [&](const T* dout, const T* out) { return dot(dout, out, n); });
   }
 
   // ds = out ∘ (dout − row) and dx = scale · ds.
-  void write(const Index& at, int64_t j0, int64_t n, S row, S* copy) const {
-    S* ds = p.ds ? p.ds.at<S>(at.b, at.h, at.i, j0) : nullptr;
+  void write(const Index& at, int64_t j0, int64_t n, S row, S* space) const {
     T* dx = p.dx ? p.dx.at<T>(at.b, at.h, at.i, j0) : nullptr;
-    with_columns(at, j0, n, copy, [&](auto* dout, auto* out) {
-      if (dx && p.dx.stride[3] == 1) {
+    with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
+      if (p.ds) gradient(dout, out, n, row, S(1), p.ds.at<S>(at.b, at.h, at.i, j0));
+      if (!dx) return;
+      if (p.dx.stride[3] == 1) {
         gradient(dout, out, n, row, scale, dx);
-        if (ds) gradient(dout, out, n, row, S(1), ds);
         return;
       }
-      if (ds) gradient(dout, out, n, row, S(1), ds);
-      if (!dx) return;
-      gradient(dout, out, n, row, S(1), copy);
-      store_row(dx, p.dx.stride[3], n, copy, scale);
+      alignas(64) T apart[chunk];
+      gradient(dout, out, n, row, scale, apart);
+      scatter(apart, n, dx, p.dx.stride[3]);
     });
   }
 

@@ -98,6 +98,17 @@ struct Scores {
   }
 };
 
+// Elements at a stride, moved together or apart as they are.
+template <class T>
+FUSEDATTN_INLINE void gather(const T* from, int64_t stride, int64_t n, T* to) {
+  for (int64_t j = 0; j < n; ++j) to[j] = from[j * stride];
+}
+
+template <class T>
+FUSEDATTN_INLINE void scatter(const T* from, int64_t n, T* to, int64_t stride) {
+  for (int64_t j = 0; j < n; ++j) to[j * stride] = from[j];
+}
+
 template <class T>
 FUSEDATTN_INLINE void zero(T* p, int64_t stride, int64_t n) {
   if (stride == 1 && n > 0) {

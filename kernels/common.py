@@ -22,7 +22,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class View(NamedTuple):
-    """A 4-D tensor as a kernel sees it; `row` is None where all rows are one (broadcast)."""
+    """A 4-D tensor as a kernel sees it; a stride is 0 where it is broadcast."""
 
     data: Any
     batch: Any
@@ -49,7 +49,7 @@ def broadcast_view(x: Tensor | None) -> View | None:
     if x is None:
         return None
     batch, head, row, col = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-    return View(x, batch, head, None if x.shape[2] == 1 else row, col)
+    return View(x, batch, head, row, col)
 
 
 # --- device functions ----------------------------------------------------------------------------
@@ -92,12 +92,8 @@ def store_tile(
 @triton.jit
 def load_pairs(x, i, j, rows, cols):
     """x[i, j], 0 outside (rows, cols); one of i and j is a column, the other a row of indices."""
-    offsets = j.to(tl.int64) * x.col
-    inside = j < cols
-    if x.row is not None:
-        offsets = offsets + i.to(tl.int64) * x.row
-        inside = inside & (i < rows)
-    return tl.load(x.data + offsets, mask=inside, other=0)
+    offsets = i.to(tl.int64) * x.row + j.to(tl.int64) * x.col
+    return tl.load(x.data + offsets, mask=(i < rows) & (j < cols), other=0)
 
 
 @triton.jit

@@ -221,7 +221,7 @@ def _views(
     """
     given = [x for x in tensors if x is not None]
     kept = 2 if causal else 3
-    steps = [tuple(x[1 + dim] or 0 for x in given) for dim in range(3)]
+    steps = [tuple(x[1 + dim] for x in given) for dim in range(3)]
     sizes, merged = _merged(list(like.shape[:kept]), steps[:kept])
     sizes, merged = sizes + list(like.shape[kept:3]), merged + steps[kept:]
     sizes = [1] * (3 - len(sizes)) + sizes
@@ -231,7 +231,6 @@ def _views(
     for x in tensors:
         if x is not None:
             batch, head, row = next(found)
-            # A row of stride 0, not None: Triton 3.6 compares no tuple that holds a None.
             x = View(x.data, batch, head, row, x.col)
         views.append(x)
     return sizes, views

@@ -75,7 +75,7 @@ def _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backen
         else:
             for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
                 kernels.backward(g, o, a, s, config)
-    if ds is not dbias:
+    if dbias is not None and ds is not None and ds is not dbias:
         dbias.copy_(ds.sum_to_size(bias_shape))
     return dx, dbias
 
@@ -179,8 +179,8 @@ class _SoftmaxBackward(torch.autograd.Function):
         with torch.enable_grad():
             # Not `out` itself: the chain of the forward is autograd's, this is one link.
             inputs = [x.view_as(x) if x.requires_grad else x for x in (dout, out)]
-            wide = [x.float() if x.dtype in HALVES else x for x in inputs]
-            dx, ds = reference.softmax_backward(*wide, ctx.dim, scale=ctx.scale)
+            g, y = (x.float() if x.dtype in HALVES else x for x in inputs)
+            dx, ds = reference.softmax_backward(g, y, ctx.dim, scale=ctx.scale)
             found = [] if ddx is None else [(dx, ddx.to(dx.dtype))]
             if ddbias is not None:
                 found.append((ds.sum_to_size(ctx.bias_shape), ddbias.to(ds.dtype)))

@@ -213,7 +213,8 @@ std::string Memory::note(const void* at, int bytes, Access access, const Moment&
 
 std::string Memory::unwritten() const {
   for (const Allocation& each : allocations_) {
-    if (!each.output) continue;
+    // In place, an element that is not written keeps its value.
+    if (!each.output || each.views > 1) continue;
     for (int64_t offset = 0; offset < each.end - each.begin; offset += each.element) {
       if (!each.holds(offset, each.element)) continue;
       if (each.shadow.empty() || !each.shadow.written(offset))

@@ -188,11 +188,14 @@ def norm_forward(
     rows, width = x.shape
     tile = tile_of(rows, width, per_thread=32, most=16384)
     drop = dropout_of(config.dropout_p)
+    device = device_of(x)
+    # Three programs of eight warps on a processor; Blackwell's code spills there.
+    most_registers = 80 if device.arch < 100 else 96
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(rows, tile.rows),)](
             matrix_of(x), matrix_of(residual), weight, bias, None if drop is None else seed,
             matrix_of(out), matrix_of(z), mean, rstd, config.eps, config.weight_offset or None,
             *(drop or NO_DROPOUT), rows, width,
             ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
-            num_warps=tile.warps, **registers(device_of(x), 80),
+            num_warps=tile.warps, **registers(device, most_registers),
         )  # fmt: skip

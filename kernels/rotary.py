@@ -18,7 +18,7 @@ The gradient is the same with −sin.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -36,100 +36,115 @@ BYTES = 16 << 10  # what a program reads of x: eight loads of 16 bytes per threa
 MOST_PAIRS = 512  # in one block of features
 
 
-@triton.jit
-def _pointers(x, batch, head, row, col):
-    """x[batch, head, row, col] for vectors of heads, rows and columns."""
-    base = x.data + batch.to(tl.int64) * x.batch
-    heads = head.to(tl.int64)[:, None, None] * x.head
-    return base + heads + row.to(tl.int64)[None, :, None] * x.row + col[None, None, :] * x.col
+class Tile(NamedTuple):
+    """Vectors of heads and of rows of one batch element, and how many of each there are."""
+
+    batch: Any
+    head: Any
+    heads: Any
+    row: Any
+    rows: Any
+
+
+class Angles(NamedTuple):
+    """Tables (1 or B, T, R/2) and the positions of a tile's rows in them; length is T."""
+
+    cos: Any
+    sin: Any
+    length: Any
+    position: Any
+
+
+# --- kernel --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _table(table, batch, position, length, col, HALF: tl.constexpr):
-    """(rows, pairs) of cos or sin in fp32; NaN for a position that the table does not have."""
-    inside = (position >= 0) & (position < length)
+def _pointers(x, tile, col):
+    """x[batch, head, row, col] for a tile and a vector of columns."""
+    base = x.data + tile.batch.to(tl.int64) * x.batch
+    heads = tile.head.to(tl.int64)[:, None, None] * x.head
+    return base + heads + tile.row.to(tl.int64)[None, :, None] * x.row + col[None, None, :] * x.col
+
+
+@triton.jit
+def _inside(tile, col, COLUMNS: tl.constexpr):
+    rows = (tile.head < tile.heads)[:, None] & (tile.row < tile.rows)[None, :]
+    return rows[:, :, None] & (col < COLUMNS)[None, None, :]
+
+
+@triton.jit
+def _load_table(table, angles, batch, pair, HALF: tl.constexpr):
+    """(1, rows, pairs) of cos or sin in fp32; NaN for a position that the table does not have."""
+    position = angles.position
+    inside = (position >= 0) & (position < angles.length)
     pointers = table.data + batch.to(tl.int64) * table.sheet + position[:, None] * table.row
-    mask = inside[:, None] & (col < HALF)[None, :]
-    return tl.load(pointers + col[None, :] * table.col, mask=mask, other=float("nan")).to(
-        tl.float32
-    )
+    mask = inside[:, None] & (pair < HALF)[None, :]
+    values = tl.load(pointers + pair[None, :] * table.col, mask=mask, other=float("nan"))
+    return values.to(tl.float32)[None, :, :]
 
 
 @triton.jit
-def _copy(x, out, batch, head, heads, row, rows, first, D: tl.constexpr, WIDTH: tl.constexpr):
+def _load_angles(angles, batch, pair, HALF: tl.constexpr, INVERSE: tl.constexpr):
+    cos = _load_table(angles.cos, angles, batch, pair, HALF)
+    sin = _load_table(angles.sin, angles, batch, pair, HALF)
+    if INVERSE:
+        sin = -sin
+    return cos, sin
+
+
+@triton.jit
+def _copy(x, out, tile, first, D: tl.constexpr, WIDTH: tl.constexpr):
     """Features first … first + WIDTH as they are."""
     col = (first + tl.arange(0, WIDTH)).to(tl.int64)
-    mask = ((head < heads)[:, None] & (row < rows)[None, :])[:, :, None] & (col < D)[None, None, :]
-    values = tl.load(_pointers(x, batch, head, row, col), mask=mask)
-    tl.store(_pointers(out, batch, head, row, col), values, mask=mask)
+    mask = _inside(tile, col, D)
+    tl.store(_pointers(out, tile, col), tl.load(_pointers(x, tile, col), mask=mask), mask=mask)
 
 
 @triton.jit
-def _turn_halves(
-    x, out, batch, head, heads, row, rows, pair, cos, sin, position, length,
-    HALF: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
-    inside = (head < heads)[:, None] & (row < rows)[None, :]
-    mask = inside[:, :, None] & (pair < HALF)[None, None, :]
+def _turn_halves(x, out, tile, angles, pair, HALF: tl.constexpr, INVERSE: tl.constexpr):
+    mask = _inside(tile, pair, HALF)
     # x before the tables: a barrier may follow theirs, and holds back what is loaded after it.
-    a = tl.load(_pointers(x, batch, head, row, pair), mask=mask).to(tl.float32)
-    b = tl.load(_pointers(x, batch, head, row, pair + HALF), mask=mask).to(tl.float32)
-    c = _table(cos, batch, position, length, pair, HALF)[None, :, :]
-    s = _table(sin, batch, position, length, pair, HALF)[None, :, :]
-    if INVERSE:
-        s = -s
-    first, second = a * c - b * s, b * c + a * s
+    a = tl.load(_pointers(x, tile, pair), mask=mask).to(tl.float32)
+    b = tl.load(_pointers(x, tile, pair + HALF), mask=mask).to(tl.float32)
+    cos, sin = _load_angles(angles, tile.batch, pair, HALF, INVERSE)
+    first, second = a * cos - b * sin, b * cos + a * sin
     dtype = out.data.dtype.element_ty
-    tl.store(_pointers(out, batch, head, row, pair), first.to(dtype), mask=mask)
-    tl.store(_pointers(out, batch, head, row, pair + HALF), second.to(dtype), mask=mask)
+    tl.store(_pointers(out, tile, pair), first.to(dtype), mask=mask)
+    tl.store(_pointers(out, tile, pair + HALF), second.to(dtype), mask=mask)
 
 
 @triton.jit
 def _turn_neighbours(
-    x, out, batch, head, heads, row, rows, pair, cos, sin, position, length, first,
-    HALF: tl.constexpr, INVERSE: tl.constexpr, PAIRS: tl.constexpr,
+    x, out, tile, angles, pair, first, HALF: tl.constexpr, INVERSE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
-    shape: tl.constexpr = [head.shape[0], row.shape[0], PAIRS, 2]
+    shape: tl.constexpr = [tile.head.shape[0], tile.row.shape[0], PAIRS, 2]
     col = (2 * first + tl.arange(0, 2 * PAIRS)).to(tl.int64)
-    inside = (head < heads)[:, None] & (row < rows)[None, :]
-    mask = inside[:, :, None] & (col < 2 * HALF)[None, None, :]
-    values = tl.load(_pointers(x, batch, head, row, col), mask=mask)
+    mask = _inside(tile, col, 2 * HALF)
+    values = tl.load(_pointers(x, tile, col), mask=mask)
     a, b = tl.split(tl.reshape(values.to(tl.float32), shape))
-    c = _table(cos, batch, position, length, pair, HALF)[None, :, :]
-    s = _table(sin, batch, position, length, pair, HALF)[None, :, :]
-    if INVERSE:
-        s = -s
-    turned = tl.join(a * c - b * s, b * c + a * s).to(out.data.dtype.element_ty)
-    tl.store(_pointers(out, batch, head, row, col), tl.reshape(turned, values.shape), mask=mask)
+    cos, sin = _load_angles(angles, tile.batch, pair, HALF, INVERSE)
+    turned = tl.join(a * cos - b * sin, b * cos + a * sin).to(out.data.dtype.element_ty)
+    tl.store(_pointers(out, tile, col), tl.reshape(turned, values.shape), mask=mask)
 
 
 @triton.jit
 def _features(
-    x, out, batch, head, heads, row, rows, block, cos, sin, positions, start, length,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, out, tile, angles, block, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One block of features of the given heads and rows."""
+    """One block of features of a tile."""
     turned: tl.constexpr = (HALF + BLOCK_C - 1) // BLOCK_C
     if block < turned:
-        position = load_positions(positions, start, batch, row, rows)
-        # Rows past the end have made-up positions: −1 is in no table.
-        position = tl.where(row < rows, position, -1)
         first = block * BLOCK_C
         pair = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
         if INTERLEAVED:
-            _turn_neighbours(
-                x, out, batch, head, heads, row, rows, pair, cos, sin, position, length, first,
-                HALF, INVERSE, BLOCK_C,
-            )  # fmt: skip
+            _turn_neighbours(x, out, tile, angles, pair, first, HALF, INVERSE, BLOCK_C)
         else:
-            _turn_halves(
-                x, out, batch, head, heads, row, rows, pair, cos, sin, position, length,
-                HALF, INVERSE,
-            )  # fmt: skip
+            _turn_halves(x, out, tile, angles, pair, HALF, INVERSE)
     else:
         first = 2 * HALF + (block - turned) * (2 * BLOCK_C)
-        _copy(x, out, batch, head, heads, row, rows, first, D, 2 * BLOCK_C)
+        _copy(x, out, tile, first, D, 2 * BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["start", "heads", "heads2", "rows", "length", "blocks"])
@@ -160,19 +175,18 @@ def rotary_kernel(
     program, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     program, group = program // all_groups, program % all_groups
     tiles = tl.cdiv(rows, BLOCK_S)
-    batch, tile = program // tiles, program % tiles
-    row = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    batch, index = program // tiles, program % tiles
+    row = index * BLOCK_S + tl.arange(0, BLOCK_S)
+    position = load_positions(positions, start, batch, row, rows)
+    # Rows past the end have made-up positions: −1 is in no table.
+    angles = Angles(cos, sin, length, tl.where(row < rows, position, -1))
     head = tl.arange(0, BLOCK_H)
     if group < groups:
-        _features(
-            x, out, batch, group * BLOCK_H + head, heads, row, rows, block, cos, sin, positions,
-            start, length, D, HALF, INTERLEAVED, INVERSE, BLOCK_C,
-        )  # fmt: skip
+        tile = Tile(batch, group * BLOCK_H + head, heads, row, rows)
+        _features(x, out, tile, angles, block, D, HALF, INTERLEAVED, INVERSE, BLOCK_C)
     elif x2 is not None:
-        _features(
-            x2, out2, batch, (group - groups) * BLOCK_H + head, heads2, row, rows, block, cos, sin,
-            positions, start, length, D, HALF, INTERLEAVED, INVERSE, BLOCK_C,
-        )  # fmt: skip
+        tile2 = Tile(batch, (group - groups) * BLOCK_H + head, heads2, row, rows)
+        _features(x2, out2, tile2, angles, block, D, HALF, INTERLEAVED, INVERSE, BLOCK_C)
 
 
 # --- launcher ------------------------------------------------------------------------------------

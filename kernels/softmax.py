@@ -231,8 +231,8 @@ def _views(
     for x in tensors:
         if x is not None:
             batch, head, row = next(found)
-            # None, one row for all, only where it was so or may be: in masks and biases.
-            x = View(x.data, batch, head, None if x.row is None and row == 0 else row, x.col)
+            # A row of stride 0, not None: Triton 3.6 compares no tuple that holds a None.
+            x = View(x.data, batch, head, row, x.col)
         views.append(x)
     return sizes, views
 

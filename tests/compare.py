@@ -8,10 +8,11 @@ dtype, whose own error says how exact a result in that dtype can be.
     fp32 need as well: where one key is visible, ds is a difference that is 0. Gradients: factor 3.
 2.  Caps, times max(1, max|ref|), so that a bad eager cannot hide a bug.
 3.  Sums over M rows, accumulated in fp32: 5e-6·√M·max|summand|.
+4.  Layer norm: 4·2⁻²⁴·(1 + |μ|/σ)·|γ| and one ulp of the output (`check_normalised`).
 6.  Finite wherever the reference is finite; the same NaN and the same infinities elsewhere.
 
-(Rules 4, 5, 7 and 8 are for other ops and other kinds of test: layer norm, `torch.equal`, gradcheck
-and opcheck, `--deterministic`.) Five things are ruled apart:
+(Rules 5, 7 and 8 are for other kinds of test: `torch.equal`, gradcheck and opcheck,
+`--deterministic`.) Five things are ruled apart:
 
 fp64          The oracle's rounding is of the same size, so no eager stands beside it: a cap alone.
 lse           A statistic in fp32 whatever the inputs are: held to eager in fp32, with a floor for
@@ -294,3 +295,31 @@ def check_results(
         # In the dtype of q: a float32 bias of half queries gets its gradient through half results.
         rule |= {"gradient": True, "tested": case.dtype, "rows": rows}
         check(*x, eager["dbias"], what="dbias", **rule)
+
+
+# --- layer norm and RMS norm ----------------------------------------------------------------------
+
+
+def check_normalised(
+    actual: Tensor, ref: Tensor, z: Tensor, weight: Tensor | None, *, what: str, case: object = ""
+) -> None:
+    """Rule 4 for a layer norm over the last dimension: 4·2⁻²⁴·(1 + |μ|/σ)·|γ| and an output ulp.
+
+    z is what was normalised, in fp64; `actual` is fp16, bf16 or fp32.
+    """
+    got, want, _, _ = _finite_parts(actual, ref, ref, what, case)
+    if not want.numel():
+        return
+    sigma, mean = (x.to("cpu", torch.float64) for x in torch.std_mean(z, -1, correction=0))
+    gain = torch.ones(()) if weight is None else weight.detach().cpu().double().abs()
+    ill = torch.where(sigma > 0, mean.abs() / sigma, torch.zeros_like(mean))
+    info = torch.finfo(actual.dtype)
+    _, exponent = torch.frexp(want.abs().clamp_min(info.tiny))
+    unit = info.eps * torch.ldexp(torch.ones_like(want), exponent - 1)
+    allowed = 4 * 2.0**-24 * (1 + ill)[..., None] * gain + unit
+    over = (got - want).abs() / allowed
+    index = tuple(int(i) for i in torch.unravel_index(over.argmax(), over.shape))
+    assert over[index] <= 1, (
+        f"{what}: error over allowed {over[index].item():.2f} at {index}: got "
+        f"{got[index].item():.9g}, expected {want[index].item():.9g}  [{case}]"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from types import SimpleNamespace
 
@@ -140,3 +141,53 @@ def test_liger_says_what_its_version_lacks(monkeypatch):
     problem = SimpleNamespace(device=GPU, case=tiny("softmax"), sets=[((), ())])
     with pytest.raises(Unavailable, match="this liger-kernel lacks it"):
         rowwise_peers.liger(problem)
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def shown(row, tmp_path):
+    """The text of the table and the notes about `row`; the plot is drawn too."""
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    from fusedattn.benchmarks import report
+    from rich.console import Console
+
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    console.print(report.rowwise_table([row]))
+    report.print_skipped([row], console)
+    plots = report.plot_all({"attention": [], "rowwise": [row], "training": []}, tmp_path)
+    assert [path.name for path in plots] == ["rowwise_of_copy.png"]
+    return printed.getvalue()
+
+
+def row_of(versions):
+    case = tiny("softmax")
+    problem = rowwise.make_problem(case, CPU, seed=0)
+    built = {name: rowwise_peers.version_of(f, problem) for name, f in versions.items()}
+    row = rowwise.run_case(problem, budget=0.05, seed=0, versions=built)
+    ours = [name for name in built if name.startswith(rowwise_peers.OURS)]
+    return {**row, **figures.ratios(row["versions"], ours)}
+
+
+def right(x):
+    return (F.softmax(x, -1),)
+
+
+def wrong(x):
+    return (F.softmax(x, -1) * 1.01,)
+
+
+def test_the_report_names_the_backend_and_wrong_peers(tmp_path):
+    versions = {"fusedattn-cuda": wrong, "fusedattn-triton": right, "torch": wrong, "liger": right}
+    text = shown(row_of(versions), tmp_path)
+    assert "triton" in text
+    assert "x liger" in text
+    assert "no best peer: torch in 1 case" in text
+
+
+def test_the_report_says_why_there_is_nothing_of_ours(tmp_path):
+    row = row_of({"torch": right})
+    row["skipped"]["fusedattn-cuda"] = "cuda: not built"
+    assert "cuda: not built" in shown(row, tmp_path)

@@ -158,7 +158,10 @@ TARGETS = ("sm_80", "sm_90")
 
 # Kernels that move whole rows, by what their demangled names match: every instantiation loads and
 # stores 16 bytes at a time.
-HOT_KERNELS: dict[str, tuple[str, ...]] = {}
+HOT_KERNELS: dict[str, tuple[str, ...]] = {
+    "rotary": (r"rotary_kernel<\w+, [48], \w+>",),
+    "sinusoidal": (r"sinusoidal_kernel<\w+, [48], true>",),
+}
 
 
 class Built(NamedTuple):

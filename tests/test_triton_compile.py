@@ -43,6 +43,7 @@ SMALL_CASES = {
     "fp32": ("float32", (128, 512), 2, "", False),
 }
 MATRIX_KERNELS = {"forward_kernel", "dkdv_kernel", "dq_kernel"}
+WIDE = ("LDG", "STG")  # loads and stores of global memory; counted where they move 16 bytes
 TENSOR_CORE = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
@@ -86,6 +87,8 @@ def disassemble(kernel: Any) -> dict[str, Any]:
     return {
         "shared": kernel.metadata.shared,
         "narrow copies": sum(".128" not in each for each in copies),
+        **{name: sum(x.startswith(name) and ".128" in x for x in found) for name in WIDE},
+        "narrow": sum(x.startswith(("LDG", "STG")) and ".128" not in x for x in found),
         **{name: int(value) for name, value in uses.items()},
         **{name: counts[name] for name in ("LDL", "STL", *TENSOR_CORE.values())},
     }

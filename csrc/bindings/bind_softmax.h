@@ -6,6 +6,9 @@
 
 namespace fusedattn::bindings {
 
+// Tensors of fewer than four dimensions are those of four whose first ones have size 1.
+constexpr Align last = Align::last;
+
 // `config` is SoftmaxConfig of fusedattn/ops/softmax_config.py.
 inline SoftmaxOptions softmax_options(const py::tuple& config) {
   return {SoftmaxCausal(config[0].cast<int>()), config[1].cast<double>()};
@@ -17,7 +20,8 @@ inline void bind_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, 
       "softmax_forward",
       [forward](py::handle x, py::handle mask, py::handle bias, py::handle out,
                 const py::tuple& config, Stream stream) {
-        const SoftmaxForward params{view(x), broadcast_view(mask), broadcast_view(bias), view(out),
+        const SoftmaxForward params{view(x, last), broadcast_view(mask, last),
+                                    broadcast_view(bias, last), view(out, last),
                                     softmax_options(config)};
         const WithoutGil release;
         forward(params, stream);
@@ -27,8 +31,8 @@ inline void bind_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, 
       "softmax_backward",
       [backward](py::handle dout, py::handle out, py::handle dx, py::handle ds,
                  const py::tuple& config, Stream stream) {
-        const SoftmaxBackward params{view(dout), view(out), view(dx), view(ds),
-                                     softmax_options(config)};
+        const SoftmaxBackward params{view(dout, last), view(out, last), view(dx, last),
+                                     view(ds, last), softmax_options(config)};
         const WithoutGil release;
         backward(params, stream);
       },

@@ -41,7 +41,10 @@ inline DType dtype_of(const dlpack::Type& type) {
   throw py::type_error("fusedattn: a tensor of this dtype is not supported");
 }
 
-inline TensorView view(py::handle tensor) {
+// Where the dimensions of a tensor of fewer than four go; the others have size 1.
+enum class Align { first, last };
+
+inline TensorView view(py::handle tensor, Align align = Align::first) {
   TensorView result;
   if (tensor.is_none()) return result;
   dlpack::Tensor raw;
@@ -50,17 +53,18 @@ inline TensorView view(py::handle tensor) {
   result.data = static_cast<char*>(raw.data) + raw.byte_offset;
   result.dtype = dtype_of(raw.dtype);
   result.device = raw.device.id;
+  const int shift = align == Align::last ? 4 - raw.dimensions : 0;
   for (int i = 0; i < raw.dimensions; ++i) {
-    result.shape[i] = raw.shape[i];
-    result.stride[i] = raw.strides[i];
+    result.shape[i + shift] = raw.shape[i];
+    result.stride[i + shift] = raw.strides[i];
   }
   if (seen != nullptr) seen(result);
   return result;
 }
 
 // mask and bias: a dimension of size 1 is read again and again.
-inline TensorView broadcast_view(py::handle tensor) {
-  TensorView result = view(tensor);
+inline TensorView broadcast_view(py::handle tensor, Align align = Align::first) {
+  TensorView result = view(tensor, align);
   for (int i = 0; i < 4; ++i)
     if (result.shape[i] == 1) result.stride[i] = 0;
   return result;

@@ -21,39 +21,48 @@ struct Dropout {
   FUSEDATTN_MEMBER explicit operator bool() const { return threshold != 0; }
 };
 
-constexpr int dropout_step = 64;  // columns whose words are drawn together
+constexpr int dropout_step = 4 * width<double>;  // columns whose words are drawn together
+
+// A counter's words, one counter to a lane; the high half of a lane is not looked at.
+typedef uint64_t words __attribute__((vector_size(vector_bytes)));
+
+FUSEDATTN_INLINE words product(words x, uint32_t y) {
+#if defined(__AVX512F__)
+  return (words)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(y));
+#elif defined(__AVX2__)
+  return (words)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(y));
+#else
+  return (x & 0xffffffff) * uint64_t{y};
+#endif
+}
 
 // keep[j] = whether column + j of `row` survives, for j < n rounded up to dropout_step; `column` is
 // a multiple of 4. Counter (column / 4, row low, row high, 0), key (seed low, seed high); of the
 // counter's four words, column takes number column % 4.
 static void keep_mask(const Dropout& d, int64_t row, int64_t column, int64_t n, uint8_t* keep) {
   constexpr int lanes = dropout_step / 4;
+  typedef uint32_t bytes __attribute__((vector_size(4 * lanes)));
+  words lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
   for (int64_t j = 0; j < n; j += dropout_step) {
-    uint32_t a[lanes], b[lanes], c[lanes], e[lanes];
-    for (int i = 0; i < lanes; ++i) {
-      a[i] = uint32_t((column + j) / 4 + i);
-      b[i] = uint32_t(row);
-      c[i] = uint32_t(row >> 32);
-      e[i] = 0;
-    }
+    words a = lane + uint64_t(column + j) / 4, b = words{} + uint64_t(row),
+          c = words{} + (uint64_t(row) >> 32), e{};
     uint32_t low = uint32_t(d.seed), high = uint32_t(d.seed >> 32);
     for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < lanes; ++i) {
-        const uint64_t x = uint64_t{0xD2511F53} * a[i], y = uint64_t{0xCD9E8D57} * c[i];
-        a[i] = uint32_t(y >> 32) ^ b[i] ^ low;
-        b[i] = uint32_t(y);
-        c[i] = uint32_t(x >> 32) ^ e[i] ^ high;
-        e[i] = uint32_t(x);
-      }
+      const words x = product(a, 0xD2511F53), y = product(c, 0xCD9E8D57);
+      a = (y >> 32) ^ b ^ low;
+      b = y;
+      c = (x >> 32) ^ e ^ high;
+      e = x;
       low += 0x9E3779B9;
       high += 0xBB67AE85;
     }
-    for (int i = 0; i < lanes; ++i) {
-      keep[j + 4 * i] = a[i] >= d.threshold;
-      keep[j + 4 * i + 1] = b[i] >= d.threshold;
-      keep[j + 4 * i + 2] = c[i] >= d.threshold;
-      keep[j + 4 * i + 3] = e[i] >= d.threshold;
-    }
+    const auto kept = [&](words word, int byte) {
+      return (words)((word & 0xffffffff) >= d.threshold) & uint64_t{1} << 8 * byte;
+    };
+    const bytes packed =
+        __builtin_convertvector(kept(a, 0) | kept(b, 1) | kept(c, 2) | kept(e, 3), bytes);
+    memcpy(keep + j, &packed, sizeof packed);
   }
 }
 

@@ -8,7 +8,6 @@
 
 namespace fusedattn::FUSEDATTN_ISA {
 
-constexpr int norm_block = 4;  // rows in the first pass together
 // Rows whose sum stays in S; in half a million rows summed in fp32 alone the last digits would go.
 constexpr int64_t rows_per_flush = 128;
 
@@ -81,16 +80,13 @@ struct NormBackwardRows {
     }
   }
 
-  // n = (scale · z − centre) · factor. Rows near the largest numbers are halved twice, so that the
-  // difference is in range.
+  // n = (z − mean) · rstd
   struct Normalise {
-    S scale, centre, factor;
+    S mean, rstd;
 
     FUSEDATTN_MEMBER Normalise(const NormBackward& p, int64_t row) {
-      const S rstd = static_cast<const S*>(p.rstd.data)[row];
-      scale = rstd < S(0x1p-100) ? S(0.25) : S(1);
-      centre = p.mean ? static_cast<const S*>(p.mean.data)[row] * scale : S(0);
-      factor = rstd / scale;
+      mean = p.mean ? static_cast<const S*>(p.mean.data)[row] : S(0);
+      rstd = static_cast<const S*>(p.rstd.data)[row];
     }
   };
 
@@ -101,14 +97,13 @@ struct NormBackwardRows {
     const S* w = weight.data() + column;
     const T* dout[Rows];
     const Z* z[Rows];
-    vec<S> scale[Rows], centre[Rows], factor[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
+    vec<S> mean[Rows], rstd[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
     for (int r = 0; r < Rows; ++r) {
       dout[r] = dout_row(row + r, column);
       z[r] = z_row(row + r, column);
       const Normalise of(p, row + r);
-      scale[r] = splat(of.scale);
-      centre[r] = splat(of.centre);
-      factor[r] = splat(of.factor);
+      mean[r] = splat(of.mean);
+      rstd[r] = splat(of.rstd);
     }
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
       const vec<S> weights = get<S>(w + i, lanes);
@@ -118,7 +113,7 @@ struct NormBackwardRows {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const vec<S> d = get<S>(dout[r] + i, lanes), g = d * weights;
-        const vec<S> x = (get<S>(z[r] + i, lanes) * scale[r] - centre[r]) * factor[r];
+        const vec<S> x = (get<S>(z[r] + i, lanes) - mean[r]) * rstd[r];
         if constexpr (Weight) to_weight += d * x;
         if constexpr (Bias) to_bias += d;
         g_sum[r] += g;
@@ -150,26 +145,29 @@ struct NormBackwardRows {
     if (to.pending >= rows_per_flush) to.flush(columns);
   }
 
-  // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`.
+  // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`;
+  // what does not depend on g is slope · (z − mean) + constant.
   template <bool Dz, class To>
-  void gradient(int64_t row, int64_t column, int64_t n, S mean_g, S mean_gn, To* total) const {
+  void gradient(int64_t row, int64_t column, int64_t n, double mean_g, double mean_gn,
+                To* total) const {
     const S* w = weight.data() + column;
     const T* dout = dout_row(row, column);
     const Z* z = z_row(row, column);
     const Z* dz = Dz ? dz_row(row, column) : nullptr;
     const Normalise of(p, row);
-    const S rstd = static_cast<const S*>(p.rstd.data)[row], factor = of.factor * mean_gn;
+    const S slope = S(-double(of.rstd) * mean_gn);
+    const S constant = S(-mean_g);
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
       const vec<S> g = get<S>(dout + i, lanes) * get<S>(w + i, lanes);
-      const vec<S> x = get<S>(z + i, lanes) * of.scale - of.centre;
-      vec<S> value = (g - mean_g - x * factor) * rstd;
+      vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
       if constexpr (Dz) value += get<S>(dz + i, lanes);
       set<S>(total + i, value, lanes);
     });
   }
 
   template <class To>
-  void gradient_of_z(int64_t row, int64_t column, int64_t n, S mean_g, S mean_gn, To* to) const {
+  void gradient_of_z(int64_t row, int64_t column, int64_t n, double mean_g, double mean_gn,
+                     To* to) const {
     if (p.dz)
       gradient<true>(row, column, n, mean_g, mean_gn, to);
     else
@@ -182,8 +180,8 @@ struct NormBackwardRows {
       total.g += sums[c].g;
       total.gn += sums[c].gn;
     }
-    const S mean_g = p.options.centre ? S(total.g / double(division.width)) : S(0);
-    const S mean_gn = S(total.gn / double(division.width));
+    const double mean_g = p.options.centre ? total.g / double(division.width) : 0;
+    const double mean_gn = total.gn / double(division.width);
     T* dx = static_cast<T*>(p.dx.data) + row * p.dx.stride[0];
     for_chunks(columns, [&](int64_t c, int64_t n) {
       if (!dropout && !p.dresidual) return gradient_of_z(row, c, n, mean_g, mean_gn, dx + c);

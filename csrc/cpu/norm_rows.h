@@ -1,6 +1,8 @@
 // What the norms' forward and backward share: chunks, the division of work, the weights.
 #pragma once
 
+#include <type_traits>
+
 #include "dropout.h"
 #include "norm.h"
 #include "rowwise.h"
@@ -13,6 +15,8 @@ namespace fusedattn::FUSEDATTN_ISA {
 constexpr int64_t norm_chunk = 2048;
 
 FUSEDATTN_INLINE int64_t chunks_of(int64_t width) { return (width + norm_chunk - 1) / norm_chunk; }
+
+constexpr int norm_block = 4;  // short rows that a thread takes together
 
 // What one thread does: rows by columns. Few wide rows are split by columns (`split`): the threads
 // then meet after each sum.

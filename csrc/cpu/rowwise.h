@@ -3,6 +3,8 @@
 
 #include <omp.h>
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
@@ -49,10 +51,30 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
   return load(x);
 }
 
+// Two vectors' elements in any order: pairs of bf16 are split by shift and mask.
+template <class S, class P>
+FUSEDATTN_INLINE void get_pair(const P* p, vec<S>& x, vec<S>& y) {
+  if constexpr (sizeof(P) == 2 && sizeof(S) == 4 && std::is_same_v<P, bf16>) {
+    typedef int32_t pairs __attribute__((vector_size(vector_bytes), aligned(2), may_alias));
+    const ints<float> both = *reinterpret_cast<const pairs*>(p);
+    x = (vec<S>)(both << 16);
+    y = (vec<S>)(both & int32_t(0xffff0000));
+  } else {
+    x = get<S>(p, Whole{});
+    y = get<S>(p + width<S>, Whole{});
+  }
+}
+
 // AVX-512-BF16 rounds in one instruction; it takes subnormals for 0.
 FUSEDATTN_INLINE void store_rounded(bf16* p, vec<float> x) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const ints<float> bits = (ints<float>)x;
+  const ints<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1));
+  const __m256i kept = (__m256i)(((x == x ? rounded : bits | 0x400000) >> 16) & 0xffff);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   store_as(p, x);
 #endif

@@ -1,6 +1,7 @@
 """fusedattn: fused transformer kernels for PyTorch, on the GPU and on the CPU."""
 
 from . import autograd, nn
+from .nn.replacement import Replacement, replace
 from .ops._registry import UnsupportedError, strict
 from .ops.attention import attention, explain
 from .ops.layer_norm import layer_norm
@@ -11,6 +12,7 @@ from .ops.softmax import softmax
 
 __version__ = "0.1.0"
 __all__ = [
+    "Replacement",
     "UnsupportedError",
     "add_sinusoidal",
     "apply_rotary",
@@ -20,6 +22,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "nn",
+    "replace",
     "rms_norm",
     "softmax",
     "strict",

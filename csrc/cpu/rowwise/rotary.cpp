@@ -96,63 +96,138 @@ class RotaryTask {
     }
   }
 
+  // Heads that lie apart are taken four at a time, so that a row of the tables is read once for
+  // them; heads that lie side by side all at once.
   void rotate(const TensorView& x, const TensorView& out, int64_t b, int64_t i, int64_t i_end,
               int64_t h, int64_t h_end) {
-    const int64_t first = i;
-    // The inner loop is the one along which x lies closer together.
-    if (x.stride[2] <= x.stride[1]) {
-      for (; h < h_end; ++h)
-        for (i = first; i < i_end; ++i) rotate_row(x, out, b, h, i, (i - first) * columns);
-    } else {
-      for (; i < i_end; ++i)
-        for (int64_t each = h; each < h_end; ++each)
-          rotate_row(x, out, b, each, i, (i - first) * columns);
+    const int64_t most = x.stride[2] <= x.stride[1] ? 4 : h_end;
+    for (; h < h_end; h += most) {
+      const int64_t heads = h + most < h_end ? most : h_end - h;
+      const Block block = {i_end - i, x.stride[2], out.stride[2],
+                           heads,     x.stride[1], out.stride[1]};
+      rotate_block(x.at<T>(b, h, i), x.stride[3], out.at<T>(b, h, i), out.stride[3], block);
+      copy_rest(x.at<T>(b, h, i), x.stride[3], out.at<T>(b, h, i), out.stride[3], block,
+                x.shape[3]);
     }
   }
 
-  void rotate_row(const TensorView& x, const TensorView& out, int64_t b, int64_t h, int64_t i,
-                  int64_t table) {
-    const T* from = x.at<T>(b, h, i);
-    T* to = out.at<T>(b, h, i);
-    const int64_t step = x.stride[3], out_step = out.stride[3], features = x.shape[3];
-    if (step == 1 && out_step == 1) {
-      turn(from, to, cos + table, sin + table);
-    } else {
-      load_row(from, step, 2 * half, row, 2 * half);
-      turn(row, row, cos + table, sin + table);
-      store_row(to, out_step, 2 * half, row, S(1));
+  // Rows and heads, and how far apart they lie in x and in out.
+  struct Block {
+    int64_t rows, x_row, out_row, heads, x_head, out_head;
+  };
+
+  void rotate_block(const T* from, int64_t step, T* to, int64_t out_step,
+                    const Block& block) const {
+    if (step != 1 || out_step != 1) return turn_strided(from, step, to, out_step, block);
+    switch (columns % width<S> ? 0 : columns / width<S>) {
+      case 1:
+        return turn_block<1>(from, to, block);
+      case 2:
+        return turn_block<2>(from, to, block);
+      case 4:
+        return turn_block<4>(from, to, block);
+      default:
+        return turn_block<0>(from, to, block);
     }
-    if (from != to)
-      for (int64_t j = 2 * half; j < features; ++j) to[j * out_step] = from[j * step];
+  }
+
+  // `Vectors` make up a row of the table, and stay in registers; 0: any number of columns.
+  template <int Vectors>
+  void turn_block(const T* from, T* to, const Block& block) const {
+    const S *c = cos, *s = sin;
+    for (int64_t r = 0; r < block.rows; ++r, c += columns, s += columns) {
+      const T* x = from + r * block.x_row;
+      T* out = to + r * block.out_row;
+      if constexpr (Vectors > 0) {
+        vec<S> row_cos[Vectors], row_sin[Vectors];
+        for (int k = 0; k < Vectors; ++k) {
+          row_cos[k] = load(c + k * width<S>);
+          row_sin[k] = load(s + k * width<S>);
+        }
+        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head)
+          turn_vectors<Vectors>(x, out, row_cos, row_sin);
+      } else {
+        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head)
+          turn(x, out, c, s);
+      }
+    }
+  }
+
+  void turn_strided(const T* from, int64_t step, T* to, int64_t out_step,
+                    const Block& block) const {
+    for (int64_t r = 0; r < block.rows; ++r) {
+      for (int64_t h = 0; h < block.heads; ++h) {
+        load_row(from + r * block.x_row + h * block.x_head, step, 2 * half, row, 2 * half);
+        turn(row, row, cos + r * columns, sin + r * columns);
+        store_row(to + r * block.out_row + h * block.out_head, out_step, 2 * half, row, S(1));
+      }
+    }
+  }
+
+  void copy_rest(const T* from, int64_t step, T* to, int64_t out_step, const Block& block,
+                 int64_t features) const {
+    if (from == to || 2 * half == features) return;
+    for (int64_t r = 0; r < block.rows; ++r) {
+      for (int64_t h = 0; h < block.heads; ++h) {
+        const T* x = from + r * block.x_row + h * block.x_head;
+        T* out = to + r * block.out_row + h * block.out_head;
+        for (int64_t j = 2 * half; j < features; ++j) out[j * out_step] = x[j * step];
+      }
+    }
+  }
+
+  FUSEDATTN_MEMBER static vec<S> swap_neighbours(vec<S> x) {
+    ints<S> neighbour;
+    for (int lane = 0; lane < width<S>; ++lane) neighbour[lane] = lane ^ 1;
+    return __builtin_shuffle(x, neighbour);
+  }
+
+  // All is read before anything is written, and whole cache lines are written one after the other.
+  template <int Vectors>
+  FUSEDATTN_MEMBER static void turn_vectors(const T* x, T* out, const vec<S>* c, const vec<S>* s) {
+    if constexpr (Interleaved) {
+      for (int k = 0; k < Vectors; ++k) {
+        const vec<S> each = load_as(x + k * width<S>);
+        store_as(out + k * width<S>, each * c[k] + swap_neighbours(each) * s[k]);
+      }
+    } else {
+      const int n = Vectors * width<S>;
+      vec<S> a[Vectors], b[Vectors];
+      for (int k = 0; k < Vectors; ++k) {
+        const vec<S> first = load_as(x + k * width<S>), second = load_as(x + n + k * width<S>);
+        a[k] = first * c[k] - second * s[k];
+        b[k] = second * c[k] + first * s[k];
+      }
+      for (int k = 0; k < Vectors; ++k) store_as(out + k * width<S>, a[k]);
+      for (int k = 0; k < Vectors; ++k) store_as(out + n + k * width<S>, b[k]);
+    }
   }
 
   template <class U>
   FUSEDATTN_MEMBER void turn(const U* x, U* out, const S* c, const S* s) const {
+    const int64_t n = columns;
     int64_t j = 0;
     if constexpr (Interleaved) {
-      ints<S> neighbour;
-      for (int lane = 0; lane < width<S>; ++lane) neighbour[lane] = lane ^ 1;
-      for (; j + width<S> <= columns; j += width<S>) {
+      for (; j + width<S> <= n; j += width<S>) {
         const vec<S> each = load_as(x + j);
-        const vec<S> other = __builtin_shuffle(each, neighbour);
-        store_as(out + j, each * load(c + j) + other * load(s + j));
+        store_as(out + j, each * load(c + j) + swap_neighbours(each) * load(s + j));
       }
-      for (; j < columns; j += 2) {
+      for (; j < n; j += 2) {
         const S a = to_float(x[j]), b = to_float(x[j + 1]);
         put(out + j, a * c[j] + b * s[j]);
         put(out + j + 1, b * c[j] + a * s[j + 1]);
       }
     } else {
-      for (; j + width<S> <= half; j += width<S>) {
-        const vec<S> a = load_as(x + j), b = load_as(x + half + j);
+      for (; j + width<S> <= n; j += width<S>) {
+        const vec<S> a = load_as(x + j), b = load_as(x + n + j);
         const vec<S> cj = load(c + j), sj = load(s + j);
         store_as(out + j, a * cj - b * sj);
-        store_as(out + half + j, b * cj + a * sj);
+        store_as(out + n + j, b * cj + a * sj);
       }
-      for (; j < half; ++j) {
-        const S a = to_float(x[j]), b = to_float(x[half + j]);
+      for (; j < n; ++j) {
+        const S a = to_float(x[j]), b = to_float(x[n + j]);
         put(out + j, a * c[j] - b * s[j]);
-        put(out + half + j, b * c[j] + a * s[j]);
+        put(out + n + j, b * c[j] + a * s[j]);
       }
     }
   }

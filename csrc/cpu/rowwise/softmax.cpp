@@ -13,41 +13,75 @@ namespace {
 constexpr int64_t chunk = 8192;
 constexpr int unroll = 4;  // independent chains, for the latency of additions and maxima
 
-// Calls step(v, j) for the vector at column j of n; v < unroll does not depend on n.
+// The number of elements of a vector that exist: all of them, known to the compiler, or fewer.
+struct Whole {};
+
+// Calls step(v, j, left) for the vector at column j of n; v < unroll does not depend on n.
 template <class S, class Step>
 FUSEDATTN_INLINE void for_vectors(int64_t n, Step step) {
   constexpr int w = width<S>;
   int64_t j = 0;
   for (; j + unroll * w <= n; j += unroll * w) {
 #pragma GCC unroll 4
-    for (int v = 0; v < unroll; ++v) step(v, j + v * w);
+    for (int v = 0; v < unroll; ++v) step(v, j + v * w, Whole{});
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < unroll; ++v)
-    if (j + v * w < n) step(v, j + v * w);
-}
-
-// A vector of which n lanes exist; the others are `rest`. Nothing past them is touched.
-template <class T, class S = compute_t<T>>
-FUSEDATTN_INLINE vec<S> load_some(const T* p, int64_t n, S rest) {
-  constexpr int w = width<S>;
-  if (n >= w) return load_as(p);
-  T lanes[w] = {};
-  memcpy(lanes, p, n * sizeof(T));
-  return select_below(int(n), load_as(lanes), splat(rest));
-}
-
-template <class T, class S = compute_t<T>>
-FUSEDATTN_INLINE void store_some(T* p, int64_t n, vec<S> x) {
-  constexpr int w = width<S>;
-  if (n >= w) {
-    store_as(p, x);
-    return;
+  for (int v = 0; v < unroll; ++v, j += w) {
+    if (j + w <= n)
+      step(v, j, Whole{});
+    else if (j < n)
+      step(v, j, n - j);
   }
-  T lanes[w];
-  store_as(lanes, x);
-  memcpy(p, lanes, n * sizeof(T));
 }
+
+// A vector of which the first lanes exist; the others are `rest`, and nothing there is touched.
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE vec<S> load_some(const T* p, Whole, S) {
+  return load_as(p);
+}
+
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void store_some(T* p, Whole, vec<S> x) {
+  store_as(p, x);
+}
+
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE vec<S> load_some(const T* p, int64_t left, S rest) {
+  T lanes[width<S>] = {};
+  memcpy(lanes, p, left * sizeof(T));
+  return select_below(int(left), load_as(lanes), splat(rest));
+}
+
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void store_some(T* p, int64_t left, vec<S> x) {
+  T lanes[width<S>];
+  store_as(lanes, x);
+  memcpy(p, lanes, left * sizeof(T));
+}
+
+#if defined(__AVX512F__)
+// The same by masked moves, for rows of few vectors.
+FUSEDATTN_INLINE vec<float> load_some(const float* p, int64_t left, float rest) {
+  return _mm512_mask_loadu_ps(splat(rest), __mmask16((1u << left) - 1), p);
+}
+
+FUSEDATTN_INLINE vec<float> load_some(const bf16* p, int64_t left, float rest) {
+  const __mmask16 lanes = __mmask16((1u << left) - 1);
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+  return _mm512_mask_blend_ps(lanes, splat(rest), (vec<float>)_mm512_slli_epi32(bits, 16));
+}
+
+FUSEDATTN_INLINE void store_some(float* p, int64_t left, vec<float> x) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << left) - 1), x);
+}
+
+FUSEDATTN_INLINE void store_some(bf16* p, int64_t left, vec<float> x) {
+  alignas(32) bf16 lanes[width<float>];
+  store_as(lanes, x);
+  const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << left) - 1), bits);
+}
+#endif
 
 template <class V>
 FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
@@ -62,8 +96,8 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n) {
   typedef compute_t<T> S;
   vec<S> high[unroll];
   for (auto& each : high) each = splat(-infinity<S>);
-  for_vectors<S>(n, [&](int v, int64_t j) {
-    high[v] = maximum(load_some(x + j, n - j, -infinity<S>), high[v]);
+  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    high[v] = maximum(load_some(x + j, left, -infinity<S>), high[v]);
   });
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
 }
@@ -74,12 +108,19 @@ FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, compute_t<T> o
                                            compute_t<T> factor, compute_t<T>* e) {
   typedef compute_t<T> S;
   vec<S> sums[unroll] = {};
-  for_vectors<S>(n, [&](int v, int64_t j) {
-    const vec<S> y = exp2<Degree>((load_some(x + j, n - j, -infinity<S>) - origin) * factor);
+  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    const vec<S> y = exp2<Degree>((load_some(x + j, left, -infinity<S>) - origin) * factor);
     store(e + j, y);
     sums[v] += y;
   });
   return reduce_add(sum_of(sums));
+}
+
+// out = inverse · e.
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, T* out) {
+  for_vectors<S>(
+      n, [=](int, int64_t j, auto left) { store_some(out + j, left, load(e + j) * inverse); });
 }
 
 // The largest score of a chunk and the sum of its exponentials relative to that.
@@ -135,11 +176,24 @@ struct ForwardRows {
       store_row(out, p.out.stride[3], n, e, inverse);
       return;
     }
-    for_vectors<S>(n, [&](int, int64_t j) { store_some(out + j, n - j, load(e + j) * inverse); });
+    scaled<T>(e, n, inverse, out);
   }
 
   void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
     zero(p.out.at<T>(at.b, at.h, at.i, j0), p.out.stride[3], j1 - j0);
+  }
+
+  // Nothing but rows of x, each along memory: what most calls are.
+  bool plain() const {
+    return direct && !p.mask && p.out.stride[3] == 1 && p.options.causal == SoftmaxCausal::none;
+  }
+
+  void plain_row(const Index& at, S* e) const {
+    const int64_t n = p.width();
+    const T* x = p.x.at<const T>(at.b, at.h, at.i);
+    T* out = p.out.at<T>(at.b, at.h, at.i);
+    const S sum = exponentials<degree>(x, n, finite_origin(highest(x, n)), scores.factor, e);
+    scaled<T>(e, n, reciprocal(sum), out);
   }
 
   void narrow(const Index& at, S* e) const {
@@ -213,10 +267,19 @@ template <class T>
 FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n) {
   typedef compute_t<T> S;
   vec<S> sums[unroll] = {};
-  for_vectors<S>(n, [&](int v, int64_t j) {
-    sums[v] += load_some(x + j, n - j, S(0)) * load_some(y + j, n - j, S(0));
+  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    sums[v] += load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
   });
   return reduce_add(sum_of(sums));
+}
+
+// d = scale · out ∘ (dout − row).
+template <class In, class Out, class S>
+FUSEDATTN_INLINE void gradient(const In* dout, const In* out, int64_t n, S row, S scale, Out* d) {
+  for_vectors<S>(n, [=](int, int64_t j, auto left) {
+    const vec<S> y = load_some(out + j, left, S(0));
+    store_some(d + j, left, y * (load_some(dout + j, left, S(0)) * scale - row * scale));
+  });
 }
 
 template <class T>
@@ -248,24 +311,34 @@ struct BackwardRows {
   void write(const Index& at, int64_t j0, int64_t n, S row, S* copy) const {
     S* ds = p.ds ? p.ds.at<S>(at.b, at.h, at.i, j0) : nullptr;
     T* dx = p.dx ? p.dx.at<T>(at.b, at.h, at.i, j0) : nullptr;
-    const bool dx_apart = dx != nullptr && p.dx.stride[3] != 1;
     with_columns(at, j0, n, copy, [&](auto* dout, auto* out) {
-      for_vectors<S>(n, [&](int, int64_t j) {
-        const vec<S> y = load_some(out + j, n - j, S(0));
-        const vec<S> gradient = y * (load_some(dout + j, n - j, S(0)) - row);
-        if (ds) store_some(ds + j, n - j, gradient);
-        if (dx_apart)
-          store(copy + j, gradient);
-        else if (dx)
-          store_some(dx + j, n - j, gradient * scale);
-      });
+      if (dx && p.dx.stride[3] == 1) {
+        gradient(dout, out, n, row, scale, dx);
+        if (ds) gradient(dout, out, n, row, S(1), ds);
+        return;
+      }
+      if (ds) gradient(dout, out, n, row, S(1), ds);
+      if (!dx) return;
+      gradient(dout, out, n, row, S(1), copy);
+      store_row(dx, p.dx.stride[3], n, copy, scale);
     });
-    if (dx_apart) store_row(dx, p.dx.stride[3], n, copy, scale);
   }
 
   void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
     if (p.dx) zero(p.dx.at<T>(at.b, at.h, at.i, j0), p.dx.stride[3], j1 - j0);
     if (p.ds) zero(p.ds.at<S>(at.b, at.h, at.i, j0), p.ds.stride[3], j1 - j0);
+  }
+
+  bool plain() const {
+    return direct && p.dx && p.dx.stride[3] == 1 && !p.ds &&
+           p.options.causal == SoftmaxCausal::none;
+  }
+
+  void plain_row(const Index& at, S*) const {
+    const int64_t n = p.width();
+    const T* dout = p.dout.at<const T>(at.b, at.h, at.i);
+    const T* out = p.out.at<const T>(at.b, at.h, at.i);
+    gradient(dout, out, n, dot(dout, out, n), scale, p.dx.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* copy) const {
@@ -301,6 +374,7 @@ void run_narrow(const Params& p, int threads) {
   const Rows rows{p};
   const int64_t count = p.rows();
   const int64_t block = p.options.causal == SoftmaxCausal::none ? ceil_div(count, threads) : 16;
+  const bool plain = rows.plain();
 #pragma omp parallel num_threads(threads)
   {
     alignas(64) typename Rows::S copy[2 * chunk];
@@ -308,7 +382,7 @@ void run_narrow(const Params& p, int threads) {
     for (int64_t first = 0; first < count; first += block) {
       Index at = index_of(p, first);
       for (int64_t r = first; r < smaller(first + block, count); ++r) {
-        rows.narrow(at, copy);
+        plain ? rows.plain_row(at, copy) : rows.narrow(at, copy);
         at.next(p);
       }
     }

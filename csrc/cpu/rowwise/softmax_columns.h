@@ -11,8 +11,8 @@
 namespace fusedattn::FUSEDATTN_ISA {
 namespace {
 
-constexpr int64_t most_vectors = 16;  // that a task has side by side
-constexpr int64_t tile = 16;          // columns between two looks at the maximum
+// Columns between two looks at the maximum. At a stride of a power of two they share a set of L1.
+constexpr int64_t tile = 8;
 
 FUSEDATTN_INLINE bool mergeable(const TensorView& x, int d) {
   return !x || x.stride[d] == x.stride[d + 1] * x.shape[d + 1];
@@ -75,21 +75,25 @@ FUSEDATTN_INLINE bool columns_of(SoftmaxBackward& p, int64_t lanes) {
   return side_by_side(views, 4, p.options.causal != SoftmaxCausal::none, lanes);
 }
 
-// Runs task(b, h, first row, vectors, last row) over blocks of neighbouring rows. The last vector
-// of a block is moved back to where it is whole, over rows that are then computed twice alike.
-template <class S, class Params, class Task>
-void for_blocks(const Params& p, Task task) {
+// Runs block<N>(b, h, first row) over blocks of N vectors of neighbouring rows, N = 8 or, for what
+// remains, 1. The last vector is moved back to where it is whole, over rows that are computed twice
+// alike: by one thread, since they end one block.
+template <class S, class Columns, class Params>
+void for_blocks(const Params& p, const Columns& columns) {
+  constexpr int64_t n = 8, w = width<S>;
   const int64_t* shape = full_view(p).shape;
-  const int64_t rows = shape[2], w = width<S>, outer = shape[0] * shape[1];
+  const int64_t rows = shape[2], outer = shape[0] * shape[1];
+  const int64_t vectors = ceil_div(rows, w), blocks = ceil_div(vectors, n);
   const int threads = threads_for(p);
-  const int64_t vectors = ceil_div(rows, w);
-  const int64_t wanted = larger(int64_t(1), ceil_div(4 * threads, outer));
-  const int64_t each = smaller(most_vectors, larger(int64_t(1), vectors / wanted));
-  const int64_t blocks = ceil_div(vectors, each);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < outer * blocks; ++t) {
-    const int64_t o = t / blocks, first = t % blocks * each * w;
-    task(o / shape[1], o % shape[1], first, smaller(each, ceil_div(rows - first, w)), rows - w);
+    const int64_t b = t / blocks / shape[1], h = t / blocks % shape[1], v = t % blocks * n;
+    if ((v + n) * w <= rows) {
+      columns.template block<n>(b, h, v * w);
+    } else {
+      for (int64_t k = v; k < vectors; ++k)
+        columns.template block<1>(b, h, smaller(k * w, rows - w));
+    }
   }
 }
 
@@ -102,13 +106,43 @@ struct ForwardColumns {
   static constexpr int degree = sizeof(T) == 2 ? 4 : 6;
   const SoftmaxForward& p;
   const Scores<T> scores{p};
-  const int64_t width = p.width();
+  const int64_t columns = p.width();
   const bool causal = p.options.causal != SoftmaxCausal::none;
+  const bool plain = !p.bias && !p.mask && !causal && scores.multiplier == 1;
 
   // The scores of rows i … i + w − 1 in column j.
   FUSEDATTN_MEMBER vec<S> load_scores(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    const vec<S> lowest = splat(-infinity<S>);
     vec<S> s = load_as(p.x.at<const T>(b, h, i, j));
+    return plain ? s : adjust(s, b, h, i, j);
+  }
+
+  template <int N>
+  void block(int64_t b, int64_t h, int64_t i) const {
+    vec<S> high[N], sum[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      high[v] = splat(-infinity<S>);
+      sum[v] = vec<S>{};
+    }
+    for (int64_t j0 = 0; j0 < columns; j0 += tile)
+      absorb<N>(b, h, i, j0, smaller(j0 + tile, columns), high, sum);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      high[v] = origin(high[v]);
+      sum[v] = sum[v] == 0 ? vec<S>{} : 1 / sum[v];
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) {
+        const vec<S> e = exponential(load_scores(b, h, i + v * w, j), high[v]);
+        store_as(p.out.at<T>(b, h, i + v * w, j), e * sum[v]);
+      }
+    }
+  }
+
+ private:
+  vec<S> adjust(vec<S> s, int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const vec<S> lowest = splat(-infinity<S>);
     if (scores.multiplier != 1) s *= scores.multiplier;
     if (p.bias) {
       s += scores.with_bias(p.bias.offset(b, h, i, j), [&](auto* bias) {
@@ -123,45 +157,15 @@ struct ForwardColumns {
         s = lowest;
     }
     if (causal) {
-      // Row i + l sees column j from lane l on, where j < seen(i) + l.
-      const int64_t blind = larger(int64_t(0), smaller(j + 1 - seen(i), int64_t(w)));
+      // Row i + l sees what is left of column i + l + 1 + diagonal: lanes from j − i − diagonal on.
+      const int64_t diagonal =
+          p.options.causal == SoftmaxCausal::bottom_right ? columns - p.x.shape[2] : 0;
+      const int64_t blind = larger(int64_t(0), smaller(j - i - diagonal, int64_t(w)));
       s = select_below(int(blind), lowest, s);
     }
     return s;
   }
 
-  // Columns that row i sees; negative where it sees none and rows after it see none either.
-  FUSEDATTN_MEMBER int64_t seen(int64_t i) const {
-    const int64_t diagonal =
-        p.options.causal == SoftmaxCausal::bottom_right ? width - p.x.shape[2] : 0;
-    return i + 1 + diagonal;
-  }
-
-  void block(int64_t b, int64_t h, int64_t first, int64_t vectors, int64_t last) const {
-    alignas(64) S high[most_vectors * w], sum[most_vectors * w];
-    for (int64_t k = 0; k < vectors * w; ++k) {
-      high[k] = -infinity<S>;
-      sum[k] = 0;
-    }
-    for (int64_t j = 0; j < width; j += tile)
-      for (int64_t k = 0; k < vectors; ++k)
-        absorb(b, h, smaller(first + k * w, last), j, smaller(j + tile, width), high + k * w,
-               sum + k * w);
-    for (int64_t k = 0; k < vectors * w; k += w) {
-      const vec<S> m = load(high + k), l = load(sum + k);
-      store(high + k, origin(m));
-      store(sum + k, l == 0 ? vec<S>{} : 1 / l);
-    }
-    for (int64_t j = 0; j < width; ++j) {
-      for (int64_t k = 0; k < vectors; ++k) {
-        const int64_t i = smaller(first + k * w, last);
-        const vec<S> e = exponential(load_scores(b, h, i, j), load(high + k * w));
-        store_as(p.out.at<T>(b, h, i, j), e * load(sum + k * w));
-      }
-    }
-  }
-
- private:
   // A lane that has seen only −inf: −inf − 0 still has the exponential 0.
   FUSEDATTN_MEMBER vec<S> origin(vec<S> high) const {
     return high == -infinity<S> ? vec<S>{} : high;
@@ -171,23 +175,30 @@ struct ForwardColumns {
     return exp2<degree>((s - origin) * scores.factor);
   }
 
-  FUSEDATTN_MEMBER void absorb(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t j1, S* high,
-                               S* sum) const {
-    const vec<S> before = load(high);
-    vec<S> m = before;
-    for (int64_t j = j0; j < j1; ++j) m = maximum(load_scores(b, h, i, j), m);
-    const vec<S> from = origin(m);
-    vec<S> l = load(sum) * exponential(before, from);
-    for (int64_t j = j0; j < j1; ++j) l += exponential(load_scores(b, h, i, j), from);
-    store(high, m);
-    store(sum, l);
+  // Columns [j0, j1) into the maximum and the sum of each lane.
+  template <int N>
+  FUSEDATTN_MEMBER void absorb(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t j1,
+                               vec<S> (&high)[N], vec<S> (&sum)[N]) const {
+    vec<S> before[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) before[v] = high[v];
+    for (int64_t j = j0; j < j1; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) high[v] = maximum(load_scores(b, h, i + v * w, j), high[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sum[v] *= exponential(before[v], origin(high[v]));
+    for (int64_t j = j0; j < j1; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v)
+        sum[v] += exponential(load_scores(b, h, i + v * w, j), origin(high[v]));
+    }
   }
 };
 
 template <class T>
 void forward_columns(const SoftmaxForward& p) {
-  const ForwardColumns<T> columns{p};
-  for_blocks<compute_t<T>>(p, [&](auto... where) { columns.block(where...); });
+  for_blocks<compute_t<T>>(p, ForwardColumns<T>{p});
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -198,36 +209,36 @@ struct BackwardColumns {
   static constexpr int w = width<S>;
   const SoftmaxBackward& p;
 
-  void block(int64_t b, int64_t h, int64_t first, int64_t vectors, int64_t last) const {
-    alignas(64) S row[most_vectors * w];
-    for (int64_t k = 0; k < vectors * w; ++k) row[k] = 0;
-    const int64_t width = p.width();
-    for (int64_t j = 0; j < width; j += tile) {
-      for (int64_t k = 0; k < vectors; ++k) {
-        const int64_t i = smaller(first + k * w, last);
-        vec<S> sum = load(row + k * w);
-        for (int64_t c = j; c < smaller(j + tile, width); ++c)
-          sum += load_as(p.dout.at<const T>(b, h, i, c)) * load_as(p.out.at<const T>(b, h, i, c));
-        store(row + k * w, sum);
-      }
+  template <int N>
+  void block(int64_t b, int64_t h, int64_t i) const {
+    const int64_t columns = p.width();
+    const int64_t dout_step = p.dout.stride[3], out_step = p.out.stride[3];
+    const T* dout = p.dout.at<const T>(b, h, i);
+    const T* out = p.out.at<const T>(b, h, i);
+    vec<S> row[N] = {};
+    for (int64_t j = 0; j < columns; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v)
+        row[v] += load_as(dout + j * dout_step + v * w) * load_as(out + j * out_step + v * w);
     }
-    const S scale = S(p.options.scale);
-    for (int64_t j = 0; j < width; ++j) {
-      for (int64_t k = 0; k < vectors; ++k) {
-        const int64_t i = smaller(first + k * w, last);
-        const vec<S> dout = load_as(p.dout.at<const T>(b, h, i, j));
-        const vec<S> ds = load_as(p.out.at<const T>(b, h, i, j)) * (dout - load(row + k * w));
-        if (p.ds) store(p.ds.at<S>(b, h, i, j), ds);
-        if (p.dx) store_as(p.dx.at<T>(b, h, i, j), ds * scale);
+    const auto write = [&](auto* to, int64_t step, S scale) {
+      for (int64_t j = 0; j < columns; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) {
+          const vec<S> y = load_as(out + j * out_step + v * w);
+          const vec<S> d = load_as(dout + j * dout_step + v * w) - row[v];
+          store_as(to + j * step + v * w, y * d * scale);
+        }
       }
-    }
+    };
+    if (p.ds) write(p.ds.at<S>(b, h, i), p.ds.stride[3], S(1));
+    if (p.dx) write(p.dx.at<T>(b, h, i), p.dx.stride[3], S(p.options.scale));
   }
 };
 
 template <class T>
 void backward_columns(const SoftmaxBackward& p) {
-  const BackwardColumns<T> columns{p};
-  for_blocks<compute_t<T>>(p, [&](auto... where) { columns.block(where...); });
+  for_blocks<compute_t<T>>(p, BackwardColumns<T>{p});
 }
 
 }  // namespace

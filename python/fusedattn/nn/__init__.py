@@ -1,5 +1,20 @@
 """`nn.Module`s over the ops, state_dict-compatible with `torch.nn`."""
 
 from .attention import MultiheadAttention
+from .norm import LayerNorm, RMSNorm
+from .positional import (
+    LearnedPositionalEncoding,
+    RotaryEmbedding,
+    SinusoidalPositionalEncoding,
+)
+from .softmax import Softmax
 
-__all__ = ["MultiheadAttention"]
+__all__ = [
+    "LayerNorm",
+    "LearnedPositionalEncoding",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
+    "Softmax",
+]

@@ -163,7 +163,8 @@ def _backward_formula(inputs, seed, dims: int, config: NormConfig) -> tuple[Tens
     shape = z.shape
     tail = shape[len(shape) - dims :].numel()
     rows = (shape[: len(shape) - dims].numel(), tail)
-    dout, dz, z = (None if y is None else y.to(wide).reshape(rows) for y in (dout, dz, z))
+    matrices: list[Any] = [None if y is None else y.to(wide).reshape(rows) for y in inputs[:3]]
+    dout, dz, z = matrices
     weight = None if weight is None else weight.to(wide).reshape(-1)
     total, for_weight, for_bias = reference.norm_backward(
         dout, dz, z, weight,

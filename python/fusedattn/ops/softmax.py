@@ -43,10 +43,14 @@ def _formula(x, mask, bias, dim, config) -> Tensor:
 
 def _run_forward(x, mask, bias, dim, config, backend) -> Tensor:
     out = torch.empty_like(x)
-    if out.numel() != 0:
-        forward = op.kernels(backend).forward
-        for o, a, m, b in views((out, x, mask, bias), dim, config.causal):
-            forward(a, m, b, o, config)
+    if x.numel() == 0:
+        return out
+    kernels = op.kernels(backend)
+    if kernels.least_rank <= x.dim() <= 4 and dim in (-1, x.dim() - 1):
+        kernels.forward(x, mask, bias, out, config)
+        return out
+    for o, a, m, b in views((out, x, mask, bias), dim, config.causal):
+        kernels.forward(a, m, b, o, config)
     return out
 
 
@@ -65,9 +69,12 @@ def _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backen
             ds = out.new_empty(shape, dtype=stat)
             ds = ds if last else ds.movedim(-1, dim)
     if out.numel() != 0:
-        backward = op.kernels(backend).backward
-        for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
-            backward(g, o, a, s, config)
+        kernels = op.kernels(backend)
+        if kernels.least_rank <= out.dim() <= 4 and dim in (-1, out.dim() - 1):
+            kernels.backward(dout, out, dx, ds, config)
+        else:
+            for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
+                kernels.backward(g, o, a, s, config)
     if ds is not dbias:
         dbias.copy_(ds.sum_to_size(bias_shape))
     return dx, dbias

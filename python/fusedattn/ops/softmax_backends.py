@@ -7,7 +7,8 @@ Kernels are objects with
 
 on tensors (B, H, rows, width) of any strides; a mask or a bias may have size 1 or stride 0 where it
 is broadcast. They write every element of out, dx and ds; nothing is empty. dx and ds, which is
-contiguous and float32 (float64 for float64), are None where they are not wanted.
+contiguous and float32 (float64 for float64), are None where they are not wanted. Where `least_rank`
+is below 4, tensors may lack leading dimensions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
 from ._registry import Backend, Refusal
-from .softmax_config import SoftmaxCall
+from .softmax_config import HALVES, SoftmaxCall
 
 # --- views ---------------------------------------------------------------------------------------
 
@@ -36,12 +37,6 @@ def views(tensors: tuple[Tensor | None, ...], dim: int, causal: int) -> Iterator
     """
     rank = tensors[0].dim()  # type: ignore[union-attr]
     last = dim in (-1, rank - 1)
-    if rank <= 4 and last:
-        yield tuple(
-            t if t is None or t.dim() == 4 else t.view((1,) * (4 - t.dim()) + t.shape)
-            for t in tensors
-        )
-        return
     aligned = (None if t is None else t.view((1,) * (rank - t.dim()) + t.shape) for t in tensors)
     moved = tuple(t if t is None or last else t.movedim(dim, -1) for t in aligned)
     yield from _fit(moved, 2 if causal else 1)
@@ -85,14 +80,26 @@ def _emulated_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
     return emulated_refuses(call.x, requested)
 
 
-def _native_kernels(native: Any) -> Any:
+def _cpu_kernels() -> Any:
+    forward_rows, backward_rows = _native.cpu.softmax_forward, _native.cpu.softmax_backward
+
+    def forward(x, mask, bias, out, config):
+        forward_rows(x, mask, bias, out, config, 0)
+
+    def backward(dout, out, dx, ds, config):
+        backward_rows(dout, out, dx, ds, config, 0)
+
+    return SimpleNamespace(forward=forward, backward=backward, least_rank=0)
+
+
+def _cuda_kernels(native: Any) -> Any:
     def forward(x, mask, bias, out, config):
         native.softmax_forward(x, mask, bias, out, config, stream_of(x))
 
     def backward(dout, out, dx, ds, config):
         native.softmax_backward(dout, out, dx, ds, config, stream_of(out))
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, least_rank=0)
 
 
 # --- triton: kernels/softmax.py ------------------------------------------------------------------
@@ -105,7 +112,7 @@ def _triton_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
 def _triton_kernels() -> Any:
     from ..kernels.softmax import softmax_backward, softmax_forward
 
-    return SimpleNamespace(forward=softmax_forward, backward=softmax_backward)
+    return SimpleNamespace(forward=softmax_forward, backward=softmax_backward, least_rank=4)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
@@ -117,8 +124,11 @@ def _reference_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
 
 def _reference_kernels() -> Any:
     def wide(x: Any) -> Any:
-        """Half precision computes in float32, as the kernels do."""
-        return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+        """Half precision computes in float32, as the kernels do. Torch sums in an order that
+        depends on strides: a contiguous copy keeps them out of the result."""
+        if x is None:
+            return None
+        return (x.float() if x.dtype in HALVES else x).contiguous()
 
     def forward(x, mask, bias, out, config):
         with torch.autocast(x.device.type, enabled=False):
@@ -133,13 +143,13 @@ def _reference_kernels() -> Any:
             if grad is not None:
                 grad.copy_(value)
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, least_rank=4)
 
 
 BACKENDS = (
-    Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
-    Backend("cuda", _cuda_refuses, lambda: _native_kernels(_native.cuda)),
+    Backend("cpu", _cpu_refuses, _cpu_kernels),
+    Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
     Backend("triton", _triton_refuses, _triton_kernels),
-    Backend("cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),
     Backend("reference", _reference_refuses, _reference_kernels),
 )

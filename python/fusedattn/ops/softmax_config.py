@@ -37,7 +37,7 @@ class SoftmaxCall(NamedTuple):
     config: SoftmaxConfig
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256, typed=True)
 def configure(rank: int, dim: int, causal: bool | str, scale: float) -> SoftmaxConfig:
     """Check the options of a call on a tensor of `rank` dimensions."""
     if not isinstance(dim, int):

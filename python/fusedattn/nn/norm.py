@@ -1,0 +1,127 @@
+"""Layer norm and RMS norm as modules: `torch.nn.LayerNorm` and `torch.nn.RMSNorm` over the fused ops.
+
+With z = dropout(x) + residual (both optional) the output is the norm of z; a call with a residual
+also returns z, the residual stream for the next block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.layer_norm import layer_norm
+from ..ops.rms_norm import rms_norm
+
+
+def _check_dropout(name: str, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name}: got dropout_p={dropout_p}, expected 0 <= dropout_p <= 1")
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Drop-in for `torch.nn.LayerNorm`: same constructor, parameters and state_dict.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
+        dropout_p: probability of dropping an element of x while training.
+        residual_dtype: of the residual that is returned; that of the one given by default.
+    """
+
+    dropout_p: float = 0.0
+    residual_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dropout_p: float = 0.0,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_dropout("LayerNorm", dropout_p)
+        shape: Any = normalized_shape
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        self.dropout_p, self.residual_dtype = dropout_p, residual_dtype
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of z; with a residual (norm, z)."""
+        return layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            residual_dtype=None if residual is None else self.residual_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", dropout_p={self.dropout_p}" if self.dropout_p else "")
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Drop-in for `torch.nn.RMSNorm`: same constructor, parameters and state_dict.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as in torch; eps None is that of
+            the dtype of the input.
+        weight_offset: added to the weight. With 1 (Gemma) weights start at 0, so that the module
+            starts as the same function.
+        dropout_p: probability of dropping an element of x while training.
+        residual_dtype: of the residual that is returned; that of the one given by default.
+    """
+
+    weight_offset: float = 0.0
+    dropout_p: float = 0.0
+    residual_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_offset: float = 0.0,
+        dropout_p: float = 0.0,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_dropout("RMSNorm", dropout_p)
+        self.weight_offset = weight_offset  # first: torch's constructor calls reset_parameters
+        shape: Any = normalized_shape
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
+        self.dropout_p, self.residual_dtype = dropout_p, residual_dtype
+
+    def reset_parameters(self) -> None:
+        """Weights for which weight_offset + weight is 1."""
+        if self.elementwise_affine:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of z; with a residual (norm, z)."""
+        return rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            residual=residual,
+            weight_offset=self.weight_offset,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            residual_dtype=None if residual is None else self.residual_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        text += f", weight_offset={self.weight_offset}" if self.weight_offset else ""
+        return text + (f", dropout_p={self.dropout_p}" if self.dropout_p else "")

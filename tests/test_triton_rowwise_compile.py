@@ -1,0 +1,127 @@
+"""The machine code of the norms' and softmax's Triton kernels, compiled ahead of time.
+
+Run as a script with the name of a target, this file prints what `cuobjdump` finds as JSON, as
+`test_triton_compile.py` does for attention.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from test_triton_compile import CompileOnly, disassemble
+
+TARGETS = {"sm_80": (80, 166_912), "sm_90": (90, 232_448), "sm_100": (100, 232_448)}
+# name: dtype and widths. The hot ones are "layer" to "softmax", which must not spill.
+CASES = {
+    "layer": ("bfloat16", (1024, 4096, 8192)),
+    "rms": ("bfloat16", (1024, 8192)),
+    "softmax": ("bfloat16", (1024, 8192)),
+    "layer residual dropout": ("bfloat16", (4096,)),
+    "softmax mask bias causal": ("bfloat16", (4096,)),
+    "layer fp32": ("float32", (16384, 20480)),
+    "softmax fp32": ("float32", (20480,)),
+}
+HOT = ("layer", "rms", "softmax")
+
+
+# --- in the subprocess ---------------------------------------------------------------------------
+
+
+def launch_norm(case: str, width: int, dtype: torch.dtype) -> None:
+    from fusedattn.kernels.norm_bwd import norm_backward
+    from fusedattn.kernels.norm_fwd import norm_forward
+    from fusedattn.ops.norm_config import NormConfig
+
+    x, w, rstd = torch.empty(512, width, dtype=dtype), torch.empty(width), torch.empty(512)
+    w = w.to(dtype)
+    extra = x if "residual" in case else None
+    seed = torch.empty(1, dtype=torch.int64) if "dropout" in case else None
+    layer = "layer" in case
+    mean, bias = (rstd, w) if layer else (None, None)
+    config = NormConfig(layer, 1e-5, 0.0, 0.0 if seed is None else 0.1)
+    norm_forward(x, extra, w, bias, seed, x, extra, mean, rstd, config)
+    norm_backward(x, extra, x, w, mean, rstd, seed, x, extra, w, bias, config)
+
+
+def launch_softmax(case: str, width: int, dtype: torch.dtype) -> None:
+    from fusedattn.kernels.softmax import softmax_backward, softmax_forward
+    from fusedattn.ops.softmax_config import SoftmaxConfig
+
+    x = torch.empty(2, 4, 64, width, dtype=dtype)
+    mask = torch.empty(2, 1, 1, width, dtype=torch.bool) if "mask" in case else None
+    bias = torch.empty(1, 4, 64, width, dtype=dtype) if "bias" in case else None
+    config = SoftmaxConfig(2 if "causal" in case else 0, 1.0)
+    softmax_forward(x, mask, bias, x, config)
+    softmax_backward(x, x, x, None if bias is None else x.float(), config)
+
+
+def compile_target(name: str) -> list[dict[str, Any]]:
+    """A record for each kernel of each case and width."""
+    import triton
+    from fusedattn.kernels import common, norm_bwd, norm_fwd
+    from triton.runtime.driver import driver
+
+    arch, shared = TARGETS[name]
+    driver.set_active(CompileOnly(arch))
+    device = common.Device(arch, shared, l2=50 << 20, processors=132)
+    norm_fwd.device_of = norm_bwd.device_of = lambda x: device
+    run = triton.JITFunction.run
+    records, about = [], {}
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found = {"kernel": self.__name__, "warps": options["num_warps"]} | disassemble(kernel)
+        records.append(about | found)
+
+    triton.JITFunction.run = only_compile
+    for case, (dtype, widths) in CASES.items():
+        for width in widths:
+            about.update({"case": case, "width": width})
+            launch = launch_softmax if "softmax" in case else launch_norm
+            launch(case, width, getattr(torch, dtype))
+    return records
+
+
+# --- the tests -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [{"target": request.param} | record for record in json.loads(done.stdout)]
+
+
+@pytest.mark.slow
+def test_machine_code(compiled: list[dict[str, Any]]) -> None:
+    """No spills in the hot kernels, whose rows move 16 bytes at a time; shared memory fits."""
+    for record in compiled:
+        assert record["shared"] <= TARGETS[record["target"]][1], record
+        if record["case"] in HOT:
+            assert not any(record[name] for name in ("STACK", "LOCAL", "LDL", "STL")), record
+        # The registers of a processor hold the program.
+        assert record["REG"] * record["warps"] * 32 <= 65_536, record
+        if record["case"] in HOT and record["kernel"] != "parts_kernel":
+            # Every thread has 32 elements of x, or 16 of each of two tensors, and stores as many.
+            assert record["LDG"] >= 4, record
+            assert record["STG"] >= (4 if record["kernel"] == "forward_kernel" else 2), record
+
+
+@pytest.mark.slow
+def test_every_kernel_is_there(compiled: list[dict[str, Any]]) -> None:
+    norms = {x["kernel"] for x in compiled if "softmax" not in x["case"]}
+    assert norms == {"forward_kernel", "means_kernel", "backward_kernel", "parts_kernel"}
+    assert {x["width"] for x in compiled if x["kernel"] == "means_kernel"} == {20480}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_target(sys.argv[1])))

@@ -183,11 +183,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name, dirs_exist_ok=True)
     wanted = ";".join(each.removeprefix("sm_") for each in TARGETS)
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    log = run(
-        *command,
-        cwd=folder,
-        FUSEDATTN_CUDA_ARCHS=wanted,
-    )
+    log = run(*command, cwd=folder, timeout=1200, FUSEDATTN_CUDA_ARCHS=wanted)
     return Built(module_of(folder), log, kernels_of(module_of(folder)))
 
 

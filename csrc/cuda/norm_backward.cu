@@ -173,10 +173,10 @@ FUSEDATTN_DEVICE void finish(const Backward& b, int64_t number, const Inputs<T, 
       });
     some.each<group>([&](int k, int c) {
       const Pack<float, N> dout = widen(inputs.dout[from + k]), z = widen(inputs.z[from + k]);
+      columns.add(from + k, inputs.row, dout, z);
       Pack<float, N> total = through_norm(inputs.row, dout, load_shared(weight + c), z);
       if (fused && b.dz.there()) total = Add()(total, widen(dz[k]));
       write<T, fused>(b, number, c * int64_t(N), total);
-      columns.add(from + k, inputs.row, dout, z);
     });
   }
 }

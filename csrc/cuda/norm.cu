@@ -149,7 +149,7 @@ FUSEDATTN_DEVICE Moments moments_of(const Pack<float, N>& x) {
 }
 
 // A row to a block, or to a cluster.
-template <int N, bool fused>
+template <class T, int N, bool fused>
 FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
     norm_forward_wide(const FUSEDATTN_GRID_CONSTANT Forward f) {
   constexpr int K = fused ? 1 : N == 8 ? 2 : 4;  // chunks under way at a time
@@ -163,14 +163,12 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   for (int first = begin + thread(); first < end; first += K * block_size()) {
     const Chunks chunks{first, block_size(), end};
     Pack<float, N> z[K];
-    with_type(f.x.dtype, [&](auto type) {
-      using T = decltype(type);
-      Pack<T, N> x[K];
-      chunks.each<K>(
-          [&](int k, int c) { x[k] = fetch<T, N>(f.x, row * f.x.stride + c * int64_t(N)); });
-      chunks.each<K>([&](int k, int) { z[k] = widen(x[k]); });
-    });
-    if constexpr (fused) fuse(z, f, row, chunks);
+    Pack<Held<T>, N> x[K];
+    chunks.each<K>(
+        [&](int k, int c) { x[k] = fetch<T, N>(f.x, row * f.x.stride + c * int64_t(N)); });
+    chunks.each<K>([&](int k, int) { z[k] = widen(x[k]); });
+    if constexpr (fused)
+      if (f.z.there()) fuse(z, f, row, chunks);
     chunks.each<K>([&](int k, int c) {
       moments = MergeMoments()(moments, moments_of(z[k]));
       if (c - begin < f.kept) store_shared(kept + (c - begin), z[k]);
@@ -184,16 +182,23 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
     if (f.mean != nullptr) store(f.mean + row, mean);
     store(f.rstd + row, rstd);
   }
-  const Matrix& source = fused ? f.z : f.x;
   for (int c = begin + thread(); c < end; c += block_size()) {
     Pack<float, N> z[1];
-    z[0] = c - begin < f.kept ? load_shared(kept + (c - begin))
-                              : fetch<Any, N>(source, row * source.stride + c * int64_t(N));
-    write<Any>(z, mean, rstd, f, row, Chunks{c, 1, c + 1});
+    if (c - begin < f.kept)
+      z[0] = load_shared(kept + (c - begin));
+    else if (fused && f.z.there())
+      z[0] = fetch<Any, N>(f.z, row * f.z.stride + c * int64_t(N));
+    else
+      z[0] = widen(fetch<T, N>(f.x, row * f.x.stride + c * int64_t(N)));
+    write<T>(z, mean, rstd, f, row, Chunks{c, 1, c + 1});
   }
 }
 
 // --- choice --------------------------------------------------------------------------------------
+
+// Single elements have one kernel for both: fewer to compile.
+template <class T>
+constexpr bool always = std::is_same_v<T, Any>;
 
 template <class T, int N, int K>
 void launch_rows(Forward f, Launch shape) {
@@ -202,15 +207,14 @@ void launch_rows(Forward f, Launch shape) {
   shape.block = teams.team * teams.teams;
   shape.grid = (f.rows + teams.teams - 1) / teams.teams;
   shape.shared_bytes = reduction_bytes;
-  constexpr bool always = std::is_same_v<T, Any>;  // one kernel for both: fewer to compile
-  const auto kernel =
-      f.z.data != nullptr ? norm_forward_rows<T, N, K, true> : norm_forward_rows<T, N, K, always>;
+  const auto kernel = f.z.data != nullptr ? norm_forward_rows<T, N, K, true>
+                                          : norm_forward_rows<T, N, K, always<T>>;
   launch("norm_forward_rows", kernel, shape, f);
 }
 
 template <class T, int N>
 void launch_forward(Forward f, Launch shape) {
-  constexpr int most = N == 1 ? 8 : 16 / N;  // chunks of a thread
+  constexpr int most = N == 1 ? 4 : 16 / N;  // chunks of a thread
   const int64_t chunks = f.width / N;
   if (chunks <= warp_size) return launch_rows<T, N, 1>(f, shape);
   if (chunks <= max_threads * most) return launch_rows<T, N, most>(f, shape);
@@ -222,7 +226,7 @@ void launch_forward(Forward f, Launch shape) {
   shape.grid = f.rows * wide.cluster;
   shape.shared_bytes = wide.shared_bytes;
   const auto kernel =
-      f.z.data != nullptr ? norm_forward_wide<N, true> : norm_forward_wide<N, false>;
+      f.z.data != nullptr ? norm_forward_wide<T, N, true> : norm_forward_wide<T, N, always<T>>;
   launch("norm_forward_wide", kernel, shape, f);
 }
 

@@ -162,7 +162,7 @@ template <bool fused, class T, class Z, int N, int K>
 FUSEDATTN_DEVICE void finish(const Backward& b, int64_t number, const Inputs<T, Z, N, K>& inputs,
                              const Pack<float, N>* weight, ColumnSums<N, K>& columns,
                              const Chunks& chunks) {
-  constexpr int group = 2;  // all of dz at once would not fit the registers
+  constexpr int group = 8 / N;  // all of dz at once would not fit the registers
 #pragma unroll
   for (int from = 0; from < K; from += group) {
     const Chunks some{chunks.first + from * chunks.step, chunks.step, chunks.end};
@@ -173,10 +173,10 @@ FUSEDATTN_DEVICE void finish(const Backward& b, int64_t number, const Inputs<T, 
       });
     some.each<group>([&](int k, int c) {
       const Pack<float, N> dout = widen(inputs.dout[from + k]), z = widen(inputs.z[from + k]);
+      columns.add(from + k, inputs.row, dout, z);
       Pack<float, N> total = through_norm(inputs.row, dout, load_shared(weight + c), z);
       if (fused && b.dz.there()) total = Add()(total, widen(dz[k]));
       write<T, fused>(b, number, c * int64_t(N), total);
-      columns.add(from + k, inputs.row, dout, z);
     });
   }
 }
@@ -258,7 +258,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 1)
 
 // A strip of columns, one chunk to a thread, over `share` rows.
 template <int N>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(strip_threads, 4)
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(strip_threads, 3)
     norm_backward_strips(const FUSEDATTN_GRID_CONSTANT Backward b) {
   const int all = b.width / N;
   const int strips = (all + block_size() - 1) / block_size();
@@ -383,7 +383,7 @@ void launch_strips(const NormBackward& p, Backward b, Launch shape) {
   const int block = int(smaller(strip_threads, round_up(chunks, warp_size)));
   const int64_t strips = (chunks + block - 1) / block;
   const int64_t wanted =
-      smaller(b.rows, larger(1, processors * 8 * strip_threads / block / strips));
+      smaller(b.rows, larger(1, processors * 6 * strip_threads / block / strips));
   b.share = (b.rows + wanted - 1) / wanted;
   const int64_t parts = (b.rows + b.share - 1) / b.share;
 

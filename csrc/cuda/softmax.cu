@@ -162,7 +162,7 @@ FUSEDATTN_DEVICE float largest_of(const Pack<float, N>& x) {
 
 // A row to a team.
 template <class T, int N, int K, bool extras>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, extras ? 1 : 2)
     softmax_forward_rows(const FUSEDATTN_GRID_CONSTANT Forward f) {
   Team team(f.team);
   const int64_t number = block() * (block_size() / team.size) + team.index;

@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm as modules: `torch.nn.LayerNorm` and `torch.nn.RMSNorm` over the fused ops.
+"""Layer norm and RMS norm as modules: torch.nn's LayerNorm and RMSNorm over the fused ops.
 
 With z = dropout(x) + residual (both optional) the output is the norm of z; a call with a residual
 also returns z, the residual stream for the next block.
@@ -108,7 +108,9 @@ class RMSNorm(torch.nn.RMSNorm):
         if self.elementwise_affine:
             torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of z; with a residual (norm, z)."""
         return rms_norm(
             x,

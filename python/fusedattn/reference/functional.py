@@ -228,9 +228,9 @@ def _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed,
     if isinstance(seed, int):
         seed = torch.tensor([seed], device=x.device)
     z = dropout(x.reshape(rows, width), dropout_p, seed)
-    z = z if residual is None else z + residual.reshape(rows, width)
+    z = z if residual is None else (z + residual.reshape(rows, width)).to(residual.dtype)
     out = norm(z, weight, bias, **options)[0].reshape(x.shape).to(x.dtype)
-    return out if residual is None else (out, z.reshape(x.shape).to(residual.dtype))
+    return out if residual is None else (out, z.reshape(x.shape))
 
 
 def layer_norm(

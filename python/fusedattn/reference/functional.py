@@ -261,7 +261,8 @@ def rms_norm(
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.rms_norm` of z = dropout(x) + residual, with weight_offset + weight as the weight."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     options = {"centre": False, "eps": eps, "weight_offset": weight_offset}
     return _norm_of_shape(x, normalized_shape, weight, None, residual, dropout_p, seed, **options)
 

@@ -158,7 +158,8 @@ struct NormBackwardRows {
     const S slope = S(-double(of.rstd) * mean_gn);
     const S constant = S(-mean_g);
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
-      const vec<S> g = get<S>(dout + i, lanes) * get<S>(w + i, lanes);
+      // Rounded as in the first pass: where a row has one element the difference is 0.
+      const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
       vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
       if constexpr (Dz) value += get<S>(dz + i, lanes);
       set<S>(total + i, value, lanes);

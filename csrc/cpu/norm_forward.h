@@ -149,7 +149,7 @@ struct NormForwardRows {
     const double eps = p.options.eps, width = double(division.width);
     Moments total = merge(chunks);
     double variance = total.squares / width, scale = 1;
-    if (!(variance <= double(infinity<S>) / 2))
+    if (!(variance < double(infinity<S>)))
       scale = shrink<S>;
     else if (variance < vanishing<S> && eps < vanishing<S>)
       scale = 1 / shrink<S>;

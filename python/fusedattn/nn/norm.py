@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm as modules: those of `torch.nn` over the fused ops.
+"""Layer norm and RMS norm as modules: torch.nn's LayerNorm and RMSNorm over the fused ops.
 
 With z = dropout(x) + residual (both optional) the output is the norm of z; a call with a residual
 also returns z, the residual stream for the next block.
@@ -74,7 +74,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as in torch; eps None is that of
-            the dtype of the input.
+            `torch.nn.functional.rms_norm`.
         weight_offset: added to the weight. With 1 (Gemma) weights start at 0, so that the module
             starts as the same function.
         dropout_p: probability of dropping an element of x while training.

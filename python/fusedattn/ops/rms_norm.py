@@ -34,7 +34,8 @@ def rms_norm(
             made only where rows are not contiguous.
         normalized_shape: the sizes of the last dimensions of x; an int for one dimension.
         weight: of `normalized_shape`, any dtype; may be missing.
-        eps: added to the mean of the squares; by default torch.finfo(x.dtype).eps.
+        eps: added to the mean of the squares; by default the one that `F.rms_norm` takes,
+            torch.finfo(torch.float32).eps, for float64 that of float64.
         residual: of the shape of x, any dtype; added to x before the statistics.
         weight_offset: added to the weight, in float32; 1 for weights that are stored as their
             distance from 1 (Gemma). Without a weight it has no effect.
@@ -53,7 +54,8 @@ def rms_norm(
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
     if eps is None:
-        eps = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else 0.0
+        wide = isinstance(x, Tensor) and x.dtype == torch.float64
+        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
     config = options(False, eps, weight_offset, dropout_p)
     return normalise(
         x, normalized_shape, weight, None, residual, seed, residual_dtype, config, backend

@@ -228,9 +228,9 @@ def _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed,
     if isinstance(seed, int):
         seed = torch.tensor([seed], device=x.device)
     z = dropout(x.reshape(rows, width), dropout_p, seed)
-    z = z if residual is None else z + residual.reshape(rows, width)
+    z = z if residual is None else (z + residual.reshape(rows, width)).to(residual.dtype)
     out = norm(z, weight, bias, **options)[0].reshape(x.shape).to(x.dtype)
-    return out if residual is None else (out, z.reshape(x.shape).to(residual.dtype))
+    return out if residual is None else (out, z.reshape(x.shape))
 
 
 def layer_norm(
@@ -261,7 +261,8 @@ def rms_norm(
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.rms_norm` of z = dropout(x) + residual, with weight_offset + weight as the weight."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     options = {"centre": False, "eps": eps, "weight_offset": weight_offset}
     return _norm_of_shape(x, normalized_shape, weight, None, residual, dropout_p, seed, **options)
 

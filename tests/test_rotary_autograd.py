@@ -42,7 +42,9 @@ def test_in_place_writes_into_the_tensor(shape, backend):
     x = normal(*shape)
     want, version = fusedattn.apply_rotary(x, *tables(), backend=backend), x._version
     found = fusedattn.apply_rotary(x, *tables(), inplace=True, backend=backend)
-    assert found is x and torch.equal(x, want) and x._version > version
+    assert found is x
+    assert torch.equal(x, want)
+    assert x._version > version
 
 
 def test_in_place_pair_of_views(backend):
@@ -51,7 +53,9 @@ def test_in_place_pair_of_views(backend):
     want = fusedattn.apply_rotary_qk(q, k, *tables(), backend=backend)
     kept = v.clone()
     fusedattn.apply_rotary_qk(q, k, *tables(), inplace=True, backend=backend)
-    assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and torch.equal(v, kept)
+    assert torch.equal(q, want[0])
+    assert torch.equal(k, want[1])
+    assert torch.equal(v, kept)
 
 
 def test_in_place_change_is_seen_by_autograd(backend):
@@ -115,7 +119,8 @@ def test_gradcheck(inplace, options, fast_backend):
         return fusedattn.apply_rotary_qk(q, k, *tables(), **chosen)
 
     inputs = normal(2, 2, 3, 5, requires_grad=True), normal(2, 1, 3, 5, requires_grad=True)
-    assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
 
 
 def test_gradient_of_one_of_two(backend):
@@ -132,7 +137,8 @@ def test_gradient_that_came_in_is_not_overwritten(backend):
     x, dout = normal(2, 2, 3, 6, requires_grad=True), normal(2, 2, 3, 6)
     out, kept = fusedattn.apply_rotary(x, *tables(), backend=backend), dout.clone()
     grads = [torch.autograd.grad(out, x, dout, retain_graph=True)[0] for _ in range(2)]
-    assert torch.equal(dout, kept) and torch.equal(*grads)
+    assert torch.equal(dout, kept)
+    assert torch.equal(*grads)
 
 
 def test_query_is_key(fast_backend):
@@ -143,7 +149,7 @@ def test_query_is_key(fast_backend):
         torch.testing.assert_close(torch.autograd.grad((q * k).sum(), x)[0], 2 * x)
 
 
-# --- library ops, compile, export ------------------------------------------------------------------
+# --- library ops, compile, export ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rotary_fwd", "rotary_"])
@@ -189,7 +195,8 @@ def test_compiled_change_of_an_argument(fast_backend):
         fusedattn.apply_rotary(x, *tables(), inplace=True, backend=fast_backend)
 
     change(x)
-    assert torch.equal(x, want) and x._version > version
+    assert torch.equal(x, want)
+    assert x._version > version
 
 
 class Rotate(torch.nn.Module):
@@ -227,7 +234,8 @@ def test_transforms():
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(turned, reference.apply_rotary(tangent, cos, sin))
     grad = torch.func.grad(lambda c: fusedattn.apply_rotary(x, c, sin).square().sum())(cos)
-    assert grad.shape == cos.shape and grad.abs().max() > 0
+    assert grad.shape == cos.shape
+    assert grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in-place"])

@@ -78,7 +78,8 @@ def test_gradients(scale, fast_backend):
         return fusedattn.add_sinusoidal(x, scale=scale, backend=fast_backend)
 
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(function, (x,)) and gradgradcheck(function, (x,))
+    assert gradcheck(function, (x,))
+    assert gradgradcheck(function, (x,))
     torch.testing.assert_close(
         torch.func.jvp(function, (x.detach(),), (x.detach(),))[1], scale * x.detach()
     )
@@ -113,15 +114,15 @@ def test_meta():
 
 
 BAD = {
-    "integer": (dict(x=torch.zeros(2, 4).long()), TypeError, "x of dtype"),
-    "rank": (dict(x=torch.zeros(4)), ValueError, "at least 2"),
-    "positions": (dict(positions=torch.zeros(4)), TypeError, "positions of type"),
-    "shape": (dict(positions=torch.zeros(5).long()), ValueError, r"expected \(4,\)"),
-    "device": (dict(positions=torch.zeros(4, device="meta").long()), ValueError, "on meta"),
-    "offset": (dict(offset=0.5), TypeError, "offset of type float"),
-    "offset tensor": (dict(offset=torch.zeros(2).long()), ValueError, "expected one int32"),
-    "base": (dict(base=0.0), ValueError, "base=0.0"),
-    "scale": (dict(scale="1"), TypeError, "scale of type str"),
+    "integer": ({"x": torch.zeros(2, 4).long()}, TypeError, "x of dtype"),
+    "rank": ({"x": torch.zeros(4)}, ValueError, "at least 2"),
+    "positions": ({"positions": torch.zeros(4)}, TypeError, "positions of type"),
+    "shape": ({"positions": torch.zeros(5).long()}, ValueError, r"expected \(4,\)"),
+    "device": ({"positions": torch.zeros(4, device="meta").long()}, ValueError, "on meta"),
+    "offset": ({"offset": 0.5}, TypeError, "offset of type float"),
+    "offset tensor": ({"offset": torch.zeros(2).long()}, ValueError, "expected one int32"),
+    "base": ({"base": 0.0}, ValueError, "base=0.0"),
+    "scale": ({"scale": "1"}, TypeError, "scale of type str"),
 }
 
 

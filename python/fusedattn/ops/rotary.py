@@ -67,17 +67,31 @@ class RotaryFunction(torch.autograd.Function):
         return (None,) * 6 + tuple(next(turned) if want else None for want in wanted)
 
 
-class RotaryInPlaceFunction(RotaryFunction):
-    """The same in the memory of one x, which it returns: apply(…, x) -> x."""
+class RotaryInPlaceFunction(torch.autograd.Function):
+    """The same in the memory of one x, which it returns: apply(x, cos, …, backend) -> x.
+
+    x comes first because autograd takes the first argument for the one that is changed where it is
+    a view.
+    """
 
     @staticmethod
-    def forward(ctx: Any, cos, sin, positions, start, config, backend, x):
+    def forward(ctx: Any, x, cos, sin, positions, start, config, backend):
         ctx.save_for_backward(cos, sin, positions, start)
-        ctx.set_materialize_grads(False)
         ctx.config, ctx.backend = config, backend
         call_in_place(x, None, cos, sin, positions, start, config, backend)
         ctx.mark_dirty(x)
         return x
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        cos, sin, positions, start = ctx.saved_tensors
+        config = ctx.config._replace(inverse=not ctx.config.inverse)
+        options = cos, sin, positions, start, config, ctx.backend
+        if torch.is_grad_enabled():
+            (grad,) = RotaryFunction.apply(*options, dout)
+        else:
+            (grad,) = call((dout,), *options)
+        return grad, None, None, None, None, None, None
 
 
 # --- public functions ----------------------------------------------------------------------------
@@ -129,7 +143,7 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
     elif recorded:
         # A Function that changes a view may return one tensor only.
         arguments = (cos, sin, positions, start, config, backend)
-        return tuple(RotaryInPlaceFunction.apply(*arguments, y) for y in xs)
+        return tuple(RotaryInPlaceFunction.apply(y, *arguments) for y in xs)
     else:
         call_in_place(x, x2, cos, sin, positions, start, config, backend)
     return xs

@@ -1,0 +1,133 @@
+"""add_sinusoidal against the oracle: shapes, far positions, gradients, compile, bad input."""
+
+from __future__ import annotations
+
+import fusedattn
+import pytest
+import torch
+from compare import check, device_for, ulp
+from fusedattn.reference import functional as reference
+from torch.autograd import gradcheck, gradgradcheck
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def check_sinusoidal(x, backend, **options) -> torch.Tensor:
+    """The output under the tolerance rule."""
+    device = device_for(backend)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    out = fusedattn.add_sinusoidal(x.to(device), backend=backend, **moved).cpu()
+    ref, eager = (reference.add_sinusoidal(y, **options) for y in (x.double(), x))
+    check(out, ref, eager, what="out", case=f"{backend} {tuple(x.shape)} {options}")
+    return out
+
+
+SHAPES = {
+    "vectors": (2, 9, 64), "wide": (1, 5, 1000), "odd": (3, 7, 45), "narrow": (2, 5, 1),
+    "rank-2": (9, 48), "rank-4": (2, 3, 5, 32), "many-rows": (2, 300, 96),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes(dtype, shape, instruction_set):
+    x = torch.randn(SHAPES[shape], dtype=torch.float64).to(dtype)
+    check_sinusoidal(x, "cpu", scale=1.5, offset=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_backends(dtype, any_backend):
+    x = torch.randn(2, 5, 24).to(dtype)
+    check_sinusoidal(x, any_backend, scale=-2.0, offset=torch.tensor([4]), base=500.0)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_positions(index, backend):
+    x = torch.randn(2, 6, 40)
+    for shape in ((6,), (1, 6), (2, 6)):
+        check_sinusoidal(x, backend, positions=torch.randint(0, 5000, shape).to(index), offset=7)
+    check_sinusoidal(x[None], backend, positions=torch.randint(0, 99, (1, 2, 6)).to(index))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("first", [0, 255, 4095, 65_535, 131_071, 1_000_000])
+def test_an_ulp_at_any_position(first, dtype, instruction_set):
+    """gpt-neox#1003, sglang-jax#1473: fp32 phases are off by 6e-2 at position 10⁶."""
+    x = torch.zeros(1, 64, 128, dtype=dtype)
+    out = fusedattn.add_sinusoidal(x, offset=first, backend="cpu")
+    want = reference.add_sinusoidal(x.double(), offset=first)
+    assert (out.double() - want).abs().max() <= ulp(1.0, dtype)
+
+
+def test_strides(instruction_set):
+    x = torch.randn(3, 7, 40)
+    want = fusedattn.add_sinusoidal(x, backend="cpu")
+    apart = (x.mT.contiguous().mT, x.repeat_interleave(2, -1)[..., ::2], x.flip(1).flip(1))
+    for each in apart:
+        assert torch.equal(fusedattn.add_sinusoidal(each, backend="cpu"), want)
+
+
+def test_empty(backend):
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        assert fusedattn.add_sinusoidal(torch.empty(shape), backend=backend).shape == shape
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradients(scale, fast_backend):
+    def function(x):
+        return fusedattn.add_sinusoidal(x, scale=scale, backend=fast_backend)
+
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(function, (x,))
+    assert gradgradcheck(function, (x,))
+    torch.testing.assert_close(
+        torch.func.jvp(function, (x.detach(),), (x.detach(),))[1], scale * x.detach()
+    )
+    torch.testing.assert_close(torch.vmap(function)(x[None])[0], function(x))
+
+
+def test_opcheck(fast_backend):
+    torch.library.opcheck(
+        torch.ops.fusedattn.sinusoidal_fwd.default,
+        (torch.randn(2, 3, 8), torch.tensor([[1, 2, 9]]), None, fast_backend, 100.0, 2.0, 1),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic, fast_backend):
+    def function(x):
+        return fusedattn.add_sinusoidal(x, scale=2.0, offset=1, backend=fast_backend).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (4, 9, 30):
+        x = torch.randn(2, length, 16, requires_grad=True)
+        found, want = compiled(x), function(x)
+        torch.testing.assert_close(found, want)
+        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (found, want)]
+        torch.testing.assert_close(*grads)
+    torch._dynamo.reset()
+
+
+def test_meta():
+    assert fusedattn.add_sinusoidal(torch.empty(2, 3, 4, device="meta")).is_meta
+
+
+BAD = {
+    "integer": ({"x": torch.zeros(2, 4).long()}, TypeError, "x of dtype"),
+    "rank": ({"x": torch.zeros(4)}, ValueError, "at least 2"),
+    "positions": ({"positions": torch.zeros(4)}, TypeError, "positions of type"),
+    "shape": ({"positions": torch.zeros(5).long()}, ValueError, r"expected \(4,\)"),
+    "device": ({"positions": torch.zeros(4, device="meta").long()}, ValueError, "on meta"),
+    "offset": ({"offset": 0.5}, TypeError, "offset of type float"),
+    "offset tensor": ({"offset": torch.zeros(2).long()}, ValueError, "expected one int32"),
+    "base": ({"base": 0.0}, ValueError, "base=0.0"),
+    "scale": ({"scale": "1"}, TypeError, "scale of type str"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    changed, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        fusedattn.add_sinusoidal(**{"x": torch.zeros(2, 4, 6), **changed})

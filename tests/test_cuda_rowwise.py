@@ -1,4 +1,4 @@
-"""Norms in CUDA C++ (softmax: test_cuda_softmax.py): on the emulator in random thread orders, and on a GPU."""
+"""Norms in CUDA C++: on the emulator in random thread orders, and on a GPU."""
 
 from __future__ import annotations
 

@@ -159,6 +159,15 @@ TARGETS = ("sm_80", "sm_90")
 # Kernels that move whole rows, by what their demangled names match: every instantiation loads and
 # stores 16 bytes at a time.
 HOT_KERNELS: dict[str, tuple[str, ...]] = {
+    "norm": (
+        r"norm_forward_rows<(f16|bf16|float), [48], \d, \w+>",
+        r"norm_forward_wide<(f16|bf16|float), [48], \w+>",
+        r"norm_backward_rows<.*>",
+    ),
+    "softmax": (
+        r"softmax_forward_rows<(f16|bf16|float), [48], \d, \w+>",
+        r"softmax_backward_rows<(f16|bf16|float), [48], \d>",
+    ),
     "rotary": (r"rotary_kernel<\w+, [48], \w+>",),
     "sinusoidal": (r"sinusoidal_kernel<\w+, [48], true>",),
 }

@@ -46,7 +46,7 @@ def _run_forward(x, mask, bias, dim, config, backend) -> Tensor:
     if x.numel() == 0:
         return out
     kernels = op.kernels(backend)
-    if kernels.least_rank <= x.dim() <= 4 and dim in (-1, x.dim() - 1):
+    if kernels.any_rank and x.dim() <= 4 and dim in (-1, x.dim() - 1):
         kernels.forward(x, mask, bias, out, config)
         return out
     for o, a, m, b in views((out, x, mask, bias), dim, config.causal):
@@ -70,7 +70,7 @@ def _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backen
             ds = ds if last else ds.movedim(-1, dim)
     if out.numel() != 0:
         kernels = op.kernels(backend)
-        if kernels.least_rank <= out.dim() <= 4 and dim in (-1, out.dim() - 1):
+        if kernels.any_rank and out.dim() <= 4 and dim in (-1, out.dim() - 1):
             kernels.backward(dout, out, dx, ds, config)
         else:
             for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):

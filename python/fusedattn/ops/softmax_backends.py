@@ -7,8 +7,8 @@ Kernels are objects with
 
 on tensors (B, H, rows, width) of any strides; a mask or a bias may have size 1 or stride 0 where it
 is broadcast. They write every element of out, dx and ds; nothing is empty. dx and ds, which is
-contiguous and float32 (float64 for float64), are None where they are not wanted. Where `least_rank`
-is below 4, tensors may lack leading dimensions.
+contiguous and float32 (float64 for float64), are None where they are not wanted. With `any_rank`
+tensors may lack leading dimensions.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _cpu_kernels() -> Any:
     def backward(dout, out, dx, ds, config):
         backward_rows(dout, out, dx, ds, config, 0)
 
-    return SimpleNamespace(forward=forward, backward=backward, least_rank=0)
+    return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
 
 
 def _cuda_kernels(native: Any) -> Any:
@@ -99,7 +99,7 @@ def _cuda_kernels(native: Any) -> Any:
     def backward(dout, out, dx, ds, config):
         native.softmax_backward(dout, out, dx, ds, config, stream_of(out))
 
-    return SimpleNamespace(forward=forward, backward=backward, least_rank=0)
+    return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
 
 
 # --- triton: kernels/softmax.py ------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _triton_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
 def _triton_kernels() -> Any:
     from ..kernels.softmax import softmax_backward, softmax_forward
 
-    return SimpleNamespace(forward=softmax_forward, backward=softmax_backward, least_rank=4)
+    return SimpleNamespace(forward=softmax_forward, backward=softmax_backward, any_rank=False)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
@@ -143,7 +143,7 @@ def _reference_kernels() -> Any:
             if grad is not None:
                 grad.copy_(value)
 
-    return SimpleNamespace(forward=forward, backward=backward, least_rank=4)
+    return SimpleNamespace(forward=forward, backward=backward, any_rank=False)
 
 
 BACKENDS = (

@@ -178,8 +178,11 @@ struct NormForwardRows {
   // gives the bias itself.
   template <bool Weight, bool Bias>
   FUSEDATTN_INLINE void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
-                                        const S* weight, const S* bias) {
+                                        const S* weight, const S* bias, const Ahead& x,
+                                        const Ahead& residual) {
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
+      x.fetch(i);
+      residual.fetch(i);
       vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
       if constexpr (Weight) value *= get<S>(weight + i, lanes);
       if constexpr (Bias) value += get<S>(bias + i, lanes);
@@ -199,14 +202,16 @@ struct NormForwardRows {
     const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
     const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
     const S mean = S(s.mean), rstd = S(s.rstd);
+    const Ahead x(p.x, row + norm_block, columns.begin);
+    const Ahead residual(p.residual ? p.residual : p.x, row + norm_block, columns.begin);
     if (w && b)
-      scale_and_shift<true, true>(z, out, n, mean, rstd, w, b);
+      scale_and_shift<true, true>(z, out, n, mean, rstd, w, b, x, residual);
     else if (w)
-      scale_and_shift<true, false>(z, out, n, mean, rstd, w, b);
+      scale_and_shift<true, false>(z, out, n, mean, rstd, w, b, x, residual);
     else if (b)
-      scale_and_shift<false, true>(z, out, n, mean, rstd, w, b);
+      scale_and_shift<false, true>(z, out, n, mean, rstd, w, b, x, residual);
     else
-      scale_and_shift<false, false>(z, out, n, mean, rstd, w, b);
+      scale_and_shift<false, false>(z, out, n, mean, rstd, w, b, x, residual);
   }
 };
 

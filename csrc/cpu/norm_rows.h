@@ -16,7 +16,7 @@ constexpr int64_t norm_chunk = 2048;
 
 FUSEDATTN_INLINE int64_t chunks_of(int64_t width) { return (width + norm_chunk - 1) / norm_chunk; }
 
-constexpr int norm_block = 4;  // short rows that a thread takes together
+constexpr int norm_block = 2;  // short rows that a thread takes together
 
 // What one thread does: rows by columns. Few wide rows are split by columns (`split`): the threads
 // then meet after each sum.
@@ -71,6 +71,19 @@ struct Parameter {
       set<S>(to + i, *tensor ? get<S>(to + i, lanes) + offset : splat(S(1)), lanes);
     });
   }
+};
+
+// The rows that come next, fetched into L2 while these are being written: the
+// hardware's own prefetch stops at the end of each.
+struct Ahead {
+  const char* data;
+  int64_t element;
+
+  FUSEDATTN_MEMBER Ahead(const TensorView& x, int64_t row, int64_t column)
+      : data(static_cast<const char*>(x.data)), element(bytes_of(x.dtype)) {
+    data += (row * x.stride[0] + column) * element;
+  }
+  FUSEDATTN_MEMBER void fetch(int64_t i) const { __builtin_prefetch(data + i * element, 0, 2); }
 };
 
 // f(first column, columns) over the chunks of a range.

@@ -275,8 +275,14 @@ FUSEDATTN_INLINE vec<float> load_as(const float* p) { return load(p); }
 FUSEDATTN_INLINE vec<double> load_as(const double* p) { return load(p); }
 
 FUSEDATTN_INLINE vec<float> load_as(const bf16* p) {
+#if defined(__AVX512F__)
+  // GCC 12 converts a vector this wide in halves.
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vec<float>)((ints<float>)_mm512_cvtepu16_epi32(raw) << 16);
+#else
   const auto raw = *reinterpret_cast<const simd<float>::halves*>(p);
   return (vec<float>)(__builtin_convertvector(raw, ints<float>) << 16);
+#endif
 }
 
 FUSEDATTN_INLINE vec<float> load_as(const f16* p) {

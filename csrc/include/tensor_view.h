@@ -17,6 +17,11 @@ enum class DType : int { f16, bf16, f32, f64, boolean, i32, i64 };
 
 constexpr int float_dtypes = 4;  // the first four are what ops compute in
 
+FUSEDATTN_MEMBER constexpr int64_t bytes_of(DType dtype) {
+  constexpr int64_t bytes[] = {2, 2, 4, 8, 1, 4, 8};
+  return bytes[int(dtype)];
+}
+
 // A CUDA stream as an integer; 0 on a CPU.
 using Stream = uintptr_t;
 

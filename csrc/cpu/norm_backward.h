@@ -98,6 +98,7 @@ struct NormBackwardRows {
     const T* dout[Rows];
     const Z* z[Rows];
     vec<S> mean[Rows], rstd[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       dout[r] = dout_row(row + r, column);
       z[r] = z_row(row + r, column);
@@ -122,6 +123,7 @@ struct NormBackwardRows {
       if constexpr (Weight) set<S>(dweight + i, to_weight, lanes);
       if constexpr (Bias) set<S>(dbias + i, to_bias, lanes);
     });
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
       sums[r * chunks] = {double(reduce_add(g_sum[r])), double(reduce_add(gn_sum[r]))};
   }

@@ -5,8 +5,10 @@ namespace fusedattn::FUSEDATTN_ISA {
 
 template <class T>
 static void add(NormKernels& kernels) {
-  kernel_for<NormForward>(kernels, dtype_of<T>) = {norm_forward<T>};
-  kernel_for<NormBackward>(kernels, dtype_of<T>) = {norm_backward<T>};
+  if constexpr (served<T>) {
+    kernel_for<NormForward>(kernels, dtype_of<T>) = {norm_forward<T>};
+    kernel_for<NormBackward>(kernels, dtype_of<T>) = {norm_backward<T>};
+  }
 }
 
 NormKernels norm_kernels() {

@@ -275,12 +275,17 @@ static bool rotary(const Rotary& f) {
   return f.options.interleaved ? rotate_all<T, true>(f) : rotate_all<T, false>(f);
 }
 
+template <class T>
+static void add(RotaryKernels& kernels, DType dtype) {
+  if constexpr (served<T>) kernel_for<Rotary>(kernels, dtype) = {rotary<T>};
+}
+
 RotaryKernels rotary_kernels() {
   RotaryKernels kernels;
-  kernel_for<Rotary>(kernels, DType::f16) = {rotary<f16>};
-  kernel_for<Rotary>(kernels, DType::bf16) = {rotary<bf16>};
-  kernel_for<Rotary>(kernels, DType::f32) = {rotary<float>};
-  kernel_for<Rotary>(kernels, DType::f64) = {rotary<double>};
+  add<f16>(kernels, DType::f16);
+  add<bf16>(kernels, DType::bf16);
+  add<float>(kernels, DType::f32);
+  add<double>(kernels, DType::f64);
   return kernels;
 }
 

@@ -149,12 +149,17 @@ static bool sinusoidal(const Sinusoidal& f) {
   return true;
 }
 
+template <class T>
+static void add(SinusoidalKernels& kernels, DType dtype) {
+  if constexpr (served<T>) kernel_for<Sinusoidal>(kernels, dtype) = {sinusoidal<T>};
+}
+
 SinusoidalKernels sinusoidal_kernels() {
   SinusoidalKernels kernels;
-  kernel_for<Sinusoidal>(kernels, DType::f16) = {sinusoidal<f16>};
-  kernel_for<Sinusoidal>(kernels, DType::bf16) = {sinusoidal<bf16>};
-  kernel_for<Sinusoidal>(kernels, DType::f32) = {sinusoidal<float>};
-  kernel_for<Sinusoidal>(kernels, DType::f64) = {sinusoidal<double>};
+  add<f16>(kernels, DType::f16);
+  add<bf16>(kernels, DType::bf16);
+  add<float>(kernels, DType::f32);
+  add<double>(kernels, DType::f64);
   return kernels;
 }
 

@@ -473,8 +473,10 @@ bool softmax_backward(const SoftmaxBackward& p) {
 
 template <class T>
 void add(SoftmaxKernels& kernels, DType dtype) {
-  kernel_for<SoftmaxForward>(kernels, dtype) = {softmax_forward<T>};
-  kernel_for<SoftmaxBackward>(kernels, dtype) = {softmax_backward<T>};
+  if constexpr (served<T>) {
+    kernel_for<SoftmaxForward>(kernels, dtype) = {softmax_forward<T>};
+    kernel_for<SoftmaxBackward>(kernels, dtype) = {softmax_backward<T>};
+  }
 }
 
 }  // namespace

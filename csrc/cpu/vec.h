@@ -174,6 +174,11 @@ FUSEDATTN_INLINE vec<float> exp2_polynomial(vec<float> f) {
 
 template <int Degree>
 FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
+#if defined(__AVX512F__)
+  const vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);  // or NaN
+  return _mm512_maskz_scalef_ps(normal, exp2_polynomial<Degree>(x - n), n);
+#else
   // Adding 1.5·2²³ rounds to an integer in the low bits; + 127 makes those bits the exponent of
   // 2^n.
   constexpr float magic = 12582912.0f + 127.0f;
@@ -182,6 +187,7 @@ FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
   const vec<float> f = x - (shifted - magic);
   const vec<float> power = (vec<float>)((ints<float>)shifted << 23);
   return exp2_polynomial<Degree>(f) * power;
+#endif
 }
 
 template <int>
@@ -275,8 +281,14 @@ FUSEDATTN_INLINE vec<float> load_as(const float* p) { return load(p); }
 FUSEDATTN_INLINE vec<double> load_as(const double* p) { return load(p); }
 
 FUSEDATTN_INLINE vec<float> load_as(const bf16* p) {
+#if defined(__AVX512F__)
+  // One instruction, where GCC widens the halves of a converted vector apart.
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#else
   const auto raw = *reinterpret_cast<const simd<float>::halves*>(p);
   return (vec<float>)(__builtin_convertvector(raw, ints<float>) << 16);
+#endif
 }
 
 FUSEDATTN_INLINE vec<float> load_as(const f16* p) {

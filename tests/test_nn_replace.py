@@ -66,9 +66,7 @@ def test_swaps_in_place_and_computes_the_same(training):
         exact = copy.deepcopy(plain).double()
         for each, y in ((model, x), (plain, x), (exact, x.double())):
             each(y).square().sum().backward()
-        triples = zip(
-            model.named_parameters(), exact.parameters(), plain.parameters(), strict=True
-        )
+        triples = zip(model.named_parameters(), exact.parameters(), plain.parameters(), strict=True)
         for (name, got), ref, eager in triples:
             if ref.grad is not None:
                 check(got.grad, ref.grad, eager.grad, what=name, gradient=True)

@@ -174,6 +174,11 @@ FUSEDATTN_INLINE vec<float> exp2_polynomial(vec<float> f) {
 
 template <int Degree>
 FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
+#if defined(__AVX512F__)
+  const vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);  // or NaN
+  return _mm512_maskz_scalef_ps(normal, exp2_polynomial<Degree>(x - n), n);
+#else
   // Adding 1.5·2²³ rounds to an integer in the low bits; + 127 makes those bits the exponent of
   // 2^n.
   constexpr float magic = 12582912.0f + 127.0f;
@@ -182,6 +187,7 @@ FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
   const vec<float> f = x - (shifted - magic);
   const vec<float> power = (vec<float>)((ints<float>)shifted << 23);
   return exp2_polynomial<Degree>(f) * power;
+#endif
 }
 
 template <int>

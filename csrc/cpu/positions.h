@@ -1,9 +1,7 @@
 // The position of each row, for the ops that encode it: positions[b, i] or i, plus an offset.
 #pragma once
 
-#include <omp.h>
-
-#include "vec.h"
+#include "rowwise.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
@@ -31,10 +29,5 @@ struct Positions {
                                     : static_cast<const int64_t*>(view.data)[at];
   }
 };
-
-// Threads worth waking: none for work that is over before they are.
-FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
-  return elements < 24576 || omp_in_parallel() ? 1 : omp_get_max_threads();
-}
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -78,30 +78,11 @@ FUSEDATTN_INLINE void get_pair(const P* p, vec<S>& x, vec<S>& y) {
   }
 }
 
-// AVX-512-BF16 rounds in one instruction; it takes subnormals for 0.
-FUSEDATTN_INLINE void store_rounded(bf16* p, vec<float> x) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  const ints<float> bits = (ints<float>)x;
-  const ints<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1));
-  const __m256i kept = (__m256i)(((x == x ? rounded : bits | 0x400000) >> 16) & 0xffff);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-#else
-  store_as(p, x);
-#endif
-}
-template <class P, class V>
-FUSEDATTN_INLINE void store_rounded(P* p, V x) {
-  store_as(p, x);
-}
-
 // x rounded to P.
 template <class S, class P>
 FUSEDATTN_INLINE void set(P* p, vec<S> x, Whole) {
   if constexpr (sizeof(compute_t<P>) == sizeof(S)) {
-    store_rounded(p, x);
+    store_as(p, x);
   } else {
     for (int i = 0; i < width<S>; ++i) put(p + i, compute_t<P>(x[i]));
   }

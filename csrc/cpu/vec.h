@@ -308,7 +308,14 @@ FUSEDATTN_INLINE void store_as(double* p, vec<double> x) { store(p, x); }
 
 FUSEDATTN_INLINE void store_as(bf16* p, vec<float> x) {
 #if defined(__AVX512BF16__)
+  // Takes subnormals for 0.
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const ints<float> bits = (ints<float>)x;
+  const ints<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const __m256i kept = (__m256i)(((x == x ? rounded : bits | 0x400000) >> 16) & 0xffff);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   const ints<float> bits = (ints<float>)x;
   const ints<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -447,7 +447,7 @@ void run_wide(const Params& p, int threads) {
 
 template <class Rows, class Params>
 void run_rows(const Params& p) {
-  const int threads = threads_for(p);
+  const int threads = threads_for_elements(p.work());
   p.width() <= chunk ? run_narrow<Rows>(p, threads) : run_wide<Rows>(p, threads);
 }
 

@@ -1,10 +1,8 @@
 // What the two layouts of softmax.cpp share: where a row lies, and its scores' scale and bias.
 #pragma once
 
-#include <omp.h>
-
+#include "rowwise.h"
 #include "softmax.h"
-#include "vec.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 namespace {
@@ -21,12 +19,6 @@ FUSEDATTN_INLINE X smaller(X a, X b) {
 template <class X>
 FUSEDATTN_INLINE X larger(X a, X b) {
   return a > b ? a : b;
-}
-
-// Threads worth waking: none for work that is over before they are.
-template <class Params>
-FUSEDATTN_INLINE int threads_for(const Params& p) {
-  return p.work() < 30000 || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 
 FUSEDATTN_INLINE const TensorView& full_view(const SoftmaxForward& p) { return p.x; }

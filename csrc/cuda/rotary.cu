@@ -158,10 +158,6 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 2)
   }
 }
 
-constexpr int bytes_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 bool takes_packs(const Rotary& rotary, int n) {
   const int bytes = bytes_of(rotary.x.dtype);
   for (const TensorView* view : {&rotary.x, &rotary.out, &rotary.x2, &rotary.out2})

@@ -6,7 +6,6 @@
 namespace fusedattn::emulator {
 namespace {
 
-constexpr int bytes_of[] = {2, 2, 4, 8, 1, 4, 8};  // by DType
 constexpr const char* name_of[] = {"float16", "bfloat16", "float32", "float64",
                                    "bool",    "int32",    "int64"};
 
@@ -66,7 +65,7 @@ bool is_dense(const TensorView& view) {
 
 // NaN in every element, and nothing in the gaps.
 void fill_with_nan(const TensorView& view) {
-  const int element = bytes_of[int(view.dtype)];
+  const int64_t element = bytes_of(view.dtype);
   const bool is_float = int(view.dtype) < float_dtypes;
   for (int64_t b = 0; b < view.shape[0]; ++b)
     for (int64_t h = 0; h < view.shape[1]; ++h)
@@ -118,7 +117,7 @@ Memory& Memory::here() {
 void Memory::add_tensor(const TensorView& view) {
   Allocation added = {};
   added.begin = static_cast<char*>(view.data);
-  added.element = bytes_of[int(view.dtype)];
+  added.element = bytes_of(view.dtype);
   added.dense = is_dense(view);
   int order[4] = {0, 1, 2, 3};
   std::stable_sort(order, order + 4, [&](int a, int b) { return view.stride[a] > view.stride[b]; });

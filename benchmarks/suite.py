@@ -72,8 +72,8 @@ def make_plan(
         size=transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK,
         parts=(only,) if only else PARTS,
         seed=seed,
-        seconds=3600.0 if full else 240.0 if on_gpu else 110.0,
-        rowwise_seconds=1200.0 if full else 120.0 if on_gpu else 40.0,
+        seconds=3600.0 if full else 150.0 if on_gpu else 110.0,
+        rowwise_seconds=1200.0 if full else 60.0 if on_gpu else 40.0,
     )
 
 

@@ -52,7 +52,7 @@ class Size:
 
 QUICK = Size()
 FULL = Size(width=256, heads=4, layers=4, batch=4, steps=600, seconds=900.0)
-GPU = Size(width=512, heads=8, layers=6, batch=16, steps=1000, seconds=300.0)
+GPU = Size(width=512, heads=8, layers=6, batch=16, steps=1000, seconds=30.0)
 
 
 def sdpa_attention(

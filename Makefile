@@ -1,5 +1,5 @@
 # make bench    measure and plot everything here, and train the reference transformers
-# make test     the whole suite, then all but the benchmarks' with every fresh tensor full of NaN
+# make test     the whole suite, then once more with every fresh tensor full of NaN
 # make lint     ruff, clang-format, mypy
 # make gpu      on a machine with a GPU: its tests, compute-sanitizer, its benchmark grid
 # make format   let ruff and clang-format mend what they can
@@ -35,7 +35,7 @@ bench: $(BUILT)
 test: $(BUILT)
 	$(PYTHON) setup.py -q build_emulator
 	$(PYTHON) -m pytest tests
-	$(PYTHON) -m pytest tests -m "not slow" --deterministic --ignore-glob='*test_benchmark*'
+	$(PYTHON) -m pytest tests -m "not slow" --deterministic
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

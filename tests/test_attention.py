@@ -178,6 +178,12 @@ def test_long_sequence(causal, fast_backend):
     )
 
 
+def test_gradients_that_sum_over_many_queries(fast_backend):
+    # In one fp32 chain over all queries dk and dv lose four times what blocked sums lose.
+    case = AttentionCase(batch=1, heads=2, seq_q=16384, seq_k=8, dim=16)
+    check_attention(case, fast_backend)
+
+
 # One case or more for each path through the native kernels: tiles full and ragged, the triangle of
 # causal, grouped heads, each broadcast of the bias's gradient, and the split over keys of decode.
 PATHS = regimes(

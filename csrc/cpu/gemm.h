@@ -98,8 +98,7 @@ FUSEDATTN_INLINE void multiply_tile(int64_t depth, const unit_of<E>* a, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j)
-      sum[i][j] = accumulate ? load(c + i * ldc + j * width<S>) : vec<S>{};
+    for (int j = 0; j < N; ++j) sum[i][j] = vec<S>{};
   for (int64_t k = 0; k < depth; ++k, b += E::panel) {
     decltype(E::fetch(b)) column[N];
 #pragma GCC unroll 4
@@ -114,7 +113,10 @@ FUSEDATTN_INLINE void multiply_tile(int64_t depth, const unit_of<E>* a, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * width<S>, sum[i][j]);
+    for (int j = 0; j < N; ++j) {
+      S* const at = c + i * ldc + j * width<S>;
+      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <class E, int N>

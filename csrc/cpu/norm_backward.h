@@ -159,17 +159,21 @@ struct NormBackwardRows {
     const Normalise of(p, row);
     const S slope = S(-double(of.rstd) * mean_gn);
     const S constant = S(-mean_g);
-    const Ahead next_z(p.z, row + norm_block, column);
-    const Ahead next_dout(p.dout ? p.dout : p.z, row + norm_block, column);
-    for_vectors<S>(n, [&](int64_t i, auto lanes) {
-      next_z.fetch(i);
-      next_dout.fetch(i);
-      // Rounded as in the first pass: where a row has one element the difference is 0.
-      const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
-      vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
-      if constexpr (Dz) value += get<S>(dz + i, lanes);
-      set<S>(total + i, value, lanes);
-    });
+    const Ahead next_z(p.z, row, column);
+    const Ahead next_dout(p.dout, row, column);
+    write_vectors<S>(
+        total, n,
+        [&](int64_t i, auto lanes) {
+          // Rounded as in the first pass: where a row has one element the difference is 0.
+          const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
+          vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
+          if constexpr (Dz) value += get<S>(dz + i, lanes);
+          return value;
+        },
+        [&](int64_t i) {
+          next_z.fetch<S>(i);
+          next_dout.fetch<S>(i);
+        });
   }
 
   template <class To>

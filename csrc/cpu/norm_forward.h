@@ -60,6 +60,43 @@ static Moments centred_moments(const P* x, int64_t n, S scale) {
   return {double(centre) + d.mean / double(n), squares < 0 ? 0 : squares};
 }
 
+#if defined(__AVX512BF16__)
+// Σ x and Σ x² by the dot product of pairs.
+FUSEDATTN_INLINE Moments plain_sums(const bf16* x, int64_t n) {
+  constexpr int w = width<float>, ways = 4;
+  vec<float> first[ways] = {}, second[ways] = {};
+  int64_t i = 0;
+  for (; i + 2 * ways * w <= n; i += 2 * ways * w)
+#pragma GCC unroll 4
+    for (int k = 0; k < ways; ++k) add_squares_and_sums(x + i + 2 * k * w, second[k], first[k]);
+  for_vectors<float>(n - i, [&](int64_t j, auto lanes) {
+    const vec<float> d = get<float>(x + i + j, lanes);
+    first[0] += d;
+    second[0] += d * d;
+  });
+  return {reduce_add((first[0] + first[1]) + (first[2] + first[3])),
+          reduce_add((second[0] + second[1]) + (second[2] + second[3]))};
+}
+#endif
+
+// The moments of a chunk of scale · x; without a centre 0 and Σ x².
+template <class S, class P>
+static Moments moments_of(const P* x, int64_t n, S scale, bool centre) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<P, bf16>) {
+    if (scale == S(1)) {
+      const auto [sum, squares] = plain_sums(x, n);
+      if (!centre) return {0, squares};
+      // At most five bits of 24 are lost; a result has eight.
+      const double about_mean = squares - sum * sum / double(n);
+      if (about_mean * 32 >= squares) return {sum / double(n), about_mean};
+    }
+  }
+#endif
+  if (centre) return centred_moments<S>(x, n, scale);
+  return {0, deviations<false>(x, n, scale, S(0)).squares};
+}
+
 struct RowStatistics {
   double mean, rstd;
 };
@@ -115,9 +152,7 @@ struct NormForwardRows {
   }
 
   Moments moments(int64_t row, int64_t column, int64_t n, S scale) const {
-    const P* z = source(row, column);
-    return p.options.centre ? centred_moments<S>(z, n, scale)
-                            : Moments{0, deviations<false, S>(z, n, scale, S(0)).squares};
+    return moments_of<S>(source(row, column), n, scale, p.options.centre);
   }
 
   void first_pass(int64_t row, Range columns, Moments* chunks) const {
@@ -180,14 +215,18 @@ struct NormForwardRows {
   FUSEDATTN_INLINE void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
                                         const S* weight, const S* bias, const Ahead& x,
                                         const Ahead& residual) {
-    for_vectors<S>(n, [&](int64_t i, auto lanes) {
-      x.fetch(i);
-      residual.fetch(i);
-      vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
-      if constexpr (Weight) value *= get<S>(weight + i, lanes);
-      if constexpr (Bias) value += get<S>(bias + i, lanes);
-      set<S>(out + i, value, lanes);
-    });
+    write_vectors<S>(
+        out, n,
+        [&](int64_t i, auto lanes) {
+          vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
+          if constexpr (Weight) value *= get<S>(weight + i, lanes);
+          if constexpr (Bias) value += get<S>(bias + i, lanes);
+          return value;
+        },
+        [&](int64_t i) {
+          x.fetch<S>(i);
+          residual.fetch<S>(i);
+        });
   }
 
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
@@ -202,8 +241,8 @@ struct NormForwardRows {
     const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
     const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
     const S mean = S(s.mean), rstd = S(s.rstd);
-    const Ahead x(p.x, row + norm_block, columns.begin);
-    const Ahead residual(p.residual ? p.residual : p.x, row + norm_block, columns.begin);
+    const Ahead x(p.x, row, columns.begin);
+    const Ahead residual(p.residual, row, columns.begin);
     if (w && b)
       scale_and_shift<true, true>(z, out, n, mean, rstd, w, b, x, residual);
     else if (w)

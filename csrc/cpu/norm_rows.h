@@ -73,17 +73,30 @@ struct Parameter {
   }
 };
 
-// The rows that come next, fetched into L2 while these are being written: the
-// hardware's own prefetch stops at the end of each.
+// The rows that come after these, fetched into L2 while these are being written: the hardware's own
+// prefetch stops at the end of each, and a short row is over before memory has answered.
 struct Ahead {
-  const char* data;
-  int64_t element;
+  static constexpr int64_t least_bytes = 8192;
 
-  FUSEDATTN_MEMBER Ahead(const TensorView& x, int64_t row, int64_t column)
-      : data(static_cast<const char*>(x.data)), element(bytes_of(x.dtype)) {
-    data += (row * x.stride[0] + column) * element;
+  const char* data = nullptr;  // null where there is nothing to fetch
+  int64_t element = 0;
+
+  FUSEDATTN_MEMBER Ahead(const TensorView& x, int64_t row, int64_t column) {
+    if (!x) return;
+    element = bytes_of(x.dtype);
+    const int64_t bytes = x.stride[0] * element;
+    row += norm_block * bytes < least_bytes && bytes > 0 ? least_bytes / bytes : norm_block;
+    data = static_cast<const char*>(x.data) + row * bytes + column * element;
   }
-  FUSEDATTN_MEMBER void fetch(int64_t i) const { __builtin_prefetch(data + i * element, 0, 2); }
+
+  // What two vectors of S from column i on are stored in.
+  template <class S>
+  FUSEDATTN_MEMBER void fetch(int64_t i) const {
+    if (!data) return;
+    const char* from = data + i * element;
+    __builtin_prefetch(from, 0, 2);
+    if (2 * width<S> * element > 64) __builtin_prefetch(from + 64, 0, 2);
+  }
 };
 
 // f(first column, columns) over the chunks of a range.

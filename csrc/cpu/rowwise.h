@@ -95,6 +95,17 @@ FUSEDATTN_INLINE void set(P* p, vec<S> x, Some tail) {
   for (int i = 0; i < tail.n; ++i) put(p + i, compute_t<P>(lanes[i]));
 }
 
+// Two vectors in their order, rounded to P.
+template <class S, class P>
+FUSEDATTN_INLINE void set_pair(P* p, vec<S> x, vec<S> y) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<P, bf16> && std::is_same_v<S, float>)
+    return _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+#endif
+  set<S>(p, x, Whole{});
+  set<S>(p + width<S>, y, Whole{});
+}
+
 template <class V>
 FUSEDATTN_INLINE V zero_past(V x, Whole) {
   return x;
@@ -110,6 +121,20 @@ FUSEDATTN_INLINE void for_vectors(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + width<S> <= n; i += width<S>) body(i, Whole{});
   if (i < n) body(i, Some{int(n - i)});
+}
+
+// value(i, lanes) for the vectors of n elements, rounded to P at to + i; `before(i)` stands before
+// every two of them.
+template <class S, class P, class Value, class Before>
+FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, const Value& value, const Before& before) {
+  constexpr int w = width<S>;
+  int64_t i = 0;
+  for (; i + 2 * w <= n; i += 2 * w) {
+    before(i);
+    set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+  }
+  for_vectors<S>(n - i,
+                 [&](int64_t j, auto lanes) { set<S>(to + i + j, value(i + j, lanes), lanes); });
 }
 
 // f(pointer to the element at (row, column)) with the type that the tensor has.

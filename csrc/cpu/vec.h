@@ -336,6 +336,15 @@ FUSEDATTN_INLINE void store_as(f16* p, vec<float> x) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Σ x² and Σ x over pairs of elements, products exact; subnormal elements count as 0.
+FUSEDATTN_INLINE void add_squares_and_sums(const bf16* p, vec<float>& squares, vec<float>& sums) {
+  const __m512bh x = (__m512bh)_mm512_loadu_si512(p);
+  squares = _mm512_dpbf16_ps(squares, x, x);
+  sums = _mm512_dpbf16_ps(sums, x, (__m512bh)_mm512_set1_epi16(0x3f80));
+}
+#endif
+
 // Whether a set has kernels of its own for a dtype: to AVX-512, AVX-512-BF16 adds those of bf16.
 #if defined(__AVX512BF16__)
 template <class T>

@@ -11,8 +11,11 @@
 
 namespace fusedattn::emulator {
 
-void bind_planted(pybind11::module_& m);       // tests/planted.cu
-void bind_instructions(pybind11::module_& m);  // tests/instructions.cu
+// Of tests/<name>.cu.
+void bind_instructions(pybind11::module_& m);
+void bind_planted(pybind11::module_& m);
+void bind_schedule(pybind11::module_& m);
+void bind_tiles(pybind11::module_& m);
 
 }  // namespace fusedattn::emulator
 
@@ -26,8 +29,10 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   bindings::bind_softmax(m, checked<SoftmaxForward>, checked<SoftmaxBackward>);
   bindings::bind_rotary(m, checked<Rotary>);
   bindings::bind_sinusoidal(m, checked<Sinusoidal>);
-  emulator::bind_planted(m);
   emulator::bind_instructions(m);
+  emulator::bind_planted(m);
+  emulator::bind_schedule(m);
+  emulator::bind_tiles(m);
   m.def("seed", &emulator::seed, pybind11::arg("value"), "Seed the orders from here on.");
   m.def("switches", &emulator::switches, "Times that a thread was resumed.");
   m.def(

@@ -1,6 +1,7 @@
 // The Python module fusedattn._cuda_emulated: _cuda's functions on the emulator, for the tests.
 #include <pybind11/stl.h>
 
+#include "bindings/bind_attention.h"
 #include "bindings/bind_norm.h"
 #include "bindings/bind_rotary.h"
 #include "bindings/bind_sinusoidal.h"
@@ -11,7 +12,11 @@
 
 namespace fusedattn::emulator {
 
-void bind_planted(pybind11::module_& m);  // tests/planted.cu
+// Of tests/<name>.cu.
+void bind_instructions(pybind11::module_& m);
+void bind_planted(pybind11::module_& m);
+void bind_schedule(pybind11::module_& m);
+void bind_tiles(pybind11::module_& m);
 
 }  // namespace fusedattn::emulator
 
@@ -21,11 +26,15 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.doc() = "The CUDA kernels on a host emulator that checks what they do.";
   bindings::import_exchange();
   bindings::seen = emulator::add_tensor;
+  bindings::bind_attention(m, checked<AttentionForward>, checked<AttentionBackward>);
   bindings::bind_norm(m, checked<NormForward>, checked<NormBackward>);
   bindings::bind_softmax(m, checked<SoftmaxForward>, checked<SoftmaxBackward>);
   bindings::bind_rotary(m, checked<Rotary>);
   bindings::bind_sinusoidal(m, checked<Sinusoidal>);
+  emulator::bind_instructions(m);
   emulator::bind_planted(m);
+  emulator::bind_schedule(m);
+  emulator::bind_tiles(m);
   m.def("seed", &emulator::seed, pybind11::arg("value"), "Seed the orders from here on.");
   m.def("switches", &emulator::switches, "Times that a thread was resumed.");
   m.def(

@@ -1,0 +1,40 @@
+// attention_schedule.h for Python, one call at a time.
+#include "cuda/attention_schedule.h"
+
+#include <pybind11/pybind11.h>
+
+#include <tuple>
+
+namespace fusedattn::emulator {
+namespace {
+
+using Four = std::tuple<int, int, int, int>;
+
+cuda::Sight sight(int64_t seq_q, int64_t seq_k, int causal, int64_t keys) {
+  AttentionForward p;
+  p.q.shape[2] = seq_q;
+  p.k.shape[2] = seq_k;
+  p.options.causal = Causal(causal);
+  return cuda::sight(p, keys);
+}
+
+Four tuple(const cuda::Tiles& x) { return {x.begin, x.full_begin, x.full_end, x.end}; }
+
+}  // namespace
+
+void bind_schedule(pybind11::module_& m) {
+  m.def("key_tiles", [](int64_t seq_q, int64_t seq_k, int causal, int64_t keys, int64_t first,
+                        int rows, int width) {
+    return tuple(cuda::key_tiles(sight(seq_q, seq_k, causal, keys), first, rows, width));
+  });
+  m.def("query_tiles", [](int64_t seq_q, int64_t seq_k, int causal, int64_t keys, int64_t first,
+                          int rows, int width) {
+    return tuple(cuda::query_tiles(sight(seq_q, seq_k, causal, keys), first, rows, width));
+  });
+  m.def("work_of", [](uint32_t block, uint32_t tiles, uint32_t heads, uint32_t section) {
+    const cuda::Work work = cuda::work_of(block, tiles, heads, section);
+    return std::tuple(work.tile, work.head);
+  });
+}
+
+}  // namespace fusedattn::emulator

@@ -32,11 +32,14 @@ struct Meeting {
   std::vector<Thread*> waiting;
 };
 
+constexpr int slot_bytes = 64;
+
 struct Warp {
   Meeting meeting;
-  uint32_t epoch = 0;                   // sync_warp()s passed
-  uint32_t exchanges = 0;               // shuffles passed
-  uint64_t values[2][cuda::warp_size];  // of this shuffle, and of the one before
+  uint32_t epoch = 0;      // sync_warp()s passed
+  uint32_t exchanges = 0;  // exchanges passed
+  // Of this exchange, and of the one before, which a lane may not have left yet.
+  alignas(slot_bytes) char slots[2][cuda::warp_size * slot_bytes];
 };
 
 struct Block {
@@ -50,12 +53,24 @@ struct Block {
   Shadow shadow;
 };
 
+// A cp.async on its way.
+struct Copy {
+  char* to;
+  const char* from;
+  bool exists;
+  uint32_t group;
+};
+
+constexpr int copy_bytes = 16;
+
 struct Thread {
   Position position;
   Block* block = nullptr;
   Warp* warp = nullptr;
   Meeting* at = nullptr;  // where it waits
   bool ended = false;
+  std::vector<Copy> copies;  // in flight, oldest first
+  uint32_t groups = 0;       // committed
   Fiber fiber;
 
   int lane() const { return position.thread % cuda::warp_size; }
@@ -183,6 +198,7 @@ void Machine::prepare(int64_t cluster, const std::function<void()>* body) {
       thread.warp = &block.warps[size_t(i / cuda::warp_size)];
       thread.at = nullptr;
       thread.ended = false;
+      thread.copies.clear();
       thread.fiber.start(body);
       ready_.push_back(&thread);
     }
@@ -308,7 +324,7 @@ void Machine::note(const void* at, int bytes, Space space, Access access) {
   else
     problem = note_shared(static_cast<const char*>(at), bytes, space, access, moment);
   if (problem.empty()) return;
-  const char* const verbs[] = {"load", "store", "atomic addition"};
+  const char* const verbs[] = {"load", "store", "atomic addition", "copy", "landing of a copy"};
   const char* const spaces[] = {"global", "global", "shared", "remote shared"};
   char address[24];
   std::snprintf(address, sizeof address, "%p", at);
@@ -345,16 +361,53 @@ void sync_cluster(const Where& where) {
   machine.meet(machine.cluster_meeting, "sync_cluster()", where, [] { ++machine.cluster_epoch; });
 }
 
-uint64_t shuffle(uint64_t value, int bytes, int from, const Where& where) {
+const void* exchange(const void* slot, int bytes, SlotWork* at_last, const char* what,
+                     const Where& where) {
   Thread& self = machine.running();
   Warp& warp = *self.warp;
+  char* slots = warp.slots[warp.exchanges % 2];
+  std::memcpy(slots + self.lane() * bytes, slot, size_t(bytes));
+  machine.meet(warp.meeting, what, where, [&] {
+    ++warp.exchanges;
+    if (at_last != nullptr) at_last(slots);
+  });
+  return slots;
+}
+
+uint64_t shuffle(uint64_t value, int bytes, int from, const Where& where) {
   if (from < 0 || from >= cuda::warp_size)
     machine.fail("shuffle from lane " + std::to_string(from) + ", " + place(where));
-  uint64_t* values = warp.values[warp.exchanges % 2];
-  values[self.lane()] = value;
   const char* what = bytes == 4 ? "a shuffle of 4 bytes" : "a shuffle of 8 bytes";
-  machine.meet(warp.meeting, what, where, [&] { ++warp.exchanges; });
-  return values[from];
+  return static_cast<const uint64_t*>(exchange(&value, 8, nullptr, what, where))[from];
+}
+
+void copy_async(void* to, const void* from, bool exists) {
+  if (exists)
+    machine.note(from, copy_bytes, Space::global, Access::load);
+  else if (reinterpret_cast<uintptr_t>(from) % copy_bytes != 0)
+    machine.fail("copy_async() of zeros: the address in global memory is misaligned");
+  machine.note(to, copy_bytes, Space::shared, Access::copy);
+  Thread& self = machine.running();
+  self.copies.push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), exists, self.groups});
+}
+
+void commit_copies() { ++machine.running().groups; }
+
+void wait_copies(int newest) {
+  Thread& self = machine.running();
+  // Groups are counted on from kernel to kernel, so the difference is what has to be compared.
+  const auto lands = [&](const Copy& copy) { return int(self.groups - copy.group) > newest; };
+  size_t landed = 0;
+  for (; landed < self.copies.size() && lands(self.copies[landed]); ++landed) {
+    const Copy& copy = self.copies[landed];
+    machine.note(copy.to, copy_bytes, Space::shared, Access::landing);
+    if (copy.exists)
+      std::memcpy(copy.to, copy.from, copy_bytes);
+    else
+      std::memset(copy.to, 0, copy_bytes);
+  }
+  self.copies.erase(self.copies.begin(), self.copies.begin() + ptrdiff_t(landed));
 }
 
 void note(const void* at, int bytes, cuda::Space space, Access access) {

@@ -35,6 +35,19 @@ void sync_cluster(const Where& where);
 // The value that lane `from` brings. All lanes of the warp bring one of the same size.
 uint64_t shuffle(uint64_t value, int bytes, int from, const Where& where);
 
+// All lanes of the warp bring a slot of so many bytes, at most 64, and the last to come works on
+// them. Returned are the 32 slots; they stay as they are until the lane's next exchange.
+using SlotWork = void(void* slots);
+const void* exchange(const void* slot, int bytes, SlotWork* at_last, const char* what,
+                     const Where& where);
+
+// Asynchronous copies of 16 bytes from global to shared memory (cp.async). They land as late as
+// may be: when their thread waits for their group. Where not `exists`, zeros land.
+void copy_async(void* to, const void* from, bool exists);
+void commit_copies();
+// All but the thread's newest so many groups land.
+void wait_copies(int newest);
+
 // Check a load, store or atomic addition; alignment is that of its size.
 void note(const void* at, int bytes, cuda::Space space, Access access);
 

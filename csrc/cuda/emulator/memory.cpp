@@ -41,11 +41,11 @@ bool ordered(const Trace& trace, const Moment& now, uint32_t first_cluster, int 
 }
 
 // Add an access to a trace: it replaces what is ordered before it and joins what is not.
-void join(Trace& trace, const Moment& now, bool atomic, uint32_t first_cluster, int block_size) {
+void join(Trace& trace, const Moment& now, Access access, uint32_t first_cluster, int block_size) {
   const Width width = ordered(trace, now, first_cluster, block_size)
                           ? Width::thread
                           : std::max(trace.width, distance(trace.moment, now, block_size));
-  trace = {now, width, atomic};
+  trace = {now, width, access == Access::atomic, access == Access::copy};
 }
 
 std::string text(const Trace& trace, const char* what, int block_size) {
@@ -86,11 +86,13 @@ std::string Shadow::note(int64_t offset, int bytes, Access access, const Moment&
   };
   for (int64_t i = offset / granule_; i <= (offset + bytes - 1) / granule_; ++i) {
     Cell& cell = cells_[size_t(i)];
+    if (cell.store.in_flight && access != Access::landing)
+      return text(cell.store, "a copy that no wait_copies() has landed", block_size);
     const bool both_atomic = access == Access::atomic && cell.store.atomic;
     if (!both_atomic && !before(cell.store)) return text(cell.store, "a store", block_size);
     if (access != Access::load && !before(cell.load)) return text(cell.load, "a load", block_size);
     Trace& trace = access == Access::load ? cell.load : cell.store;
-    join(trace, now, access == Access::atomic, first_cluster, block_size);
+    join(trace, now, access, first_cluster, block_size);
   }
   return "";
 }

@@ -11,7 +11,9 @@
 
 namespace fusedattn::emulator {
 
-enum class Access : uint8_t { load, store, atomic };
+// A copy is the beginning of an asynchronous one: until its landing, what the place holds is
+// undefined, so that no thread may touch it.
+enum class Access : uint8_t { load, store, atomic, copy, landing };
 
 // A moment in the life of a thread. Everything up to a barrier is ordered before everything after
 // it, for the threads that meet there.
@@ -28,6 +30,7 @@ struct Trace {
   Moment moment;
   Width width = Width::thread;  // how far apart the threads are
   bool atomic = false;
+  bool in_flight = false;
 };
 
 // The history of a range of memory in granules of a few bytes.

@@ -21,7 +21,7 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_config.h"
+#include "attention_backward_config.h"
 #include "tile.cuh"
 
 namespace fusedattn::cuda {
@@ -34,6 +34,7 @@ struct Backward : AttentionBackward {
   float* delta;   // Δ
   float* dq_sum;  // (B, Hq, tiles of queries, tile): fragments of dq / scale; absent: not wanted
   int64_t rows;   // Sq rounded up to row_padding
+  float scale, scale_log2;  // scale · log₂e
 
   FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const { return (b * heads() + h) * rows; }
 
@@ -113,6 +114,41 @@ struct Skipping {
   }
 };
 
+// --- before: the terms of each query -------------------------------------------------------------
+
+constexpr int terms_threads = 256, terms_team = 8;  // threads of a query
+
+template <class T>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
+    attention_backward_rows(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  constexpr int N = pack_size<T>;
+  const int rank = thread() % terms_team;
+  const int64_t at = block() * (terms_threads / terms_team) + thread() / terms_team;
+  const int64_t head = at / p.rows, i = at - head * p.rows;
+  const int64_t b = head / p.heads(), h = head - b * p.heads();
+  const bool exists = i < p.seq_q();
+  float sum = 0.0f;
+  if (exists && p.dout) {
+    const T *out = p.out.at<T>(b, h, i), *dout = p.dout.at<T>(b, h, i);
+    for (int64_t c = rank * N; c < p.head_dim_v(); c += terms_team * N) {
+      const auto x = widen(load<N>(out + c)), dx = widen(load<N>(dout + c));
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum = fma(x[e], dx[e], sum);
+    }
+  }
+#pragma unroll
+  for (int apart = terms_team / 2; apart > 0; apart /= 2) sum += shuffle_xor(sum, apart);
+  if (rank != 0) return;
+  float shift = INFINITY, delta = 0.0f;
+  const float lse = exists ? load(p.lse.at<float>(b, h, i)) : -INFINITY;
+  if (lse != -INFINITY) {
+    shift = lse * log2_e;
+    delta = p.dlse ? sum - load(p.dlse.at<float>(b, h, i)) : sum;
+  }
+  store(p.shift + at, shift);
+  store(p.delta + at, delta);
+}
+
 // --- a tile of keys ------------------------------------------------------------------------------
 
 template <class T, int head_dim, KeysShape shape>
@@ -124,8 +160,8 @@ class KeysKernel {
     const int64_t tiles = (p.seq_k() + shape.keys - 1) / shape.keys;
     const int64_t head = block() / tiles;
     first_key = int(block() - head * tiles) * shape.keys;
-    b = head / p.heads_kv();
-    kv_head = head - b * p.heads_kv();
+    b = int(head / p.heads_kv());
+    kv_head = int(head - b * p.heads_kv());
     keys_end = p.existing_keys(b);
     row = warp() / shape.column_warps * rows_of_warp;
     part = warp() % shape.column_warps;
@@ -139,7 +175,7 @@ class KeysKernel {
     clear(dv);
     copy_tile<threads>(k_tile(), rows_of(p.k, b, kv_head), first_key, keys_end, width_of(p.k));
     copy_tile<threads>(v_tile(), rows_of(p.v, b, kv_head), first_key, keys_end, width_of(p.v));
-    At at = {kv_head * p.group(), first_query}, next = at;
+    At at = {kv_head * int(p.group()), first_query}, next = at;
     if (exists(at)) begin(at, 0);
     int stage = 0;
     for (; exists(at); at = next) {
@@ -166,6 +202,7 @@ class KeysKernel {
   static constexpr bool shared_p = shape.column_warps > 1;
   static_assert(shape.keys % (16 * key_warps) == 0 && columns % 16 == 0);
   static_assert(queries_of_warp % step == 0 && step % 16 == 0);
+  static_assert(!shared_p || queries_of_warp == step);
   using Stays = Tile<shape.keys, head_dim>;          // of K, V
   using Passes = Tile<shape.queries, head_dim>;      // of Q, dout
   using Scores = Tile<shape.keys, shape.queries>;    // of pᵀ, dsᵀ
@@ -181,8 +218,7 @@ class KeysKernel {
 
   // A tile of queries of one head.
   struct At {
-    int64_t head;
-    int query;
+    int head, query;
   };
 
   FUSEDATTN_DEVICE Stays k_tile() const { return {shared_memory()}; }
@@ -201,7 +237,7 @@ class KeysKernel {
   }
 
   FUSEDATTN_DEVICE bool exists(const At& at) const {
-    return at.query < end && at.head < (kv_head + 1) * p.group();
+    return at.query < end && at.head < (kv_head + 1) * int(p.group());
   }
 
   FUSEDATTN_DEVICE At after(At at) const {
@@ -228,10 +264,12 @@ class KeysKernel {
   FUSEDATTN_DEVICE void accumulate(const At& at, int stage, const Function& all_read) {
     const Reach reach(p, keys_end, at.query, first_key);
     const Passes q = q_tile(stage), dout = dout_tile(stage);
+    Held weights, ds;
     if constexpr (shared_p) {
-      scores_of(part * queries_of_warp, reach, stage, [&](const Held& a, int query) {
-        put(p_tile(), row, query / chunk_size, a);
-      }, [&](const Held& a, int query) {});
+      const int query = part * queries_of_warp;
+      scores_of(weights, ds, query, reach, stage);
+      put(p_tile(), row, query / chunk_size, weights);
+      put(ds_tile(), row, query / chunk_size, ds);
       sync_block();
       const int skip = part * columns / 16;
       multiply<T, shape.queries / 16>(dv, OperandA<Scores, Sum::along>(p_tile(), row),
@@ -241,34 +279,29 @@ class KeysKernel {
       if (shape.stages == 1) sync_block();
     } else {
 #pragma unroll 1
-      for (int query = 0; query < shape.queries; query += step)
-        scores_of(query, reach, stage, [&](const Held& a, int) {
-          multiply<T, step / 16>(dv, a, OperandB<Passes, Sum::across>(dout, query));
-        }, [&](const Held& a, int) {
-          multiply<T, step / 16>(dk, a, OperandB<Passes, Sum::across>(q, query));
-        });
+      for (int query = 0; query < shape.queries; query += step) {
+        scores_of(weights, ds, query, reach, stage);
+        put(ds_tile(), row, query / chunk_size, ds);
+        multiply<T, step / 16>(dv, weights, OperandB<Passes, Sum::across>(dout, query));
+        multiply<T, step / 16>(dk, ds, OperandB<Passes, Sum::across>(q, query));
+      }
       sync_block();
     }
     all_read();
     if (p.dq_sum != nullptr) add_dq(at);
   }
 
-  // pᵀ and dsᵀ of `step` queries: each is handed over as an operand, and dsᵀ is put to shared
-  // memory.
-  template <class TakeP, class TakeDs>
-  FUSEDATTN_DEVICE void scores_of(int query, const Reach& reach, int stage, const TakeP& take_p,
-                                  const TakeDs& take_ds) const {
-    Pack<float, 4> weights[m][step / 8], ds[m][step / 8];
-    Held held;
-    clear(weights);
-    multiply<T, head_dim / 16>(weights, OperandA<Stays, Sum::along>(k_tile(), row),
+  // pᵀ and dsᵀ of `step` queries.
+  FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, int query, const Reach& reach,
+                                  int stage) const {
+    Pack<float, 4> s[m][step / 8], dp[m][step / 8];
+    clear(s);
+    clear(dp);
+    multiply<T, head_dim / 16>(s, OperandA<Stays, Sum::along>(k_tile(), row),
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
-    probabilities(weights, query, reach, stage);
-    held.round(weights);
-    take_p(held, query);
-    clear(ds);
-    multiply<T, head_dim / 16>(ds, OperandA<Stays, Sum::along>(v_tile(), row),
+    multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
                                OperandB<Passes, Sum::along>(dout_tile(stage), query));
+    probabilities(s, query, reach, stage);
 #pragma unroll
     for (int j = 0; j < step / 8; ++j) {
       const auto delta =
@@ -276,24 +309,22 @@ class KeysKernel {
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) ds[i][j][e] = weights[i][j][e] * (ds[i][j][e] - delta[e % 2]);
+        for (int e = 0; e < 4; ++e) dp[i][j][e] = s[i][j][e] * (dp[i][j][e] - delta[e % 2]);
     }
-    held.round(ds);
-    put(ds_tile(), row, query / chunk_size, held);
-    take_ds(held, query);
+    weights.round(s);
+    ds.round(dp);
   }
 
   // Scores to probabilities; 0 where a key is hidden.
   FUSEDATTN_DEVICE void probabilities(Pack<float, 4> (&s)[m][step / 8], int query,
                                       const Reach& reach, int stage) const {
-    const float scale = float(p.options.scale * double(log2_e));
 #pragma unroll
     for (int j = 0; j < step / 8; ++j) {
       const auto shift = load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[i][j][e] = exp2(fma(s[i][j][e], scale, -shift[e % 2]));
+        for (int e = 0; e < 4; ++e) s[i][j][e] = exp2(fma(s[i][j][e], p.scale_log2, -shift[e % 2]));
     }
     if (!reach.hides(shape.keys)) return;
 #pragma unroll
@@ -313,8 +344,8 @@ class KeysKernel {
     Pack<float, 4> dq[DqShape::m][DqShape::n];
     clear(dq);
     multiply<T, shape.keys / 16>(
-        dq, Skipping{OperandA<Scores, Sum::across>(ds_tile()), DqShape::row() / 16},
-        Skipping{OperandB<Stays, Sum::across>(k_tile()), DqShape::column() / 16});
+        dq, Skipping{OperandA<Scores, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
+        Skipping{OperandB<Stays, Sum::across>(k_tile(), 0), DqShape::column() / 16});
     float* sum = p.dq_sum + DqShape::at(p, b, at.head, at.query);
 #pragma unroll
     for (int i = 0; i < DqShape::m; ++i)
@@ -327,7 +358,7 @@ class KeysKernel {
 
   // dK and dV, through the tiles of K and V.
   FUSEDATTN_DEVICE void write() {
-    put<T>(k_tile(), row, part * columns / chunk_size, dk, float(p.options.scale));
+    put<T>(k_tile(), row, part * columns / chunk_size, dk, p.scale);
     put<T>(v_tile(), row, part * columns / chunk_size, dv, 1.0f);
     sync_block();
     constexpr int rows = shape.keys / shape.warps;
@@ -339,7 +370,7 @@ class KeysKernel {
   }
 
   const Backward& p;
-  int64_t b, kv_head;
+  int b, kv_head;
   int first_key, keys_end;  // of the tile; keys of this batch entry that exist
   int first_query, end;     // of the queries that see some of the tile
   int row, part;            // of the tile's keys; of the warps that share them
@@ -350,6 +381,33 @@ template <class T, int head_dim, KeysShape shape>
 FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, shape.blocks)
     attention_backward_keys(const FUSEDATTN_GRID_CONSTANT Backward p) {
   KeysKernel<T, head_dim, shape>(p).run();
+}
+
+// --- after: dQ from its sums ---------------------------------------------------------------------
+
+template <class T, int head_dim, KeysShape shape>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, 1)
+    attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  using Shape = DqFragments<head_dim, shape>;
+  const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
+  const int query = int(block() - head * tiles) * shape.queries;
+  const int64_t b = head / p.heads(), h = head - b * p.heads();
+  const float* sum = p.dq_sum + Shape::at(p, b, h, query);
+  Pack<float, 4> dq[Shape::m][Shape::n];
+#pragma unroll
+  for (int i = 0; i < Shape::m; ++i)
+#pragma unroll
+    for (int j = 0; j < Shape::n; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        dq[i][j][e] = load_streaming(sum + ((i * Shape::n + j) * 4 + e) * warp_size);
+  const Tile<shape.queries, head_dim> tile = {shared_memory()};
+  put<T>(tile, Shape::row(), Shape::column() / chunk_size, dq, p.scale);
+  sync_block();
+  constexpr int rows = shape.queries / shape.warps;
+  const int r = warp() * rows;
+  write_rows<rows>(tile, r, p.dq.at<uint16_t>(b, h), p.dq.stride[2], query + r, int(p.seq_q()),
+                   width_of(p.dq));
 }
 
 }  // namespace fusedattn::cuda

@@ -41,6 +41,39 @@ constexpr KeysRow keys_row(int head_dim) {
   return {};
 }
 
+// Of attention_backward_queries.
+struct QueriesShape {
+  int queries;  // of a tile, which stay
+  int keys;     // of the tiles that pass by
+  int warps;
+  int step;    // keys whose scores a warp has at a time
+  int stages;  // tiles of keys in shared memory
+  int blocks;  // on a multiprocessor
+};
+
+constexpr int shared_bytes(const QueriesShape& s, int head_dim) {
+  return 4 * head_dim * (s.queries + s.stages * s.keys);
+}
+
+struct QueriesRow {
+  int head_dim;
+  QueriesShape shape;
+};
+
+constexpr QueriesRow queries_rows[] = {
+    {64, {128, 64, 4, 32, 2, 2}},
+    {96, {128, 64, 8, 64, 2, 1}},
+    {128, {128, 32, 8, 32, 2, 1}},
+    {192, {64, 32, 4, 32, 2, 1}},
+    {256, {64, 32, 4, 32, 1, 1}},
+};
+
+constexpr QueriesShape queries_shape(int head_dim) {
+  for (const QueriesRow& row : queries_rows)
+    if (row.head_dim == head_dim) return row.shape;
+  return {};
+}
+
 constexpr float log2_e = 1.4426950408889634f;
 constexpr int row_padding = 128;
 

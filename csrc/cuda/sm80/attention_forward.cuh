@@ -1,0 +1,289 @@
+// The forward of attention: out = softmax(scale · q kᵀ) v and lse = log Σ exp(scale · q kᵀ).
+//
+// A block has a tile of queries of one head, a warp 16 or 32 of them, and walks over the tiles of
+// keys. For each query it keeps the highest score m so far, l = Σ exp(s − m) and o = Σ exp(s − m) v
+// over the keys so far; where m grows, l and o are scaled by exp(m_old − m_new) (Milakov and
+// Gimelshein 2018; Dao et al. 2022). m and l are split over the four lanes that share a row: l is
+// summed at the end, m with two shuffles in each tile.
+//
+//   shared memory    the queries, later out; a ring of slots, in which tiles of keys and of values
+//                    take turns: K₀ V₀ K₁ V₁ …
+//   registers        o and the scores in fp32, p in the element type as the next product's operand,
+//                    queries as far as they fit
+//
+// While a warp computes on one slot, copies to the other slots are under way. One barrier per slot
+// says both that its tile has landed and that the slot before it is free again.
+//
+// Window and softcap would change `hide` and what stands before `Softmax::update`, dropout what
+// comes after it; sequences of a varlen batch would change where rows begin.
+#pragma once
+
+#include <cmath>
+
+#include "attention_common.cuh"
+#include "attention_config.h"
+#include "attention_launch.h"
+
+namespace fusedattn::cuda {
+
+struct Forward : AttentionForward {
+  float scale_log2;  // |scale| · log₂e, above 0
+  float sign;        // of scale: 1, 0 or -1
+  uint32_t tiles;    // of queries in a head
+  uint32_t section;  // heads that are worked on together
+};
+
+// --- the ring ------------------------------------------------------------------------------------
+
+// Tiles of keys (2 t) and of values (2 t + 1) of one head, in the order in which they are used.
+template <class Tile, int slots, int threads>
+class Ring {
+ public:
+  FUSEDATTN_DEVICE Ring(char* data, const Forward& p, int64_t b, int64_t head, int keys, int tiles)
+      : data_(data),
+        k_(rows_of(p.k, b, head)),
+        v_(rows_of(p.v, b, head)),
+        width_k_(width_of(p.k)),
+        width_v_(width_of(p.v)),
+        keys_(keys),
+        tiles_(tiles) {}
+
+  // Fills all slots but one. Copies that were begun before land with the first tile.
+  FUSEDATTN_DEVICE void start() {
+#pragma unroll
+    for (int item = 0; item < slots - 1; ++item) fetch(item / 2, item % 2, item);
+  }
+
+  // The tile of keys, or of values, with number t, which has landed; begins to copy another one.
+  template <bool values>
+  FUSEDATTN_DEVICE Tile next(int t) {
+    wait_copies<slots - 2>();
+    sync_block();
+    const int before = slot_ == 0 ? slots - 1 : slot_ - 1;
+    constexpr int ahead = values + slots - 1;
+    fetch(t + ahead / 2, ahead % 2, before);
+    const Tile tile{data_ + slot_ * Tile::bytes};
+    slot_ = slot_ == slots - 1 ? 0 : slot_ + 1;
+    return tile;
+  }
+
+ private:
+  // A group of copies for each tile, an empty one past the last.
+  FUSEDATTN_DEVICE void fetch(int t, bool values, int slot) {
+    if (t < tiles_)
+      copy_tile<threads>(Tile{data_ + slot * Tile::bytes}, values ? v_ : k_, t * Tile::rows, keys_,
+                         values ? width_v_ : width_k_);
+    commit_copies();
+  }
+
+  char* data_;
+  Rows k_, v_;
+  int width_k_, width_v_, keys_, tiles_;
+  int slot_ = 0;
+};
+
+// --- softmax -------------------------------------------------------------------------------------
+
+// NaN only where both are.
+FUSEDATTN_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
+
+// Of the queries of a lane, two in each of m fragments.
+template <int m>
+struct Softmax {
+  float highest[m][2], sum[m][2];  // sum: over this lane's keys
+
+  FUSEDATTN_DEVICE Softmax() {
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+      highest[i][0] = highest[i][1] = -INFINITY, sum[i][0] = sum[i][1] = 0.0f;
+  }
+
+  // In powers of 2. A row that has seen nothing keeps exp(−∞ − 0) = 0 instead of exp(−∞ + ∞).
+  FUSEDATTN_DEVICE float shift(int i, int half, float scale) const {
+    return highest[i][half] == -INFINITY ? 0.0f : highest[i][half] * scale;
+  }
+
+  // s becomes exp(s − highest); what was summed before comes to the new highest score.
+  template <int n, int w>
+  FUSEDATTN_DEVICE void update(Pack<float, 4> (&s)[m][n], Pack<float, 4> (&out)[m][w],
+                               float scale) {
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float before = highest[i][half];
+        float found = before;
+#pragma unroll
+        for (int j = 0; j < n; ++j)
+          found = larger(found, larger(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        found = larger(found, shuffle_xor(found, 1));
+        highest[i][half] = larger(found, shuffle_xor(found, 2));
+        const float base = shift(i, half, scale);
+        const float factor = exp2(fma(before, scale, -base));
+        float total = sum[i][half] * factor;
+#pragma unroll
+        for (int j = 0; j < n; ++j)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            s[i][j][e] = exp2(fma(s[i][j][e], scale, -base));
+            total += s[i][j][e];
+          }
+        sum[i][half] = total;
+#pragma unroll
+        for (int j = 0; j < w; ++j)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) out[i][j][e] *= factor;
+      }
+  }
+
+  FUSEDATTN_DEVICE void finish() {
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[i][half] += shuffle_xor(sum[i][half], 1);
+        sum[i][half] += shuffle_xor(sum[i][half], 2);
+      }
+  }
+};
+
+// −∞ for the keys that a query does not see. first: the warp's first query; start: the first key.
+template <int m, int n>
+FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Sight& sight, int first, int start) {
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int end = int(sight.end(first + 16 * i + row_of(2 * half)) - (start + column_of(0)));
+#pragma unroll
+      for (int j = 0; j < n; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * j + e >= end) s[i][j][2 * half + e] = -INFINITY;
+    }
+}
+
+// --- kernel --------------------------------------------------------------------------------------
+
+// The queries of a warp: the first `held` columns in registers, the others in shared memory.
+template <class T, class Tile, int m, int held>
+struct Queries {
+  OperandA<Tile, Sum::along> stored;
+  HeldA<T, m, held == 0 ? 1 : held / 16> first;
+
+  FUSEDATTN_DEVICE Queries(const Tile& tile, int row) : stored(tile, row) {}
+  FUSEDATTN_DEVICE void load() {
+    if constexpr (held > 0) first.load(stored);
+  }
+  FUSEDATTN_DEVICE Pack<uint32_t, 4> fragment(int i, int s) const {
+    return 16 * s < held ? first.fragment(i, s) : stored.fragment(i, s);
+  }
+};
+
+// out / l and lse, by way of the tile of queries: its rows are the warp's own.
+template <class T, class Tile, int m, int w>
+FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, const Tile& tile,
+                            int row, Softmax<m>& softmax, Pack<float, 4> (&out)[m][w]) {
+  softmax.finish();
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = softmax.sum[i][half];
+      const float share = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+      for (int j = 0; j < w; ++j) out[i][j][2 * half] *= share, out[i][j][2 * half + 1] *= share;
+      const int query = first + row + 16 * i + row_of(2 * half);
+      const float shift = softmax.shift(i, half, p.scale_log2);
+      if (column_of(0) == 0 && query < p.seq_q())
+        store(p.lse.at<float>(b, h, query), (shift + log2(sum)) * ln_2);
+    }
+  sync_warp();
+  round_to<T>(tile, row, out);
+  sync_warp();
+  write_rows<16 * m>(tile, row, p.out.at<uint16_t>(b, h), p.out.stride[2], first + row,
+                     int(p.seq_q()), width_of(p.out));
+}
+
+template <class T, int head_dim, Memory memory>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).threads(),
+                                              forward_shape(head_dim, memory).blocks)
+    attention_forward(const FUSEDATTN_GRID_CONSTANT Forward p) {
+  constexpr ForwardShape shape = forward_shape(head_dim, memory);
+  constexpr int m = shape.queries / shape.warps / 16, n = shape.keys / 8, w = head_dim / 8;
+  using QueryTile = Tile<shape.queries, head_dim>;
+  using KeyTile = Tile<shape.keys, head_dim>;
+
+  const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
+  const int b = work.head / int(p.heads()), h = work.head % int(p.heads());
+  const int first = work.tile * shape.queries, row = warp() * 16 * m;
+  const Sight sees = sight(p, existing_keys(p, b));
+  const Tiles tiles = key_tiles(sees, first, shape.queries, shape.keys);
+
+  const QueryTile query_tile{shared_memory()};
+  Ring<KeyTile, shape.slots, shape.threads()> ring(shared_memory() + QueryTile::bytes, p, b,
+                                                   h / int(p.group()), int(sees.keys), tiles.end);
+  Queries<T, QueryTile, m, shape.held> queries(query_tile, row);
+  Softmax<m> softmax;
+  Pack<float, 4> out[m][w];
+  clear(out);
+  if (tiles.end > 0) {
+    copy_tile<shape.threads()>(query_tile, rows_of(p.q, b, h), first, int(p.seq_q()),
+                               width_of(p.q));
+    ring.start();
+    wait_copies<shape.slots - 2>();
+    sync_block();
+    queries.load();
+  }
+#pragma unroll 1
+  for (int t = 0; t < tiles.end; ++t) {
+    Pack<float, 4> s[m][n];
+    clear(s);
+    multiply<T, head_dim / 16>(s, queries,
+                               OperandB<KeyTile, Sum::along>(ring.template next<false>(t)));
+    if (p.sign != 1.0f)
+#pragma unroll
+      for (int i = 0; i < m * n * 4; ++i) s[i / (4 * n)][i / 4 % n][i % 4] *= p.sign;
+    if (tiles.masked(t)) hide(s, sees, first + row, t * shape.keys);
+    softmax.update(s, out, p.scale_log2);
+    HeldA<T, m, n / 2> weights;
+    weights.round(s);
+    multiply<T, n / 2>(out, weights, OperandB<KeyTile, Sum::across>(ring.template next<true>(t)));
+  }
+  write<T>(p, b, h, first, query_tile, row, softmax, out);
+}
+
+// --- launcher ------------------------------------------------------------------------------------
+
+template <class T, int head_dim, Memory memory>
+void launch_forward(Forward f, Launch launch) {
+  constexpr ForwardShape shape = forward_shape(head_dim, memory);
+  // What the heads that run at the same time read stays in a small second-level cache.
+  constexpr int64_t section_bytes = 8 << 20;
+  const int64_t head_bytes = 2 * f.seq_k() * (f.head_dim() + f.head_dim_v());
+  const int64_t together = section_bytes / head_bytes;
+  f.section = uint32_t((together > 1 ? together : 1) * f.group());
+  f.tiles = uint32_t(ceil_div(f.seq_q(), shape.queries));
+  launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
+  launch.block = shape.threads();
+  launch.shared_bytes = shape.shared_bytes;
+  cuda::launch("attention_forward", attention_forward<T, head_dim, memory>, launch, f);
+}
+
+template <class T, int head_dim>
+void launch_attention_forward(const AttentionForward& p, Stream stream) {
+  Forward f = {p};
+  const float scale = float(p.options.scale);
+  f.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
+  // With a scale of 0 the scores become 0, and the factor must only keep −∞ what it is.
+  f.scale_log2 = scale == 0.0f ? 1.0f : std::abs(scale) * log2_e;
+  Launch launch;
+  launch.stream = stream;
+  launch.device = p.q.device;
+  if (memory_of(max_shared_bytes(launch.device)) == Memory::large)
+    launch_forward<T, head_dim, Memory::large>(f, launch);
+  else
+    launch_forward<T, head_dim, Memory::little>(f, launch);
+}
+
+}  // namespace fusedattn::cuda

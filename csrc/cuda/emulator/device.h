@@ -98,30 +98,22 @@ inline uint16_t to_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// An exponent of 5 bits becomes one of 8 by a multiplication, which gives subnormal numbers theirs.
 inline float from_f16(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float x;
-  if (exponent == 31)
-    x = fraction ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-  else if (exponent == 0)
-    x = std::ldexp(float(fraction), -24);
-  else
-    x = std::ldexp(float(fraction + 1024), exponent - 25);
-  return bits >> 15 ? -x : x;
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, size = bits & 0x7fff;
+  if (size >= 0x7c00) return float_of(sign | 0x7f800000 | (size & 0x3ff) << 13);
+  return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
 }
 
 inline uint16_t to_f16(float x) {
   if (std::isnan(x)) return 0x7fff;
   const uint16_t sign = uint16_t(bits_of(x) >> 31 << 15);
   const float size = std::fabs(x);
-  if (size == 0.0f) return sign;
   if (size >= 65520.0f) return sign | 0x7c00;  // halfway above the largest
-  int exponent;
-  std::frexp(size, &exponent);
-  // Units of the last place: 2^(exponent - 11), or 2^-24 for subnormal numbers.
-  const int last = exponent - 11 < -24 ? -24 : exponent - 11;
-  const int units = int(std::nearbyint(std::ldexp(size, -last)));
-  return sign | uint16_t(last == -24 ? units : (last + 24) * 1024 + units);
+  // A subnormal number is a count of 2^-24, the last place of floats from 1/2 to 1.
+  if (size < 0x1p-14f) return uint16_t(sign | (bits_of(size + 0.5f) - bits_of(0.5f)));
+  const uint32_t bits = bits_of(size);
+  return uint16_t(sign + ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
 }
 
 inline uint32_t to_f16_pair(float low, float high) {

@@ -11,7 +11,8 @@
 
 namespace fusedattn::emulator {
 
-void bind_planted(pybind11::module_& m);  // tests/planted.cu
+void bind_planted(pybind11::module_& m);       // tests/planted.cu
+void bind_instructions(pybind11::module_& m);  // tests/instructions.cu
 
 }  // namespace fusedattn::emulator
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   bindings::bind_rotary(m, checked<Rotary>);
   bindings::bind_sinusoidal(m, checked<Sinusoidal>);
   emulator::bind_planted(m);
+  emulator::bind_instructions(m);
   m.def("seed", &emulator::seed, pybind11::arg("value"), "Seed the orders from here on.");
   m.def("switches", &emulator::switches, "Times that a thread was resumed.");
   m.def(

@@ -64,6 +64,14 @@ EMULATOR_FLAGS = [
     "-DFUSEDATTN_EMULATED=1",
 ]
 
+# A source in csrc/cuda/sm80 is compiled once for each row, which -D passes on: an object file has one
+# instantiation of its kernels, so that they compile side by side and none takes long.
+VARIANTS = [
+    {"FUSEDATTN_ELEMENT": element, "FUSEDATTN_HEAD_DIM": head_dim}
+    for element in ("f16", "bf16")
+    for head_dim in ("64", "96", "128", "192", "256")
+]
+
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
@@ -280,6 +288,21 @@ def plan_cpu(compiler: list[str], ext: Extension, folder: Path) -> Module:
     return Module(units, compiler, LINK_FLAGS)
 
 
+def variants_of(source: Path, compiler: list[str], flags: list[str], folder: Path) -> list[Unit]:
+    """A kernel source of csrc/cuda as one unit, or as one for each row of VARIANTS."""
+    if source.parent.name != "sm80":
+        return [Unit(source, folder / f"{source.stem}.o", compiler, flags)]
+    return [
+        Unit(
+            source,
+            folder / f"{'_'.join((source.stem, *row.values()))}.o",
+            compiler,
+            [*flags, *(f"-D{name}={value}" for name, value in row.items())],
+        )
+        for row in VARIANTS
+    ]
+
+
 def plan_cuda(compiler: list[str], ext: Extension, folder: Path) -> Module:
     """The units of _cuda: kernels by nvcc, the bindings by the C++ compiler."""
     nvcc = find_nvcc() or "nvcc"
@@ -292,7 +315,7 @@ def plan_cuda(compiler: list[str], ext: Extension, folder: Path) -> Module:
     for source in map(Path, ext.sources):
         if source.suffix == ".cu":
             flags = [*NVCC_FLAGS, *target_flags(targets), *include]
-            units.append(Unit(source, folder / f"{source.stem}.o", device, flags))
+            units += variants_of(source, device, flags, folder)
         else:
             flags = [*host, *include, named, *python_flags()]
             units.append(Unit(source, folder / f"{source.stem}.o", compiler, flags))
@@ -302,10 +325,9 @@ def plan_cuda(compiler: list[str], ext: Extension, folder: Path) -> Module:
 def plan_emulator(compiler: list[str], ext: Extension, folder: Path) -> Module:
     """The units of _cuda_emulated: every source by the C++ compiler."""
     flags = [*EMULATOR_FLAGS, *(f"-I{path}" for path in ext.include_dirs), *python_flags()]
-    units = [
-        Unit(source, folder / f"{source.stem}.o", compiler, [*flags, "-x", "c++"])
-        for source in map(Path, ext.sources)
-    ]
+    units = []
+    for source in map(Path, ext.sources):
+        units += variants_of(source, compiler, [*flags, "-x", "c++"], folder)
     return Module(units, compiler, ["-shared"])
 
 

@@ -20,26 +20,31 @@ inline void read(AttentionForward& params, py::handle q, py::handle k, py::handl
   params.lse = view(lse);
   params.options.causal = Causal(config[0].cast<int>());
   params.options.scale = config[1].cast<double>();
+  params.options.deterministic = config[6].cast<bool>();
 }
 
-inline void bind_attention(py::module_& m, void (*forward)(const AttentionForward&),
-                           void (*backward)(const AttentionBackward&)) {
+// A CPU's kernels are called without a stream: passing one costs more than its default.
+inline void bind_attention(py::module_& m, void (*forward)(const AttentionForward&, Stream),
+                           void (*backward)(const AttentionBackward&, Stream)) {
   m.def(
       "attention_forward",
       [forward](py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
-                py::handle kv_lengths, py::handle out, py::handle lse, const py::tuple& config) {
+                py::handle kv_lengths, py::handle out, py::handle lse, const py::tuple& config,
+                Stream stream) {
         AttentionForward params;
         read(params, q, k, v, mask, bias, kv_lengths, out, lse, config);
         const WithoutGil release;
-        forward(params);
+        forward(params, stream);
       },
-      "Writes out and lse.");
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("bias"),
+      py::arg("kv_lengths"), py::arg("out"), py::arg("lse"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes out and lse.");
   m.def(
       "attention_backward",
       [backward](py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v,
                  py::handle out, py::handle lse, py::handle dq, py::handle dk, py::handle dv,
                  py::handle dbias, py::handle mask, py::handle bias, py::handle kv_lengths,
-                 const py::tuple& config) {
+                 const py::tuple& config, Stream stream) {
         AttentionBackward params;
         read(params, q, k, v, mask, bias, kv_lengths, out, lse, config);
         params.dout = view(dout);
@@ -49,9 +54,12 @@ inline void bind_attention(py::module_& m, void (*forward)(const AttentionForwar
         params.dv = view(dv);
         params.dbias = broadcast_view(dbias);
         const WithoutGil release;
-        backward(params);
+        backward(params, stream);
       },
-      "Writes dq, dk, dv and, where given, dbias.");
+      py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+      py::arg("lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
+      py::arg("mask"), py::arg("bias"), py::arg("kv_lengths"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes dq, dk, dv and, where given, dbias.");
 }
 
 }  // namespace fusedattn::bindings

@@ -24,7 +24,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace fusedattn;
   m.doc() = "Native CPU kernels. Arguments are checked by fusedattn.ops; nothing is checked here.";
   bindings::import_exchange();
-  bindings::bind_attention(m, run<AttentionForward>, run<AttentionBackward>);
+  bindings::bind_attention(m, on_cpu<AttentionForward>, on_cpu<AttentionBackward>);
   bindings::bind_norm(m, on_cpu<NormForward>, on_cpu<NormBackward>);
   bindings::bind_softmax(m, on_cpu<SoftmaxForward>, on_cpu<SoftmaxBackward>);
   bindings::bind_rotary(m, on_cpu<Rotary>);

@@ -2,6 +2,7 @@
 // launches on the stream and on the device of the first tensor, and returns without waiting.
 #pragma once
 
+#include "attention.h"
 #include "norm.h"
 #include "rotary.h"
 #include "sinusoidal.h"
@@ -9,6 +10,8 @@
 
 namespace fusedattn::cuda {
 
+void run(const AttentionForward& params, Stream stream);
+void run(const AttentionBackward& params, Stream stream);
 void run(const NormForward& params, Stream stream);
 void run(const NormBackward& params, Stream stream);
 void run(const SoftmaxForward& params, Stream stream);

@@ -3,6 +3,7 @@
 // loads where there is neither.
 #include <pybind11/stl.h>
 
+#include "bindings/bind_attention.h"
 #include "bindings/bind_norm.h"
 #include "bindings/bind_rotary.h"
 #include "bindings/bind_sinusoidal.h"
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace fusedattn;
   m.doc() = "CUDA kernels. Arguments are checked by fusedattn.ops; nothing is checked here.";
   bindings::import_exchange();
+  bindings::bind_attention(m, cuda::run, cuda::run);
   bindings::bind_norm(m, cuda::run, cuda::run);
   bindings::bind_softmax(m, cuda::run, cuda::run);
   bindings::bind_rotary(m, cuda::run);

@@ -13,6 +13,8 @@ namespace fusedattn::emulator {
 inline void add_tensor(const TensorView& view) { Memory::here().add_tensor(view); }
 
 // What the kernels write.
+inline auto outputs(const AttentionForward& p) { return std::array{p.out, p.lse}; }
+inline auto outputs(const AttentionBackward& p) { return std::array{p.dq, p.dk, p.dv}; }
 inline auto outputs(const NormForward& p) { return std::array{p.out, p.z, p.mean, p.rstd}; }
 inline auto outputs(const NormBackward& p) {
   return std::array{p.dx, p.dresidual, p.dweight, p.dbias};

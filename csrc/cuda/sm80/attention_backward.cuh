@@ -20,9 +20,8 @@
 // Window, softcap and dropout would change what `probabilities` computes and `Reach` hides.
 #pragma once
 
-#include "attention.h"
 #include "attention_backward_config.h"
-#include "tile.cuh"
+#include "attention_common.cuh"
 
 namespace fusedattn::cuda {
 
@@ -37,19 +36,7 @@ struct Backward : AttentionBackward {
   float scale, scale_log2;  // scale · log₂e
 
   FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const { return (b * heads() + h) * rows; }
-
-  FUSEDATTN_DEVICE int existing_keys(int64_t b) const {
-    if (!kv_lengths) return int(seq_k());
-    const int n = load(static_cast<const int32_t*>(kv_lengths.data) + b * kv_lengths.stride[0]);
-    return n < 0 ? 0 : n < seq_k() ? n : int(seq_k());
-  }
 };
-
-// Rows of one head; none where there is no tensor, which makes zeros.
-FUSEDATTN_DEVICE Rows rows_of(const TensorView& view, int64_t b, int64_t h) {
-  return {view ? view.at<uint16_t>(b, h) : nullptr, view.stride[2]};
-}
-FUSEDATTN_DEVICE int width_of(const TensorView& view) { return view ? int(view.shape[3]) : 0; }
 
 // Which keys of a tile the queries of another see: query c of its tile, those before at(c).
 struct Reach {
@@ -162,7 +149,7 @@ class KeysKernel {
     first_key = int(block() - head * tiles) * shape.keys;
     b = int(head / p.heads_kv());
     kv_head = int(head - b * p.heads_kv());
-    keys_end = p.existing_keys(b);
+    keys_end = existing_keys(p, b);
     row = warp() / shape.column_warps * rows_of_warp;
     part = warp() % shape.column_warps;
     const int64_t unseen = p.first_query(first_key);
@@ -175,6 +162,7 @@ class KeysKernel {
     clear(dv);
     copy_tile<threads>(k_tile(), rows_of(p.k, b, kv_head), first_key, keys_end, width_of(p.k));
     copy_tile<threads>(v_tile(), rows_of(p.v, b, kv_head), first_key, keys_end, width_of(p.v));
+    commit_copies();  // of no query, too
     At at = {kv_head * int(p.group()), first_query}, next = at;
     if (exists(at)) begin(at, 0);
     int stage = 0;

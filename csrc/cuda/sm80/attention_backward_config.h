@@ -74,7 +74,7 @@ constexpr QueriesShape queries_shape(int head_dim) {
   return {};
 }
 
-constexpr float log2_e = 1.4426950408889634f;
+// The terms of a head's queries are padded to whole tiles of any shape.
 constexpr int row_padding = 128;
 
 template <int head_dim, KeysShape shape>

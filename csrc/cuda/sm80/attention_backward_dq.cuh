@@ -21,7 +21,7 @@ class QueriesKernel {
     first_query = int(tiles - 1 - (block() - head * tiles)) * shape.queries;
     b = int(head / p.heads());
     h = int(head - b * p.heads());
-    keys_end = p.existing_keys(b);
+    keys_end = existing_keys(p, b);
     const int64_t last = first_query + shape.queries - 1;
     end = int(p.keys_seen(last < p.seq_q() ? last : p.seq_q() - 1, keys_end));
     row = warp() * rows_of_warp;
@@ -32,6 +32,7 @@ class QueriesKernel {
     copy_tile<threads>(q_tile(), rows_of(p.q, b, h), first_query, int(p.seq_q()), width_of(p.q));
     copy_tile<threads>(dout_tile(), rows_of(p.dout, b, h), first_query, int(p.seq_q()),
                        width_of(p.dout));
+    commit_copies();  // of no key, too
     read_terms();
     if (end > 0) begin(0, 0);
     int stage = 0;

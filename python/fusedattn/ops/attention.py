@@ -26,6 +26,7 @@ from .attention_library import call_backward, call_forward, op
 _autocast_anywhere = torch._C._is_any_autocast_enabled
 _transforms = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 def _formula(q, k, v, mask, bias, kv_lengths, config) -> tuple[Tensor, Tensor]:
@@ -121,8 +122,9 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _prepare(
-    q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
-) -> AttentionCall:
+    q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
+    deterministic=None,
+) -> AttentionCall:  # fmt: skip
     if _autocast_anywhere() and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
@@ -131,7 +133,9 @@ def _prepare(
     validate(q, k, v)
     # Dynamo traces through a cached function, but warns about it.
     checked = configure.__wrapped__ if _is_compiling() else configure
-    config = checked(q.size(3), causal, scale, window, softcap, dropout_p)
+    if deterministic is None:
+        deterministic = _deterministic()
+    config = checked(q.size(3), causal, scale, window, softcap, dropout_p, deterministic)
     if mask is not None or bias is not None or kv_lengths is not None:
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config)
@@ -180,8 +184,8 @@ def attention(
         softcap, alibi_slopes, sinks, dropout_p, seed: not supported yet.
         kv_lengths: (B,) int32; keys at and past it do not exist. It moves no diagonal.
         return_lse: also return the log-sum-exp of the scores.
-        deterministic: accepted for symmetry; every backend here is bitwise repeatable when
-            `torch.use_deterministic_algorithms` is on, and the CPU always.
+        deterministic: gradients are bitwise repeatable. `None` follows
+            `torch.use_deterministic_algorithms`. The forward always is, and so is the CPU.
         backend: "auto", or the name of the one that must serve the call.
 
     Returns:
@@ -195,7 +199,7 @@ def attention(
     """
     call = _prepare(
         q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
-        dropout_p,
+        dropout_p, deterministic,
     )  # fmt: skip
     chosen = op.choose(backend, call)
     q, k, v, mask, bias, kv_lengths = call[:6]

@@ -17,7 +17,8 @@ class AttentionConfig(NamedTuple):
 
     causal: 0 none, 1 top-left, 2 bottom-right. window: keys seen to the left and to the right of
     the diagonal, −1 for unbounded. softcap: 0 for none. No backend takes window, softcap or dropout
-    yet: they have their places here, in the schema and in the kernels' parameters.
+    yet: they have their places here, in the schema and in the kernels' parameters. deterministic:
+    no gradient is a sum in an order that changes from call to call.
     """
 
     causal: int
@@ -26,6 +27,7 @@ class AttentionConfig(NamedTuple):
     window_right: int = -1
     softcap: float = 0.0
     dropout_p: float = 0.0
+    deterministic: bool = False
 
     @property
     def causal_name(self) -> bool | str:
@@ -35,7 +37,7 @@ class AttentionConfig(NamedTuple):
     @property
     def pending(self) -> str | None:
         """The first option in use that no kernel takes yet."""
-        if self[2:] == (-1, -1, 0.0, 0.0):
+        if self[2:6] == (-1, -1, 0.0, 0.0):
             return None
         windowed = self.window_left >= 0 or self.window_right >= 0
         return "window" if windowed else "softcap" if self.softcap else "dropout_p"
@@ -63,6 +65,7 @@ def configure(
     window: tuple[int | None, int | None] | None,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
 ) -> AttentionConfig:
     """Check the options and fill in the defaults."""
     if causal not in CAUSAL:
@@ -88,6 +91,7 @@ def configure(
         -1 if right is None else right,
         softcap or 0.0,
         float(dropout_p),
+        bool(deterministic),
     )
 
 

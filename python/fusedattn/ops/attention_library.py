@@ -27,7 +27,7 @@ _INPUTS = (
 )
 _OPTIONS = (
     "str backend, int causal, float scale, int window_left, int window_right, float softcap, "
-    "float dropout_p"
+    "float dropout_p, bool deterministic"
 )
 
 

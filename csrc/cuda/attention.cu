@@ -1,0 +1,58 @@
+// Attention on NVIDIA GPUs; the maths stands in sm80/attention_forward.cuh and
+// attention_backward.cuh. Here: which instantiation serves a call.
+#include "kernels.h"
+#include "sm80/attention_launch.h"
+
+namespace fusedattn::cuda {
+namespace {
+
+std::string text(const AttentionForward& p) {
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  return std::string(p.dtype() == DType::f16 ? "float16" : "bfloat16") + ", B " +
+         number(p.batch()) + ", Hq " + number(p.heads()) + ", Hkv " + number(p.heads_kv()) +
+         ", Sq " + number(p.seq_q()) + ", Sk " + number(p.seq_k()) + ", D " +
+         number(p.head_dim()) + ", Dv " + number(p.head_dim_v());
+}
+
+// call(element, std::integral_constant<int, head_dim>) for the instantiation that serves p.
+template <class Function>
+void instantiation(const AttentionForward& p, const Function& call) {
+  const auto with_width = [&](auto element) {
+    switch (row_for(p.head_dim(), p.head_dim_v())) {
+      case 64:
+        return call(element, std::integral_constant<int, 64>());
+      case 96:
+        return call(element, std::integral_constant<int, 96>());
+      case 128:
+        return call(element, std::integral_constant<int, 128>());
+      case 192:
+        return call(element, std::integral_constant<int, 192>());
+      case 256:
+        return call(element, std::integral_constant<int, 256>());
+      default:
+        throw std::runtime_error("fusedattn: no kernel for attention of " + text(p));
+    }
+  };
+  // A launch that fails says which kernel; the shapes come from here.
+  try {
+    return p.dtype() == DType::f16 ? with_width(f16()) : with_width(bf16());
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(error.what()) + "; attention of " + text(p));
+  }
+}
+
+}  // namespace
+
+void run(const AttentionForward& p, Stream stream) {
+  instantiation(p, [&]<class T, int head_dim>(T, std::integral_constant<int, head_dim>) {
+    launch_attention_forward<T, head_dim>(p, stream);
+  });
+}
+
+void run(const AttentionBackward& p, Stream stream) {
+  instantiation(p, [&]<class T, int head_dim>(T, std::integral_constant<int, head_dim>) {
+    launch_attention_backward<T, head_dim>(p, stream);
+  });
+}
+
+}  // namespace fusedattn::cuda

@@ -256,8 +256,8 @@ class KeysKernel {
     if constexpr (shared_p) {
       const int query = part * queries_of_warp;
       scores_of(weights, ds, query, reach, stage);
-      put(p_tile(), row, query / chunk_size, weights);
-      put(ds_tile(), row, query / chunk_size, ds);
+      put(p_tile(), anew(row), query / chunk_size, weights);
+      put(ds_tile(), anew(row), query / chunk_size, ds);
       sync_block();
       const int skip = part * columns / 16;
       multiply<T, shape.queries / 16>(dv, OperandA<Scores, Sum::along>(p_tile(), row),

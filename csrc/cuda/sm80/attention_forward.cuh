@@ -18,6 +18,7 @@
 // comes after it; sequences of a varlen batch would change where rows begin.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention_common.cuh"
@@ -28,7 +29,7 @@ namespace fusedattn::cuda {
 
 struct Forward : AttentionForward {
   float scale_log2;  // |scale| · log₂e, above 0
-  float sign;        // of scale: 1, 0 or -1
+  float sign;        // of scale: 1, 0 or -1 (NaN where it is)
   uint32_t tiles;    // of queries in a head
   uint32_t section;  // heads that are worked on together
 };
@@ -261,8 +262,8 @@ void launch_forward(Forward f, Launch launch) {
   // What the heads that run at the same time read stays in a small second-level cache.
   constexpr int64_t section_bytes = 8 << 20;
   const int64_t head_bytes = 2 * f.seq_k() * (f.head_dim() + f.head_dim_v());
-  const int64_t together = section_bytes / head_bytes;
-  f.section = uint32_t((together > 1 ? together : 1) * f.group());
+  const int64_t together = std::max<int64_t>(section_bytes / head_bytes, 1) * f.group();
+  f.section = uint32_t(std::min(together, f.batch() * f.heads()));
   f.tiles = uint32_t(ceil_div(f.seq_q(), shape.queries));
   launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
   launch.block = shape.threads();
@@ -272,9 +273,10 @@ void launch_forward(Forward f, Launch launch) {
 
 template <class T, int head_dim>
 void launch_attention_forward(const AttentionForward& p, Stream stream) {
-  Forward f = {p};
   const float scale = float(p.options.scale);
-  f.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
+  Forward f;
+  static_cast<AttentionForward&>(f) = p;
+  f.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : scale;
   // With a scale of 0 the scores become 0, and the factor must only keep −∞ what it is.
   f.scale_log2 = scale == 0.0f ? 1.0f : std::abs(scale) * log2_e;
   Launch launch;

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, triton_refuses
+from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._library import plain
 from ._registry import Backend, Refusal
 from .attention_config import AttentionCall, AttentionConfig
 
@@ -42,6 +44,71 @@ def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 def _cpu_kernels() -> Any:
     native = _native.cpu
     return SimpleNamespace(forward=native.attention_forward, backward=native.attention_backward)
+
+
+# --- cuda: csrc/cuda/attention.cu ----------------------------------------------------------------
+
+# Row numbers and their sums fit in 32 bits.
+_LONGEST = 2**30
+
+
+def _in_packs(x: Tensor) -> bool:
+    """Whether every row can be read 16 bytes at a time. Where nothing is known of its address,
+    the kernels' caller looks again."""
+    *outer, last = x.stride()
+    return (
+        (last == 1 or x.shape[3] == 1)
+        and all(step % 8 == 0 or size == 1 for step, size in zip(outer, x.shape, strict=False))
+        and (not plain(x) or x.data_ptr() % 16 == 0)
+    )
+
+
+def _cuda_takes(call: AttentionCall) -> Refusal | None:
+    """Why the CUDA C++ kernels do not take a call on tensors that are where they can reach them."""
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
+    if call.mask is not None or call.bias is not None:
+        name = "mask" if call.mask is not None else "bias"
+        return Refusal(f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths")
+    for name, x in (("D", call.q), ("Dv", call.v)):
+        width = x.shape[3]
+        if width % 8 != 0 or width > 256:
+            return Refusal(f"{name} is {width}", "use a multiple of 8, at most 256")
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if not _in_packs(x):
+            return Refusal(
+                f"{name} of strides {tuple(x.stride())} does not lie in rows of aligned 16 bytes",
+                f"pass {name}.contiguous()",
+            )
+        if x.shape[2] > _LONGEST:
+            return Refusal(f"{name} has {x.shape[2]} rows", f"use at most {_LONGEST}")
+    return _refuse_pending(call)
+
+
+def _cuda_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return cuda_refuses(call.q, "q, k and v") or _cuda_takes(call)
+
+
+def _emulated_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return emulated_refuses(call.q, requested) or _cuda_takes(call)
+
+
+def _cuda_kernels(native: Any) -> Any:
+    def packed(x: Tensor | None) -> Tensor | None:
+        return x if x is None or _in_packs(x) else x.clone(memory_format=torch.contiguous_format)
+
+    def forward(q, k, v, mask, bias, kv_lengths, out, lse, config):
+        native.attention_forward(
+            packed(q), packed(k), packed(v), mask, bias, kv_lengths, out, lse, config, stream_of(q)
+        )
+
+    def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config):
+        native.attention_backward(
+            packed(dout), dlse, packed(q), packed(k), packed(v), out, lse, dq, dk, dv, dbias, mask,
+            bias, kv_lengths, config, stream_of(q),
+        )  # fmt: skip
+
+    return SimpleNamespace(forward=forward, backward=backward)
 
 
 # --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
@@ -126,6 +193,8 @@ def _reference_kernels() -> Any:
 
 BACKENDS = (
     Backend("cpu", _cpu_refuses, _cpu_kernels),
+    Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
     Backend("triton", _triton_refuses, _triton_kernels),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),
     Backend("reference", _reference_refuses, _reference_kernels),
 )

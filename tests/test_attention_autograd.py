@@ -218,7 +218,7 @@ def test_lse_gradient_strides_and_unused_outputs(backend):
 def test_raw_op_gives_no_gradient_in_silence(name):
     q = torch.randn(1, 1, 3, 2, requires_grad=True)
     x = q.detach()
-    options = ["reference", 0, 1.0, -1, -1, 0.0, 0.0]
+    options = ["reference", 0, 1.0, -1, -1, 0.0, 0.0, False]
     inputs = [q, x, x, *[None] * 6]
     if name == "attention_bwd":
         inputs = [x, None, x, x[..., 0], *inputs, False]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 FORWARD, BACKWARD = (getattr(torch.ops.fusedattn, f"attention_{d}").default for d in ("fwd", "bwd"))
-NO_WINDOW = (-1, -1, 0.0, 0.0)
+NO_WINDOW = (-1, -1, 0.0, 0.0, False)
 
 
 def heads_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -47,8 +47,10 @@ void run(const AttentionForward& p, Stream stream) {
   });
 }
 
-void run(const AttentionBackward&, Stream) {
-  throw std::runtime_error("fusedattn: no backward of attention yet");
+void run(const AttentionBackward& p, Stream stream) {
+  instantiation(p, [&]<class T, int head_dim>(T, std::integral_constant<int, head_dim>) {
+    launch_attention_backward<T, head_dim>(p, stream);
+  });
 }
 
 }  // namespace fusedattn::cuda

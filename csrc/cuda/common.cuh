@@ -5,6 +5,7 @@
 //   FUSEDATTN_DEVICE float square(float x) { … }      a function that kernels call
 //   thread() block_size() block() grid_size()         position, x dimension only
 //   lane() warp()                                     thread() % 32, thread() / 32
+//   anew(x)                  x; what follows from it is computed anew, not kept through a loop
 //   sync_block() sync_warp()                          barriers; memory before them is seen after
 //   them shuffle_xor(x, mask) shuffle_down(x, n) shuffle(x, from)   by all 32 lanes of a warp
 //   load(p) load<N>(p) load_streaming(p) store(p, x) store_streaming(p, x)      global memory

@@ -21,6 +21,12 @@ FUSEDATTN_DEVICE int64_t grid_size() { return int64_t(gridDim.x); }
 FUSEDATTN_DEVICE int lane() { return int(threadIdx.x) % warp_size; }
 FUSEDATTN_DEVICE int warp() { return int(threadIdx.x) / warp_size; }
 
+// asm volatile is neither hoisted out of a loop nor merged with another.
+FUSEDATTN_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- barriers and shuffles -----------------------------------------------------------------------
 
 // PTX: bar.sync; guide: Synchronization Functions.

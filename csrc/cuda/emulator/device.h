@@ -21,6 +21,8 @@ inline int64_t grid_size() { return emulator::position().grid_size; }
 inline int lane() { return thread() % warp_size; }
 inline int warp() { return thread() / warp_size; }
 
+inline int anew(int x) { return x; }
+
 // --- barriers and shuffles -----------------------------------------------------------------------
 
 inline void sync_block(Where where = Where::current()) { emulator::sync_block(where); }

@@ -1,0 +1,71 @@
+// The launchers of attention's backward. setup.py compiles this file once for each FUSEDATTN_ELEMENT
+// and FUSEDATTN_HEAD_DIM.
+#include "attention_backward_dq.cuh"
+#include "attention_config.h"
+#include "attention_launch.h"
+
+namespace fusedattn::cuda {
+namespace {
+
+int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+template <class T, int head_dim, KeysShape shape>
+void launch_keys(Backward b, Launch launch) {
+  const int64_t heads = b.batch() * b.heads(), tiles = ceil_div(b.seq_q(), shape.queries);
+  const int64_t sum_bytes =
+      b.options.deterministic ? 0 : heads * tiles * shape.queries * head_dim * int64_t(sizeof(float));
+  const int64_t terms = heads * b.rows;
+  const Workspace workspace(2 * terms * int64_t(sizeof(float)) + sum_bytes, launch.stream,
+                            launch.device);
+  b.shift = workspace.as<float>();
+  b.delta = b.shift + terms;
+  launch.block = terms_threads;
+  launch.grid = terms * terms_team / terms_threads;
+  cuda::launch("attention_backward_rows", attention_backward_rows<T>, launch, b);
+
+  if (sum_bytes != 0) {
+    b.dq_sum = b.delta + terms;
+    set_zero(b.dq_sum, sum_bytes, launch.stream, launch.device);
+  }
+  launch.block = shape.warps * warp_size;
+  launch.grid = ceil_div(b.seq_k(), shape.keys) * b.batch() * b.heads_kv();
+  launch.shared_bytes = shared_bytes(shape, head_dim);
+  cuda::launch("attention_backward_keys", attention_backward_keys<T, head_dim, shape>, launch, b);
+
+  if (sum_bytes != 0) {
+    launch.grid = heads * tiles;
+    launch.shared_bytes = 2 * shape.queries * head_dim;
+    cuda::launch("attention_backward_round", attention_backward_round<T, head_dim, shape>, launch,
+                 b);
+  } else {
+    constexpr QueriesShape queries = queries_shape(head_dim);
+    launch.block = queries.warps * warp_size;
+    launch.grid = ceil_div(b.seq_q(), queries.queries) * heads;
+    launch.shared_bytes = shared_bytes(queries, head_dim);
+    cuda::launch("attention_backward_queries", attention_backward_queries<T, head_dim, queries>,
+                 launch, b);
+  }
+}
+
+}  // namespace
+
+template <class T, int head_dim>
+void launch_attention_backward(const AttentionBackward& p, Stream stream) {
+  Backward b = {p, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f};
+  b.rows = padded(p.seq_q(), row_padding);
+  b.scale = float(p.options.scale);
+  b.scale_log2 = b.scale * log2_e;
+  Launch launch;
+  launch.stream = stream;
+  launch.device = p.q.device;
+  constexpr KeysRow row = keys_row(head_dim);
+  if (memory_of(max_shared_bytes(launch.device)) == Memory::large)
+    launch_keys<T, head_dim, row.large>(b, launch);
+  else
+    launch_keys<T, head_dim, row.little>(b, launch);
+}
+
+template void launch_attention_backward<FUSEDATTN_ELEMENT, FUSEDATTN_HEAD_DIM>(
+    const AttentionBackward&, Stream);
+
+}  // namespace fusedattn::cuda

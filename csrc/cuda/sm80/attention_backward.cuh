@@ -1,0 +1,401 @@
+// The backward of attention: dK and dV, and dQ by atomic additions. With the scores of a query and
+// a key s, p = exp(scale · s − lse), dp = dout · v and Δ = rowsum(dout ∘ out) − dlse:
+//
+//   ds = p ∘ (dp − Δ)     dv = pᵀ dout     dk = scale · dsᵀ q     dq = scale · ds k
+//
+// (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) Four kernels:
+//
+//   attention_backward_rows      Δ and lse in powers of 2, for each query
+//   attention_backward_keys      a tile of keys of one key head; over the queries of all heads of
+//                                its group. dK and dV stay in registers; dQ is added to a workspace
+//   attention_backward_round     dQ from the workspace: scaled and rounded
+//   attention_backward_queries   dQ where it must be the same each time: attention_backward_dq.cuh
+//
+// Scores are computed transposed, keys × queries: a warp's part of pᵀ and of dsᵀ comes out in the
+// layout that the next product takes it in, and stays in registers. Only ds · k sums over the keys
+// of all warps and takes dsᵀ from shared memory. For wide heads dK and dV of 16 keys do not fit in
+// the registers of a warp: then several warps share keys, each has its columns of dK and dV and its
+// queries of the scores, and pᵀ goes through shared memory too.
+//
+// Window, softcap and dropout would change what `probabilities` computes and `Reach` hides.
+#pragma once
+
+#include "attention_backward_config.h"
+#include "attention_common.cuh"
+
+namespace fusedattn::cuda {
+
+// --- what the kernels share ----------------------------------------------------------------------
+
+struct Backward : AttentionBackward {
+  // Of each query, (B, Hq, rows); one that sees nothing or does not exist has ∞ and 0.
+  float* shift;   // lse · log₂e
+  float* delta;   // Δ
+  float* dq_sum;  // (B, Hq, tiles of queries, tile): fragments of dq / scale; absent: not wanted
+  int64_t rows;   // Sq rounded up to row_padding
+  float scale, scale_log2;  // scale · log₂e
+
+  FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const { return (b * heads() + h) * rows; }
+};
+
+// Which keys of a tile the queries of another see: query c of its tile, those before at(c).
+struct Reach {
+  int keys;   // of the tile that exist
+  int first;  // seen by query 0 where causal; may be negative
+  bool causal;
+
+  FUSEDATTN_DEVICE Reach(const Backward& p, int keys_end, int query, int key)
+      : keys(keys_end - key), causal(p.options.causal != Causal::none) {
+    const int64_t seen = query + p.diagonal() + 1 - key;
+    constexpr int64_t far = 1 << 30;
+    first = int(seen < -far ? -far : seen > far ? far : seen);
+  }
+
+  FUSEDATTN_DEVICE int at(int c) const { return causal && first + c < keys ? first + c : keys; }
+
+  // Some of `tile_keys` keys are hidden from some query.
+  FUSEDATTN_DEVICE bool hides(int tile_keys) const { return at(0) < tile_keys; }
+};
+
+// 16-bit fragments to a tile, from chunk `chunk` on.
+template <class T, int m, int steps, class Tile>
+FUSEDATTN_DEVICE void put(const Tile& tile, int row, int chunk, const HeldA<T, m, steps>& a) {
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 16 * i + row_of(2 * half);
+#pragma unroll
+      for (int s = 0; s < steps; ++s)
+#pragma unroll
+        for (int right = 0; right < 2; ++right)
+          store_shared(
+              reinterpret_cast<uint32_t*>(tile.at(r, chunk + 2 * s + right) + 2 * column_of(0)),
+              a.fragments[i][s][2 * right + half]);
+    }
+}
+
+// The same of floats, times `factor`.
+template <class T, int m, int n, class Tile>
+FUSEDATTN_DEVICE void put(const Tile& tile, int row, int chunk, Pack<float, 4> (&c)[m][n],
+                          float factor) {
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int j = 0; j < n; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[i][j][e] *= factor;
+  HeldA<T, m, n / 2> rounded;
+  rounded.round(c);
+  put(tile, row, chunk, rounded);
+}
+
+// An operand whose rows or columns, whichever are not summed over, begin 16 · `skip` later.
+template <class Operand>
+struct Skipping {
+  Operand operand;
+  int skip;
+
+  FUSEDATTN_DEVICE Pack<uint32_t, 4> fragment(int i, int s) const {
+    return operand.fragment(i + skip, s);
+  }
+};
+
+// --- before: the terms of each query -------------------------------------------------------------
+
+constexpr int terms_threads = 256, terms_team = 8;  // threads of a query
+
+template <class T>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
+    attention_backward_rows(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  constexpr int N = pack_size<T>;
+  const int rank = thread() % terms_team;
+  const int64_t at = block() * (terms_threads / terms_team) + thread() / terms_team;
+  const int64_t head = at / p.rows, i = at - head * p.rows;
+  const int64_t b = head / p.heads(), h = head - b * p.heads();
+  const bool exists = i < p.seq_q();
+  float sum = 0.0f;
+  if (exists && p.dout) {
+    const T *out = p.out.at<T>(b, h, i), *dout = p.dout.at<T>(b, h, i);
+    for (int64_t c = rank * N; c < p.head_dim_v(); c += terms_team * N) {
+      const auto x = widen(load<N>(out + c)), dx = widen(load<N>(dout + c));
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum = fma(x[e], dx[e], sum);
+    }
+  }
+#pragma unroll
+  for (int apart = terms_team / 2; apart > 0; apart /= 2) sum += shuffle_xor(sum, apart);
+  if (rank != 0) return;
+  float shift = INFINITY, delta = 0.0f;
+  const float lse = exists ? load(p.lse.at<float>(b, h, i)) : -INFINITY;
+  if (lse != -INFINITY) {
+    shift = lse * log2_e;
+    delta = p.dlse ? sum - load(p.dlse.at<float>(b, h, i)) : sum;
+  }
+  store(p.shift + at, shift);
+  store(p.delta + at, delta);
+}
+
+// --- a tile of keys ------------------------------------------------------------------------------
+
+template <class T, int head_dim, KeysShape shape>
+class KeysKernel {
+ public:
+  static constexpr int threads = shape.warps * warp_size;
+
+  FUSEDATTN_DEVICE explicit KeysKernel(const Backward& params) : p(params) {
+    const int64_t tiles = (p.seq_k() + shape.keys - 1) / shape.keys;
+    const int64_t head = block() / tiles;
+    first_key = int(block() - head * tiles) * shape.keys;
+    b = int(head / p.heads_kv());
+    kv_head = int(head - b * p.heads_kv());
+    keys_end = existing_keys(p, b);
+    row = warp() / shape.column_warps * rows_of_warp;
+    part = warp() % shape.column_warps;
+    const int64_t unseen = p.first_query(first_key);
+    end = first_key < keys_end ? int(p.seq_q()) : 0;
+    first_query = unseen < end ? int(unseen) / shape.queries * shape.queries : end;
+  }
+
+  FUSEDATTN_DEVICE void run() {
+    clear(dk);
+    clear(dv);
+    copy_tile<threads>(k_tile(), rows_of(p.k, b, kv_head), first_key, keys_end, width_of(p.k));
+    copy_tile<threads>(v_tile(), rows_of(p.v, b, kv_head), first_key, keys_end, width_of(p.v));
+    commit_copies();  // of no query, too
+    At at = {kv_head * int(p.group()), first_query}, next = at;
+    if (exists(at)) begin(at, 0);
+    int stage = 0;
+    for (; exists(at); at = next) {
+      next = after(at);
+      wait_copies<0>();
+      sync_block();  // this tile has landed; all have left the one before
+      if (shape.stages == 2 && exists(next)) begin(next, 1 - stage);
+      accumulate(at, stage, [&] {
+        if (shape.stages == 1 && exists(next)) begin(next, 0);
+      });
+      if (shape.stages == 2) stage = 1 - stage;
+    }
+    wait_copies<0>();
+    sync_block();
+    write();
+  }
+
+ private:
+  static constexpr int key_warps = shape.warps / shape.column_warps;
+  static constexpr int rows_of_warp = shape.keys / key_warps, m = rows_of_warp / 16;
+  static constexpr int columns = head_dim / shape.column_warps;  // of dK and dV, of a warp
+  static constexpr int queries_of_warp = shape.queries / shape.column_warps;
+  static constexpr int step = shape.step;  // queries whose scores a warp has at a time
+  static constexpr bool shared_p = shape.column_warps > 1;
+  static_assert(shape.keys % (16 * key_warps) == 0 && columns % 16 == 0);
+  static_assert(queries_of_warp % step == 0 && step % 16 == 0);
+  static_assert(!shared_p || queries_of_warp == step);
+  using Stays = Tile<shape.keys, head_dim>;          // of K, V
+  using Passes = Tile<shape.queries, head_dim>;      // of Q, dout
+  using Scores = Tile<shape.keys, shape.queries>;    // of pᵀ, dsᵀ
+  using DqShape = DqFragments<head_dim, shape>;
+  using Held = HeldA<T, m, step / 16>;
+
+  // Shared memory, in this order.
+  static constexpr int stage_bytes = 2 * Passes::bytes, v_at = Stays::bytes, passes_at = 2 * v_at;
+  static constexpr int ds_at = passes_at + shape.stages * stage_bytes;
+  static constexpr int p_at = ds_at + Scores::bytes;
+  static constexpr int terms_at = p_at + (shared_p ? Scores::bytes : 0);
+  static_assert(terms_at + shape.stages * 8 * shape.queries == shared_bytes(shape, head_dim));
+
+  // A tile of queries of one head.
+  struct At {
+    int head, query;
+  };
+
+  FUSEDATTN_DEVICE Stays k_tile() const { return {shared_memory()}; }
+  FUSEDATTN_DEVICE Stays v_tile() const { return {shared_memory() + v_at}; }
+  FUSEDATTN_DEVICE Passes q_tile(int stage) const {
+    return {shared_memory() + passes_at + stage * stage_bytes};
+  }
+  FUSEDATTN_DEVICE Passes dout_tile(int stage) const {
+    return {shared_memory() + passes_at + stage * stage_bytes + Passes::bytes};
+  }
+  FUSEDATTN_DEVICE Scores ds_tile() const { return {shared_memory() + ds_at}; }
+  FUSEDATTN_DEVICE Scores p_tile() const { return {shared_memory() + p_at}; }
+  // The shifts of a tile's queries, then their Δ.
+  FUSEDATTN_DEVICE float* terms(int stage) const {
+    return reinterpret_cast<float*>(shared_memory() + terms_at) + stage * 2 * shape.queries;
+  }
+
+  FUSEDATTN_DEVICE bool exists(const At& at) const {
+    return at.query < end && at.head < (kv_head + 1) * int(p.group());
+  }
+
+  FUSEDATTN_DEVICE At after(At at) const {
+    at.query += shape.queries;
+    return at.query < end ? at : At{at.head + 1, first_query};
+  }
+
+  FUSEDATTN_DEVICE void begin(const At& at, int stage) const {
+    copy_tile<threads>(q_tile(stage), rows_of(p.q, b, at.head), at.query, end, width_of(p.q));
+    copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, at.head), at.query, end,
+                       width_of(p.dout));
+    constexpr int each = shape.queries / 4;  // copies of 16 bytes
+    static_assert(2 * each <= threads);
+    if (thread() < 2 * each) {
+      const float* from = thread() < each ? p.shift : p.delta;
+      copy_async(terms(stage) + 4 * thread(),
+                 from + p.head_rows(b, at.head) + at.query + thread() % each * 4, true);
+    }
+    commit_copies();
+  }
+
+  // Adds what the queries of one tile give. `all_read` is called where nobody needs them any more.
+  template <class Function>
+  FUSEDATTN_DEVICE void accumulate(const At& at, int stage, const Function& all_read) {
+    const Reach reach(p, keys_end, at.query, first_key);
+    const Passes q = q_tile(stage), dout = dout_tile(stage);
+    Held weights, ds;
+    if constexpr (shared_p) {
+      const int query = part * queries_of_warp;
+      scores_of(weights, ds, query, reach, stage);
+      put(p_tile(), anew(row), query / chunk_size, weights);
+      put(ds_tile(), anew(row), query / chunk_size, ds);
+      sync_block();
+      const int skip = part * columns / 16;
+      multiply<T, shape.queries / 16>(dv, OperandA<Scores, Sum::along>(p_tile(), row),
+                                      Skipping{OperandB<Passes, Sum::across>(dout), skip});
+      multiply<T, shape.queries / 16>(dk, OperandA<Scores, Sum::along>(ds_tile(), row),
+                                      Skipping{OperandB<Passes, Sum::across>(q), skip});
+      if (shape.stages == 1) sync_block();
+    } else {
+#pragma unroll 1
+      for (int query = 0; query < shape.queries; query += step) {
+        scores_of(weights, ds, query, reach, stage);
+        put(ds_tile(), row, query / chunk_size, ds);
+        multiply<T, step / 16>(dv, weights, OperandB<Passes, Sum::across>(dout, query));
+        multiply<T, step / 16>(dk, ds, OperandB<Passes, Sum::across>(q, query));
+      }
+      sync_block();
+    }
+    all_read();
+    if (p.dq_sum != nullptr) add_dq(at);
+  }
+
+  // pᵀ and dsᵀ of `step` queries.
+  FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, int query, const Reach& reach,
+                                  int stage) const {
+    Pack<float, 4> s[m][step / 8], dp[m][step / 8];
+    clear(s);
+    clear(dp);
+    multiply<T, head_dim / 16>(s, OperandA<Stays, Sum::along>(k_tile(), row),
+                               OperandB<Passes, Sum::along>(q_tile(stage), query));
+    multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
+                               OperandB<Passes, Sum::along>(dout_tile(stage), query));
+    probabilities(s, query, reach, stage);
+#pragma unroll
+    for (int j = 0; j < step / 8; ++j) {
+      const auto delta =
+          load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dp[i][j][e] = s[i][j][e] * (dp[i][j][e] - delta[e % 2]);
+    }
+    weights.round(s);
+    ds.round(dp);
+  }
+
+  // Scores to probabilities; 0 where a key is hidden.
+  FUSEDATTN_DEVICE void probabilities(Pack<float, 4> (&s)[m][step / 8], int query,
+                                      const Reach& reach, int stage) const {
+#pragma unroll
+    for (int j = 0; j < step / 8; ++j) {
+      const auto shift = load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[i][j][e] = exp2(fma(s[i][j][e], p.scale_log2, -shift[e % 2]));
+    }
+    if (!reach.hides(shape.keys)) return;
+#pragma unroll
+    for (int j = 0; j < step / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int seen = reach.at(query + 8 * j + column_of(e)) - row - row_of(e);
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+          if (16 * i >= seen) s[i][j][e] = 0.0f;
+      }
+  }
+
+  // dQ += ds K. The order of a tile in the workspace is that of fragments: 32 lanes add to 32
+  // neighbours.
+  FUSEDATTN_DEVICE void add_dq(const At& at) const {
+    Pack<float, 4> dq[DqShape::m][DqShape::n];
+    clear(dq);
+    multiply<T, shape.keys / 16>(
+        dq, Skipping{OperandA<Scores, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
+        Skipping{OperandB<Stays, Sum::across>(k_tile(), 0), DqShape::column() / 16});
+    float* sum = p.dq_sum + DqShape::at(p, b, at.head, at.query);
+#pragma unroll
+    for (int i = 0; i < DqShape::m; ++i)
+#pragma unroll
+      for (int j = 0; j < DqShape::n; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          atomic_add(sum + ((i * DqShape::n + j) * 4 + e) * warp_size, dq[i][j][e]);
+  }
+
+  // dK and dV, through the tiles of K and V.
+  FUSEDATTN_DEVICE void write() {
+    put<T>(k_tile(), row, part * columns / chunk_size, dk, p.scale);
+    put<T>(v_tile(), row, part * columns / chunk_size, dv, 1.0f);
+    sync_block();
+    constexpr int rows = shape.keys / shape.warps;
+    const int r = warp() * rows, keys = int(p.seq_k());
+    write_rows<rows>(k_tile(), r, p.dk.at<uint16_t>(b, kv_head), p.dk.stride[2], first_key + r,
+                     keys, width_of(p.dk));
+    write_rows<rows>(v_tile(), r, p.dv.at<uint16_t>(b, kv_head), p.dv.stride[2], first_key + r,
+                     keys, width_of(p.dv));
+  }
+
+  const Backward& p;
+  int b, kv_head;
+  int first_key, keys_end;  // of the tile; keys of this batch entry that exist
+  int first_query, end;     // of the queries that see some of the tile
+  int row, part;            // of the tile's keys; of the warps that share them
+  Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
+};
+
+template <class T, int head_dim, KeysShape shape>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, shape.blocks)
+    attention_backward_keys(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  KeysKernel<T, head_dim, shape>(p).run();
+}
+
+// --- after: dQ from its sums ---------------------------------------------------------------------
+
+template <class T, int head_dim, KeysShape shape>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, 1)
+    attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  using Shape = DqFragments<head_dim, shape>;
+  const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
+  const int query = int(block() - head * tiles) * shape.queries;
+  const int64_t b = head / p.heads(), h = head - b * p.heads();
+  const float* sum = p.dq_sum + Shape::at(p, b, h, query);
+  Pack<float, 4> dq[Shape::m][Shape::n];
+#pragma unroll
+  for (int i = 0; i < Shape::m; ++i)
+#pragma unroll
+    for (int j = 0; j < Shape::n; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        dq[i][j][e] = load_streaming(sum + ((i * Shape::n + j) * 4 + e) * warp_size);
+  const Tile<shape.queries, head_dim> tile = {shared_memory()};
+  put<T>(tile, Shape::row(), Shape::column() / chunk_size, dq, p.scale);
+  sync_block();
+  constexpr int rows = shape.queries / shape.warps;
+  const int r = warp() * rows;
+  write_rows<rows>(tile, r, p.dq.at<uint16_t>(b, h), p.dq.stride[2], query + r, int(p.seq_q()),
+                   width_of(p.dq));
+}
+
+}  // namespace fusedattn::cuda

@@ -1,0 +1,151 @@
+// dQ of attention with no atomic additions, the same bit for bit each time: a tile of queries of
+// one head, over its keys in their order. It computes the scores and dp once more, and keeps no
+// more in memory than the forward does. The maths stands in attention_backward.cuh.
+//
+// As in the forward, a warp's part of ds comes out in the layout that ds · k takes it in.
+#pragma once
+
+#include "attention_backward.cuh"
+
+namespace fusedattn::cuda {
+
+template <class T, int head_dim, QueriesShape shape>
+class QueriesKernel {
+ public:
+  static constexpr int threads = shape.warps * warp_size;
+
+  FUSEDATTN_DEVICE explicit QueriesKernel(const Backward& params) : p(params) {
+    const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries;
+    const int64_t head = block() / tiles;
+    // The last queries see most keys where causal: they begin first.
+    first_query = int(tiles - 1 - (block() - head * tiles)) * shape.queries;
+    b = int(head / p.heads());
+    h = int(head - b * p.heads());
+    keys_end = existing_keys(p, b);
+    const int64_t last = first_query + shape.queries - 1;
+    end = int(p.keys_seen(last < p.seq_q() ? last : p.seq_q() - 1, keys_end));
+    row = warp() * rows_of_warp;
+  }
+
+  FUSEDATTN_DEVICE void run() {
+    clear(dq);
+    copy_tile<threads>(q_tile(), rows_of(p.q, b, h), first_query, int(p.seq_q()), width_of(p.q));
+    copy_tile<threads>(dout_tile(), rows_of(p.dout, b, h), first_query, int(p.seq_q()),
+                       width_of(p.dout));
+    commit_copies();  // of no key, too
+    read_terms();
+    if (end > 0) begin(0, 0);
+    int stage = 0;
+    for (int key = 0; key < end; key += shape.keys) {
+      wait_copies<0>();
+      sync_block();  // this tile has landed; all have left the one before
+      const int next = key + shape.keys;
+      if (shape.stages == 2 && next < end) begin(next, 1 - stage);
+      accumulate(key, stage);
+      if (shape.stages == 1) {
+        sync_block();
+        if (next < end) begin(next, 0);
+      } else {
+        stage = 1 - stage;
+      }
+    }
+    wait_copies<0>();
+    sync_block();
+    // Every warp writes over its own rows of Q.
+    put<T>(q_tile(), row, 0, dq, p.scale);
+    sync_warp();
+    write_rows<rows_of_warp>(q_tile(), row, p.dq.at<uint16_t>(b, h), p.dq.stride[2],
+                             first_query + row, int(p.seq_q()), width_of(p.dq));
+  }
+
+ private:
+  static constexpr int rows_of_warp = shape.queries / shape.warps, m = rows_of_warp / 16;
+  static constexpr int step = shape.step;  // keys whose scores a warp has at a time
+  static_assert(shape.queries % (16 * shape.warps) == 0 && shape.keys % step == 0);
+  using Stays = Tile<shape.queries, head_dim>;  // of Q, dout
+  using Passes = Tile<shape.keys, head_dim>;    // of K, V
+
+  FUSEDATTN_DEVICE Stays q_tile() const { return {shared_memory()}; }
+  FUSEDATTN_DEVICE Stays dout_tile() const { return {shared_memory() + Stays::bytes}; }
+  FUSEDATTN_DEVICE Passes k_tile(int stage) const {
+    return {shared_memory() + 2 * Stays::bytes + stage * 2 * Passes::bytes};
+  }
+  FUSEDATTN_DEVICE Passes v_tile(int stage) const {
+    return {k_tile(stage).data + Passes::bytes};
+  }
+
+  FUSEDATTN_DEVICE void begin(int key, int stage) const {
+    const int64_t kv_head = h / p.group();
+    copy_tile<threads>(k_tile(stage), rows_of(p.k, b, kv_head), key, keys_end, width_of(p.k));
+    copy_tile<threads>(v_tile(stage), rows_of(p.v, b, kv_head), key, keys_end, width_of(p.v));
+    commit_copies();
+  }
+
+  FUSEDATTN_DEVICE void read_terms() {
+    const int64_t at = p.head_rows(b, h) + first_query + row;
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        shift[i][half] = load(p.shift + at + 16 * i + row_of(2 * half));
+        delta[i][half] = load(p.delta + at + 16 * i + row_of(2 * half));
+      }
+  }
+
+  FUSEDATTN_DEVICE void accumulate(int tile_key, int stage) {
+    const Reach reach(p, keys_end, first_query, tile_key);
+#pragma unroll 1
+    for (int key = 0; key < shape.keys; key += step) {
+      Pack<float, 4> weights[m][step / 8], ds[m][step / 8];
+      clear(weights);
+      multiply<T, head_dim / 16>(weights, OperandA<Stays, Sum::along>(q_tile(), row),
+                                 OperandB<Passes, Sum::along>(k_tile(stage), key));
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int j = 0; j < step / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            weights[i][j][e] = exp2(fma(weights[i][j][e], p.scale_log2, -shift[i][e / 2]));
+      if (reach.hides(shape.keys)) {
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int seen = reach.at(row + 16 * i + row_of(e)) - key - column_of(e);
+#pragma unroll
+            for (int j = 0; j < step / 8; ++j)
+              if (8 * j >= seen) weights[i][j][e] = 0.0f;
+          }
+      }
+      clear(ds);
+      multiply<T, head_dim / 16>(ds, OperandA<Stays, Sum::along>(dout_tile(), row),
+                                 OperandB<Passes, Sum::along>(v_tile(stage), key));
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int j = 0; j < step / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            ds[i][j][e] = weights[i][j][e] * (ds[i][j][e] - delta[i][e / 2]);
+      HeldA<T, m, step / 16> held;
+      held.round(ds);
+      multiply<T, step / 16>(dq, held, OperandB<Passes, Sum::across>(k_tile(stage), key));
+    }
+  }
+
+  const Backward& p;
+  int b, h;
+  int first_query, row;  // of the block; of the warp, in the tile
+  int keys_end, end;     // keys of this batch entry that exist; that some query of the tile sees
+  float shift[m][2], delta[m][2];
+  Pack<float, 4> dq[m][head_dim / 8];
+};
+
+template <class T, int head_dim, QueriesShape shape>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, shape.blocks)
+    attention_backward_queries(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  QueriesKernel<T, head_dim, shape>(p).run();
+}
+
+}  // namespace fusedattn::cuda

@@ -64,8 +64,8 @@ EMULATOR_FLAGS = [
     "-DFUSEDATTN_EMULATED=1",
 ]
 
-# A source in csrc/cuda/sm80 is compiled once for each row, which -D passes on: an object file has one
-# instantiation of its kernels, so that they compile side by side and none takes long.
+# A source in csrc/cuda/sm80 is compiled once for each row, which -D passes on: an object file has
+# one instantiation of its kernels, so that they compile side by side and none takes long.
 VARIANTS = [
     {"FUSEDATTN_ELEMENT": element, "FUSEDATTN_HEAD_DIM": head_dim}
     for element in ("f16", "bf16")

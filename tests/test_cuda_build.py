@@ -235,3 +235,17 @@ class TestMachineCode:
             for kernel in hot:
                 assert kernel.count(r"LDG\.E\..*128.*") > 0, kernel
                 assert kernel.count(r"STG\.E\..*128.*") > 0, kernel
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize(
+        "name", ["attention_forward", "attention_backward_keys", "attention_backward_queries"]
+    )
+    def test_attention_multiplies_on_tensor_cores(
+        self, built: Built, name: str, target: str
+    ) -> None:
+        """Tiles arrive by asynchronous copies and leave shared memory as fragments."""
+        found = [x for x in built.kernels if x.target == target and x.name.startswith(name + "<")]
+        assert len(found) >= 10, "one for each dtype and head dim"
+        for kernel in found:
+            for instruction in ("HMMA", "LDGSTS", "LDSM"):
+                assert kernel.count(instruction + r"\..*") > 0, (instruction, kernel)

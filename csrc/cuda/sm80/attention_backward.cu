@@ -1,5 +1,5 @@
-// The launchers of attention's backward. setup.py compiles this file once for each FUSEDATTN_ELEMENT
-// and FUSEDATTN_HEAD_DIM.
+// The launchers of attention's backward. setup.py compiles this file once for each
+// FUSEDATTN_ELEMENT and FUSEDATTN_HEAD_DIM.
 #include "attention_backward_dq.cuh"
 #include "attention_config.h"
 #include "attention_launch.h"
@@ -9,11 +9,13 @@ namespace {
 
 int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
-template <class T, int head_dim, KeysShape shape>
+template <class T, int head_dim, Memory memory>
 void launch_keys(Backward b, Launch launch) {
+  constexpr KeysShape shape = keys_shape(head_dim, memory);
   const int64_t heads = b.batch() * b.heads(), tiles = ceil_div(b.seq_q(), shape.queries);
-  const int64_t sum_bytes =
-      b.options.deterministic ? 0 : heads * tiles * shape.queries * head_dim * int64_t(sizeof(float));
+  const int64_t sum_bytes = b.options.deterministic
+                                ? 0
+                                : heads * tiles * shape.queries * head_dim * int64_t(sizeof(float));
   const int64_t terms = heads * b.rows;
   const Workspace workspace(2 * terms * int64_t(sizeof(float)) + sum_bytes, launch.stream,
                             launch.device);
@@ -30,20 +32,19 @@ void launch_keys(Backward b, Launch launch) {
   launch.block = shape.warps * warp_size;
   launch.grid = ceil_div(b.seq_k(), shape.keys) * b.batch() * b.heads_kv();
   launch.shared_bytes = shared_bytes(shape, head_dim);
-  cuda::launch("attention_backward_keys", attention_backward_keys<T, head_dim, shape>, launch, b);
+  cuda::launch("attention_backward_keys", attention_backward_keys<T, head_dim, memory>, launch, b);
 
   if (sum_bytes != 0) {
     launch.grid = heads * tiles;
     launch.shared_bytes = 2 * shape.queries * head_dim;
-    cuda::launch("attention_backward_round", attention_backward_round<T, head_dim, shape>, launch,
+    cuda::launch("attention_backward_round", attention_backward_round<T, head_dim, memory>, launch,
                  b);
   } else {
     constexpr QueriesShape queries = queries_shape(head_dim);
     launch.block = queries.warps * warp_size;
     launch.grid = ceil_div(b.seq_q(), queries.queries) * heads;
     launch.shared_bytes = shared_bytes(queries, head_dim);
-    cuda::launch("attention_backward_queries", attention_backward_queries<T, head_dim, queries>,
-                 launch, b);
+    cuda::launch("attention_backward_queries", attention_backward_queries<T, head_dim>, launch, b);
   }
 }
 
@@ -58,11 +59,10 @@ void launch_attention_backward(const AttentionBackward& p, Stream stream) {
   Launch launch;
   launch.stream = stream;
   launch.device = p.q.device;
-  constexpr KeysRow row = keys_row(head_dim);
   if (memory_of(max_shared_bytes(launch.device)) == Memory::large)
-    launch_keys<T, head_dim, row.large>(b, launch);
+    launch_keys<T, head_dim, Memory::large>(b, launch);
   else
-    launch_keys<T, head_dim, row.little>(b, launch);
+    launch_keys<T, head_dim, Memory::little>(b, launch);
 }
 
 template void launch_attention_backward<FUSEDATTN_ELEMENT, FUSEDATTN_HEAD_DIM>(

@@ -35,7 +35,9 @@ struct Backward : AttentionBackward {
   int64_t rows;   // Sq rounded up to row_padding
   float scale, scale_log2;  // scale · log₂e
 
-  FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const { return (b * heads() + h) * rows; }
+  FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const {
+    return (b * heads() + h) * rows;
+  }
 };
 
 // Which keys of a tile the queries of another see: query c of its tile, those before at(c).
@@ -191,9 +193,9 @@ class KeysKernel {
   static_assert(shape.keys % (16 * key_warps) == 0 && columns % 16 == 0);
   static_assert(queries_of_warp % step == 0 && step % 16 == 0);
   static_assert(!shared_p || queries_of_warp == step);
-  using Stays = Tile<shape.keys, head_dim>;          // of K, V
-  using Passes = Tile<shape.queries, head_dim>;      // of Q, dout
-  using Scores = Tile<shape.keys, shape.queries>;    // of pᵀ, dsᵀ
+  using Stays = Tile<shape.keys, head_dim>;        // of K, V
+  using Passes = Tile<shape.queries, head_dim>;    // of Q, dout
+  using Scores = Tile<shape.keys, shape.queries>;  // of pᵀ, dsᵀ
   using DqShape = DqFragments<head_dim, shape>;
   using Held = HeldA<T, m, step / 16>;
 
@@ -365,17 +367,20 @@ class KeysKernel {
   Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
 };
 
-template <class T, int head_dim, KeysShape shape>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, shape.blocks)
+// (As parameters of a kernel, nvcc's host code takes no structs.)
+template <class T, int head_dim, Memory memory>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps* warp_size,
+                                              keys_shape(head_dim, memory).blocks)
     attention_backward_keys(const FUSEDATTN_GRID_CONSTANT Backward p) {
-  KeysKernel<T, head_dim, shape>(p).run();
+  KeysKernel<T, head_dim, keys_shape(head_dim, memory)>(p).run();
 }
 
 // --- after: dQ from its sums ---------------------------------------------------------------------
 
-template <class T, int head_dim, KeysShape shape>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, 1)
+template <class T, int head_dim, Memory memory>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps* warp_size, 1)
     attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
+  constexpr KeysShape shape = keys_shape(head_dim, memory);
   using Shape = DqFragments<head_dim, shape>;
   const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
   const int query = int(block() - head * tiles) * shape.queries;

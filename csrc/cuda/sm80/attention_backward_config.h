@@ -1,14 +1,14 @@
-// Tiles.
+// The tiles of attention's backward on sm_80 and later, by head dim.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "attention_config.h"
 
 namespace fusedattn::cuda {
 
 // Of attention_backward_keys.
 struct KeysShape {
-  int keys;          // of a tile, which stay
-  int queries;       // of the tiles that pass by
+  int keys;     // of a tile, which stay
+  int queries;  // of the tiles that pass by
   int warps;
   int column_warps;  // that share keys, each with its columns of dK and dV
   int step;          // queries whose scores a warp has at a time
@@ -28,16 +28,16 @@ struct KeysRow {
 };
 
 constexpr KeysRow keys_rows[] = {
-    {64, {128, 64, 4, 1, 32, 2, 2}, {128, 32, 4, 1, 32, 1, 2}},
+    {64, {128, 64, 4, 1, 32, 2, 2}, {64, 64, 4, 1, 32, 1, 2}},
     {96, {128, 64, 8, 1, 64, 2, 1}, {128, 64, 8, 1, 32, 1, 1}},
     {128, {128, 64, 8, 1, 32, 2, 1}, {128, 32, 8, 1, 32, 1, 1}},
     {192, {64, 64, 8, 4, 16, 2, 1}, {64, 32, 8, 2, 16, 1, 1}},
     {256, {64, 64, 8, 4, 16, 1, 1}, {32, 32, 4, 2, 16, 1, 1}},
 };
 
-constexpr KeysRow keys_row(int head_dim) {
+constexpr KeysShape keys_shape(int head_dim, Memory memory) {
   for (const KeysRow& row : keys_rows)
-    if (row.head_dim == head_dim) return row;
+    if (row.head_dim == head_dim) return memory == Memory::large ? row.large : row.little;
   return {};
 }
 
@@ -61,11 +61,8 @@ struct QueriesRow {
 };
 
 constexpr QueriesRow queries_rows[] = {
-    {64, {128, 64, 4, 32, 2, 2}},
-    {96, {128, 64, 8, 64, 2, 1}},
-    {128, {128, 32, 8, 32, 2, 1}},
-    {192, {64, 32, 4, 32, 2, 1}},
-    {256, {64, 32, 4, 32, 1, 1}},
+    {64, {128, 64, 4, 32, 2, 2}}, {96, {128, 64, 8, 64, 2, 1}}, {128, {128, 32, 8, 32, 2, 1}},
+    {192, {64, 32, 4, 32, 2, 1}}, {256, {64, 32, 4, 32, 1, 1}},
 };
 
 constexpr QueriesShape queries_shape(int head_dim) {
@@ -85,7 +82,8 @@ struct DqFragments {
            head_dim % (16 * (shape.warps / row_warps)) == 0;
   }
   // 32 rows of a warp where that goes
-  static constexpr int row_warps = divides(shape.queries / 32) ? shape.queries / 32 : shape.queries / 16;
+  static constexpr int row_warps =
+      divides(shape.queries / 32) ? shape.queries / 32 : shape.queries / 16;
   static_assert(divides(row_warps));
   static constexpr int column_warps = shape.warps / row_warps;
   static constexpr int m = shape.queries / row_warps / 16, n = head_dim / column_warps / 8;

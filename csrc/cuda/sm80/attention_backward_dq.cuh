@@ -70,9 +70,7 @@ class QueriesKernel {
   FUSEDATTN_DEVICE Passes k_tile(int stage) const {
     return {shared_memory() + 2 * Stays::bytes + stage * 2 * Passes::bytes};
   }
-  FUSEDATTN_DEVICE Passes v_tile(int stage) const {
-    return {k_tile(stage).data + Passes::bytes};
-  }
+  FUSEDATTN_DEVICE Passes v_tile(int stage) const { return {k_tile(stage).data + Passes::bytes}; }
 
   FUSEDATTN_DEVICE void begin(int key, int stage) const {
     const int64_t kv_head = h / p.group();
@@ -142,10 +140,11 @@ class QueriesKernel {
   Pack<float, 4> dq[m][head_dim / 8];
 };
 
-template <class T, int head_dim, QueriesShape shape>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(shape.warps* warp_size, shape.blocks)
+template <class T, int head_dim>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(queries_shape(head_dim).warps* warp_size,
+                                              queries_shape(head_dim).blocks)
     attention_backward_queries(const FUSEDATTN_GRID_CONSTANT Backward p) {
-  QueriesKernel<T, head_dim, shape>(p).run();
+  QueriesKernel<T, head_dim, queries_shape(head_dim)>(p).run();
 }
 
 }  // namespace fusedattn::cuda

@@ -69,7 +69,9 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
         return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
     if call.mask is not None or call.bias is not None:
         name = "mask" if call.mask is not None else "bias"
-        return Refusal(f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths")
+        return Refusal(
+            f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths"
+        )
     for name, x in (("D", call.q), ("Dv", call.v)):
         width = x.shape[3]
         if width % 8 != 0 or width > 256:

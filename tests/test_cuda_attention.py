@@ -1,0 +1,160 @@
+"""Attention in CUDA C++, both passes by their public function: on the emulator and on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import fusedattn
+import pytest
+import torch
+from compare import AttentionCase, check_attention, check_results, results
+from fusedattn import _native
+from test_cuda_attention_backward import BF16, BOTH, CASES, F16, LITTLE
+from test_cuda_rowwise import backend  # noqa: F401
+
+emulated = _native.cuda_emulated()
+needs_emulator = pytest.mark.skipif(emulated is None, reason="needs setup.py build_emulator")
+
+
+def compute(made: dict, case: AttentionCase, backend: str) -> dict:  # noqa: F811
+    def forward(q, k, v, **options):
+        return fusedattn.attention(q, k, v, return_lse=True, backend=backend, **options)
+
+    return results(made, case, forward)
+
+
+def on_device(made: dict, backend: str) -> dict:  # noqa: F811
+    device = "cuda" if backend == "cuda" else "cpu"
+    return {name: None if x is None else x.to(device) for name, x in made.items()}
+
+
+def check_case(case: AttentionCase, backend: str, made: dict | None = None) -> dict:  # noqa: F811
+    made = on_device(made or case.inputs(), backend)
+    found = compute(made, case, backend)
+    check_results(
+        {name: x.cpu() for name, x in found.items()}, made, case, label=f"{backend} {case}"
+    )
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kind(case: AttentionCase, backend: str) -> None:  # noqa: F811
+    check_case(case, backend)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_head_dim_in_little_memory(dim: int, dtype: torch.dtype) -> None:
+    emulated.device(max_shared_bytes=LITTLE)
+    try:
+        check_attention(
+            AttentionCase(batch=1, heads=1, seq_q=140, seq_k=70, dim=dim, dtype=dtype, causal=True),
+            "cuda_emulated",
+        )
+    finally:
+        emulated.device()
+
+
+@needs_emulator
+@pytest.mark.parametrize("dim", [64, 192])
+def test_forward_in_random_orders(dim: int) -> None:
+    case = AttentionCase(batch=1, heads=2, kv_heads=1, seq_q=70, seq_k=200, dim=dim, dtype=BF16,
+                         causal=True)  # fmt: skip
+    made = case.inputs()
+    q, k, v = made["q"], made["k"], made["v"]
+    options = {"causal": True, "return_lse": True, "backend": "cuda_emulated"}
+    want = fusedattn.attention(q, k, v, **options)
+    for seed in range(20):
+        emulated.seed(seed)
+        found = fusedattn.attention(q, k, v, **options)
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True)), seed
+
+
+def test_heads_last(backend: str) -> None:  # noqa: F811
+    case = AttentionCase(batch=2, heads=4, kv_heads=2, seq_q=40, dim=64, dtype=BF16, causal=True)
+    made = case.inputs()
+    for name in ("q", "k", "v", "dout"):
+        made[name] = made[name].transpose(1, 2).contiguous().transpose(1, 2)
+    check_case(case, backend, made)
+
+
+def test_row_that_sees_nothing(backend: str) -> None:  # noqa: F811
+    case = AttentionCase(batch=2, seq_q=150, seq_k=30, dim=64, dtype=BF16, causal=True, grads=BOTH,
+                         kv_lengths=(30, 0))  # fmt: skip
+    found = {x: y.cpu() for x, y in check_case(case, backend).items()}
+    assert torch.equal(found["out"][:, :, :120], torch.zeros(2, 2, 120, 64, dtype=BF16))
+    assert (found["lse"][:, :, :120] == -torch.inf).all()
+    assert (found["lse"][1] == -torch.inf).all()
+    assert not found["dq"][:, :, :120].any()
+    assert not any(found[name][1].any() for name in ("out", "dq", "dk", "dv"))
+
+
+def test_nothing_leaks(backend: str) -> None:  # noqa: F811
+    """Neither keys past their number, nor a NaN query into another row."""
+    case = AttentionCase(batch=2, seq_q=40, seq_k=90, dim=64, dtype=BF16, kv_lengths=(90, 33))
+    made = on_device(case.inputs(), backend)
+    clean = compute(made, case, backend)
+    dirty = {name: None if x is None else x.clone() for name, x in made.items()}
+    dirty["k"][1, :, 33:] = dirty["v"][1, :, 33:] = torch.nan
+    found = compute(dirty, case, backend)
+    assert all(torch.equal(found[name], clean[name]) for name in ("out", "lse"))
+    assert all(x.isfinite().all() for x in found.values())
+    dirty["q"][0, 1, 17] = torch.nan
+    found = compute(dirty, case, backend)
+    assert found["out"][0, 1, 17].isnan().all()
+    found["out"][0, 1, 17] = clean["out"][0, 1, 17]
+    assert torch.equal(found["out"], clean["out"])
+
+
+@needs_emulator
+def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explicit, or by torch's flag: dQ is then the same bit for bit in any order of threads."""
+    case = AttentionCase(batch=1, heads=1, seq_q=70, seq_k=260, dim=64, dtype=BF16)
+    made = case.inputs()
+
+    def dq(seed: int, deterministic: bool | None) -> torch.Tensor:
+        emulated.seed(seed)
+        leaf = made["q"].clone().requires_grad_()
+        out = fusedattn.attention(
+            leaf, made["k"], made["v"], deterministic=deterministic, backend="cuda_emulated"
+        )
+        return torch.autograd.grad(out, leaf, made["dout"])[0]
+
+    assert all(torch.equal(dq(seed, True), dq(0, True)) for seed in range(5))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.equal(dq(7, None), dq(0, True))
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=before)
+
+
+REFUSED = [
+    ({"dtype": torch.float32}, "dtype is torch.float32; use bfloat16 or float16"),
+    ({"dim": 60}, "D is 60; use a multiple of 8, at most 256"),
+    ({"dim": 64, "dim_v": 264}, "Dv is 264; use a multiple of 8, at most 256"),
+    ({"mask": (1, 1, 32, 32)}, "mask is not supported; leave mask out"),
+    ({"bias": (1, 1, 32, 32)}, "bias is not supported; leave bias out"),
+]
+
+
+@needs_emulator
+@pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=[x[1].split(";")[0] for x in REFUSED])
+def test_what_is_refused(changes: dict, reason: str) -> None:
+    case = dataclasses.replace(AttentionCase(dtype=BF16, dim=64), **changes)
+    made = case.inputs()
+    options = {"mask": made["mask"], "bias": made["bias"], "backend": "cuda_emulated"}
+    with pytest.raises(fusedattn.UnsupportedError, match=r"(?s)cuda_emulated: " + reason):
+        fusedattn.attention(made["q"], made["k"], made["v"], **options)
+    assert reason in fusedattn.explain(made["q"], made["k"], made["v"], **options)
+
+
+@needs_emulator
+def test_rows_that_are_not_aligned_are_refused() -> None:
+    q = torch.randn(1, 2, 32, 65, dtype=BF16)[..., :64]
+    with pytest.raises(fusedattn.UnsupportedError, match=r"does not lie in rows of aligned 16"):
+        fusedattn.attention(q, q, q, backend="cuda_emulated")
+    k = torch.randn(2 * 32 * 64 + 1, dtype=BF16)[1:].view(1, 2, 32, 64)
+    with pytest.raises(fusedattn.UnsupportedError, match=r"k of strides .*pass k.contiguous"):
+        fusedattn.attention(k.clone(), k, k, backend="cuda_emulated")

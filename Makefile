@@ -19,6 +19,10 @@ INSTALLED := build/installed-$(subst /,_,$(PYTHON))
 BUILT := build/built-$(subst /,_,$(PYTHON))
 endif
 
+# Two files at a time where pytest-xdist is there; threads that wait leave the core to the others.
+PARALLEL = $(if $(shell $(PYTHON) -c "import xdist" 2>&1),,-n 2 --dist loadfile)
+PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(PARALLEL)
+
 CLANG_FORMAT := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))clang-format
 
 # Under a sanitizer a kernel takes a hundred times as long: small cases only.
@@ -34,8 +38,8 @@ bench: $(BUILT)
 
 test: $(BUILT)
 	$(PYTHON) setup.py -q build_emulator
-	$(PYTHON) -m pytest tests
-	$(PYTHON) -m pytest tests -m "not slow" --deterministic
+	$(PYTEST) tests
+	$(PYTEST) tests -m "not slow" --deterministic
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -189,7 +189,8 @@ def test_explaining_does_not_use_up_the_warning():
 def test_attention_explains_itself():
     q, k, v = torch.zeros(3, 1, 2, 4, 8)
     lines = fusedattn.explain(q, k, v).splitlines()
-    assert [line.split(":")[0] for line in lines[1:]] == ["  cpu", "  triton", "  reference"]
+    names = [line.split(":")[0].strip() for line in lines[1:]]
+    assert names == ["cpu", "cuda", "triton", "cuda_emulated", "reference"]
     assert fusedattn.explain(q, k, v, backend="reference").startswith("attention: reference\n")
     assert "triton: dtype is torch.float64" in fusedattn.explain(
         q.double(), k.double(), v.double(), backend="triton"

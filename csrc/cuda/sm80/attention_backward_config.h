@@ -71,6 +71,22 @@ constexpr QueriesShape queries_shape(int head_dim) {
   return {};
 }
 
+// Each of keys_rows fits its class of shared memory as many times as it says; queries_rows, which
+// serve both, fit the smaller one.
+constexpr bool backward_rows_hold() {
+  const auto fits = [](int bytes, int blocks, int per_block) {
+    return bytes <= per_block && (bytes + 1024) * blocks <= per_block + 1024;
+  };
+  for (const KeysRow& row : keys_rows)
+    if (!fits(shared_bytes(row.large, row.head_dim), row.large.blocks, 163 * 1024) ||
+        !fits(shared_bytes(row.little, row.head_dim), row.little.blocks, 99 * 1024))
+      return false;
+  for (const QueriesRow& row : queries_rows)
+    if (!fits(shared_bytes(row.shape, row.head_dim), 1, 99 * 1024)) return false;
+  return true;
+}
+static_assert(backward_rows_hold());
+
 // The terms of a head's queries are padded to whole tiles of any shape.
 constexpr int row_padding = 128;
 

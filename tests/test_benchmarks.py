@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -42,9 +44,13 @@ def test_timing_orders_its_percentiles():
     assert (timing.p20, timing.median, timing.p80, timing.samples) == (2.0, 3.5, 5.0, 6)
 
 
-def test_schedule_interleaves_and_rotates():
-    order = harness.schedule({"a": 3, "b": 3, "c": 3})
-    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+def test_schedule_interleaves_and_nobody_has_a_neighbour_of_his_own():
+    order = harness.schedule({"a": 30, "b": 30, "c": 30})
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    followed = collections.Counter(itertools.pairwise(order))
+    assert min(followed[x, y] for x, y in itertools.permutations("abc", 2)) >= 8
+    assert order == harness.schedule({"a": 30, "b": 30, "c": 30})
 
 
 def test_schedule_spreads_a_slow_version_over_the_rounds():
@@ -109,8 +115,23 @@ def test_peak_memory_sees_a_buffer_that_is_freed_again():
 
 def test_limits_are_measured_for_every_dtype():
     limits = harness.measure_limits(CPU, budget=0.1, scale=0.05)
-    assert set(limits.flops_per_second) == set(harness.DTYPES)
-    assert min(*limits.flops_per_second.values(), limits.bytes_per_second) > 1e6
+    rates = limits.flops_per_second
+    assert set(rates) == set(harness.DTYPES)
+    assert rates["fp32"] == min(rates.values()) > 1e6
+    assert limits.bytes_per_second > 1e6
+
+
+def test_a_slow_matmul_does_not_take_more_than_its_time(monkeypatch):
+    sizes = []
+
+    def slow(versions, *, device, budget):
+        sizes.append(versions["matmul"].call(0)[0].shape[0])
+        return {"matmul": SimpleNamespace(timing=harness.Timing.of([sizes[-1] ** 3 * 1e-6]))}
+
+    monkeypatch.setattr(harness, "measure", slow)
+    rate = harness._matmul_rate(torch.float32, 1024, CPU, budget=3.0)
+    assert sizes == [64, 128]
+    assert rate == pytest.approx(2e6)
 
 
 # --- cases ---------------------------------------------------------------------------------------

@@ -364,14 +364,14 @@ static bool attention_backward(const AttentionBackward& f) {
   (void)BackwardScratch<E>(x, count);
   if (apart) take_shared(count);
   const size_t own = count.used() - shared;
-  const Workspace workspace(shared + own * threads);
+  const Workspace workspace(shared, own, threads);
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
   {
     [[maybe_unused]] const typename E::Scope scope;
-    Arena common(workspace.data());
-    Arena mine(workspace.data() + shared + own * omp_get_thread_num());
+    Arena common = workspace.shared();
+    Arena mine = workspace.own(omp_get_thread_num());
     const BackwardScratch<E> scratch(x, mine);
     const BackwardPair<E> memory = take_shared(apart ? mine : common);
     const int64_t packs = x.blocks_k + x.group * x.blocks_q;

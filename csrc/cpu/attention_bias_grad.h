@@ -144,11 +144,11 @@ static void attention_bias_grad(const AttentionBackward& f) {
   const int64_t tasks = f.dbias.shape[0] * f.dbias.shape[1] * tiles_q * tiles_k;
   Arena count;
   (void)Task(f, count);
-  const Workspace workspace(count.used() * threads);
+  const Workspace workspace(0, count.used(), threads);
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] const typename E::Scope scope;
-    Arena arena(workspace.data() + count.used() * omp_get_thread_num());
+    Arena arena = workspace.own(omp_get_thread_num());
     Task task(f, arena);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tasks; ++i) {

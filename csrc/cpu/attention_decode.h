@@ -50,11 +50,11 @@ class Decode {
     count.take<S>(rows * d);
     count.take<S>(2 * block);
     const size_t own = count.used() - shared;
-    const Workspace workspace(shared + own * threads);
-    S* const partials = reinterpret_cast<S*>(workspace.data());
+    const Workspace workspace(shared, own, threads);
+    S* const partials = workspace.shared().template take<S>(pairs * splits * partial);
 #pragma omp parallel num_threads(threads)
     {
-      Arena arena(workspace.data() + shared + own * omp_get_thread_num());
+      Arena arena = workspace.own(omp_get_thread_num());
       S* const q = arena.take<S>(rows * d);
       S* const s = arena.take<S>(2 * block);
 #pragma omp for schedule(dynamic)

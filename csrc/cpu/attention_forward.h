@@ -193,16 +193,15 @@ static bool attention_forward(const AttentionForward& f) {
   (void)ForwardScratch<E>(f, count);
   if (apart) count.take<Unit>(pair_units);
   const size_t own = count.used() - shared;
-  const Workspace workspace(shared + own * threads);
+  const Workspace workspace(shared, own, threads);
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
   {
     [[maybe_unused]] const typename E::Scope scope;
-    Arena arena(workspace.data() + shared + own * omp_get_thread_num());
+    Arena arena = workspace.own(omp_get_thread_num());
     const ForwardScratch<E> scratch(f, arena);
-    Unit* const packed =
-        apart ? arena.take<Unit>(pair_units) : reinterpret_cast<Unit*>(workspace.data());
+    Unit* const packed = (apart ? arena : workspace.shared()).template take<Unit>(pair_units);
     const auto pack = [&](int64_t pair, int64_t block) {
       return keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), block, packed,
                                    scratch.packing);

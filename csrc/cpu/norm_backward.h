@@ -1,7 +1,6 @@
 // Layer norm and RMS norm, backward. Per row, with n = (z − mean) · rstd and g = dout · weight:
 // first Σ g and Σ g·n, and the row's share of dweight = Σ dout · n and dbias = Σ dout; then the
-// gradient of z. Several rows go through the first pass together, so that the sums over rows are
-// read and written once for all of them.
+// gradient of z.
 #pragma once
 
 #include "norm_rows.h"
@@ -11,34 +10,55 @@ namespace fusedattn::FUSEDATTN_ISA {
 // Rows whose sum stays in S; in half a million rows summed in fp32 alone the last digits would go.
 constexpr int64_t rows_per_flush = 128;
 
+constexpr int64_t long_row_bytes = 2048;
+
 struct RowSums {
   double g, gn;
 };
 
-// The sums over one thread's rows: S over a few rows, then double.
+// One sum over a thread's rows for each column: in S over a few rows, then in double. Both are null
+// where it is not wanted.
 template <class S>
-struct ColumnSums {
-  S *weight = nullptr, *bias = nullptr;  // null where not wanted
-  double *weight_total = nullptr, *bias_total = nullptr;
-  int64_t pending = 0;
+struct ColumnSum {
+  S* recent = nullptr;
+  double* total = nullptr;
 
-  FUSEDATTN_MEMBER void clear(Range columns) {
+  FUSEDATTN_MEMBER ColumnSum(const TensorView& wanted, int64_t width, Arena& arena) {
+    if (!wanted) return;
+    recent = arena.take<S>(width);
+    total = arena.take<double>(width);
+  }
+
+  void clear(Range columns) const {
+    if (!recent) return;
+    memset(recent + columns.begin, 0, (columns.end - columns.begin) * sizeof(S));
+    memset(total + columns.begin, 0, (columns.end - columns.begin) * sizeof(double));
+  }
+  void flush(Range columns) const {
+    if (!recent) return;
+#pragma omp simd
     for (int64_t i = columns.begin; i < columns.end; ++i) {
-      if (weight) weight[i] = S(weight_total[i] = 0);
-      if (bias) bias[i] = S(bias_total[i] = 0);
+      total[i] += double(recent[i]);
+      recent[i] = 0;
     }
   }
-  FUSEDATTN_MEMBER void flush(Range columns) {
-    for (int64_t i = columns.begin; i < columns.end; ++i) {
-      if (weight) {
-        weight_total[i] += double(weight[i]);
-        weight[i] = 0;
-      }
-      if (bias) {
-        bias_total[i] += double(bias[i]);
-        bias[i] = 0;
-      }
-    }
+};
+
+template <class S>
+struct ColumnSums {
+  ColumnSum<S> weight, bias;
+  int64_t pending = 0;  // rows in the recent sums
+
+  FUSEDATTN_MEMBER ColumnSums(const NormBackward& p, int64_t width, Arena& arena)
+      : weight(p.dweight, width, arena), bias(p.dbias, width, arena) {}
+
+  void clear(Range columns) {
+    weight.clear(columns);
+    bias.clear(columns);
+  }
+  void flush(Range columns) {
+    weight.flush(columns);
+    bias.flush(columns);
     pending = 0;
   }
 };
@@ -97,7 +117,8 @@ struct NormBackwardRows {
     const S* w = weight.data() + column;
     const T* dout[Rows];
     const Z* z[Rows];
-    vec<S> mean[Rows], rstd[Rows], g_sum[Rows] = {}, gn_sum[Rows] = {};
+    constexpr int ways = 2;  // additions in flight
+    vec<S> mean[Rows], rstd[Rows], g_sum[Rows * ways] = {}, gn_sum[Rows * ways] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       dout[r] = dout_row(row + r, column);
@@ -106,26 +127,34 @@ struct NormBackwardRows {
       mean[r] = splat(of.mean);
       rstd[r] = splat(of.rstd);
     }
-    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+    const auto add = [&](int64_t i, int way, auto lanes) {
       const vec<S> weights = get<S>(w + i, lanes);
       vec<S> to_weight, to_bias;
       if constexpr (Weight) to_weight = get<S>(dweight + i, lanes);
       if constexpr (Bias) to_bias = get<S>(dbias + i, lanes);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const vec<S> d = get<S>(dout[r] + i, lanes), g = d * weights;
+        const vec<S> d = rounded(get<S>(dout[r] + i, lanes)), g = d * weights;
         const vec<S> x = (get<S>(z[r] + i, lanes) - mean[r]) * rstd[r];
         if constexpr (Weight) to_weight += d * x;
         if constexpr (Bias) to_bias += d;
-        g_sum[r] += g;
-        gn_sum[r] += g * x;
+        g_sum[r * ways + way] += g;
+        gn_sum[r * ways + way] += g * x;
       }
       if constexpr (Weight) set<S>(dweight + i, to_weight, lanes);
       if constexpr (Bias) set<S>(dbias + i, to_bias, lanes);
-    });
+    };
+    int64_t i = 0;
+    for (; i + ways * width<S> <= n; i += ways * width<S>)
+#pragma GCC unroll 2
+      for (int way = 0; way < ways; ++way) add(i + way * width<S>, way, Whole{});
+    for_vectors<S>(n - i, [&](int64_t j, auto lanes) { add(i + j, 0, lanes); });
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r)
-      sums[r * chunks] = {double(reduce_add(g_sum[r])), double(reduce_add(gn_sum[r]))};
+    for (int r = 0; r < Rows; ++r) {
+      const vec<S> g = g_sum[r * ways] + g_sum[r * ways + 1];
+      const vec<S> gn = gn_sum[r * ways] + gn_sum[r * ways + 1];
+      sums[r * chunks] = {double(reduce_add(g)), double(reduce_add(gn))};
+    }
   }
 
   template <int Rows>
@@ -134,12 +163,13 @@ struct NormBackwardRows {
     for (int r = 0; r < Rows; ++r) fetch(row + r, columns);
     for_chunks(columns, [&](int64_t c, int64_t n) {
       RowSums* const here = sums + c / norm_chunk;
-      if (to.weight && to.bias)
-        sum_chunk<Rows, true, true>(row, c, n, here, chunks, to.weight + c, to.bias + c);
-      else if (to.weight)
-        sum_chunk<Rows, true, false>(row, c, n, here, chunks, to.weight + c, nullptr);
-      else if (to.bias)
-        sum_chunk<Rows, false, true>(row, c, n, here, chunks, nullptr, to.bias + c);
+      S *const dweight = to.weight.recent, *const dbias = to.bias.recent;
+      if (dweight && dbias)
+        sum_chunk<Rows, true, true>(row, c, n, here, chunks, dweight + c, dbias + c);
+      else if (dweight)
+        sum_chunk<Rows, true, false>(row, c, n, here, chunks, dweight + c, nullptr);
+      else if (dbias)
+        sum_chunk<Rows, false, true>(row, c, n, here, chunks, nullptr, dbias + c);
       else
         sum_chunk<Rows, false, false>(row, c, n, here, chunks, nullptr, nullptr);
     });
@@ -159,21 +189,13 @@ struct NormBackwardRows {
     const Normalise of(p, row);
     const S slope = S(-double(of.rstd) * mean_gn);
     const S constant = S(-mean_g);
-    const Ahead next_z(p.z, row, column);
-    const Ahead next_dout(p.dout, row, column);
-    write_vectors<S>(
-        total, n,
-        [&](int64_t i, auto lanes) {
-          // Rounded as in the first pass: where a row has one element the difference is 0.
-          const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
-          vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
-          if constexpr (Dz) value += get<S>(dz + i, lanes);
-          return value;
-        },
-        [&](int64_t i) {
-          next_z.fetch<S>(i);
-          next_dout.fetch<S>(i);
-        });
+    write_vectors<S>(total, n, [&](int64_t i, auto lanes) {
+      // Rounded as in the first pass: where a row has one element the difference is 0.
+      const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
+      vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
+      if constexpr (Dz) value += get<S>(dz + i, lanes);
+      return value;
+    });
   }
 
   template <class To>
@@ -214,16 +236,18 @@ struct NormBackwardRows {
   }
 };
 
-// One thread's rows, a block at a time.
+// One thread's rows. Short ones go through the first pass together, which then reads and writes the
+// sums over rows once for all of them; long ones do not, so that memory is read in its order.
 template <class T, class Z>
 static void norm_backward_rows(const NormBackwardRows<T, Z>& f, const Share& share, RowSums* sums,
                                ColumnSums<compute_t<T>>& to) {
   const int64_t chunks = chunks_of(f.division.width);
+  const bool alone = f.division.width * int64_t(sizeof(T)) >= long_row_bytes;
   // Blocks start at multiples of their size, so that a row's place in the buffers is its own.
   for (int64_t row = share.rows.begin; row < share.rows.end;) {
-    const bool whole = row % norm_block == 0 && row + norm_block <= share.rows.end;
-    const int rows = whole ? norm_block : 1;
-    if (whole)
+    const bool block = !alone && row % norm_block == 0 && row + norm_block <= share.rows.end;
+    const int rows = block ? norm_block : 1;
+    if (block)
       f.template first_pass<norm_block>(row, share.columns, sums, to);
     else
       f.template first_pass<1>(row, share.columns, sums, to);
@@ -246,61 +270,45 @@ static void norm_backward_columns(const NormBackwardRows<T, Z>& f, const Share& 
   for (row = 0; row < rows; ++row) f.second_pass(row, share.columns, sums + row * chunks);
 }
 
-// The scratch of a call; without memory behind the arena it only counts.
-template <class T, class Z>
-struct NormBackwardScratch {
-  typedef compute_t<T> S;
-
-  Parameter<S> weight;
-  int64_t copies;  // of the sums over rows: one for each thread, or one if split by columns
-  int64_t rows;    // of the buffers
-  RowSums* sums;
-  S *dweight, *dbias;
-  double *dweight_total, *dbias_total;
+template <class T>
+struct NormBackwardShared {
+  Parameter<compute_t<T>> weight;
   T* no_dout;
-  S *z, *dz;
-  size_t bytes;
 
-  FUSEDATTN_MEMBER NormBackwardScratch(const NormBackward& p, const Division& d, Arena arena)
+  FUSEDATTN_MEMBER NormBackwardShared(const NormBackward& p, const Division& d, Arena& arena)
       : weight(p.weight, p.options.weight_offset, true, d.width, arena),
-        copies(d.split ? 1 : d.threads),
-        rows(d.split ? d.rows : d.threads * norm_block),
-        sums(arena.take<RowSums>(rows * chunks_of(d.width))),
-        dweight(p.dweight ? arena.take<S>(copies * d.width) : nullptr),
-        dbias(p.dbias ? arena.take<S>(copies * d.width) : nullptr),
-        dweight_total(p.dweight ? arena.take<double>(copies * d.width) : nullptr),
-        dbias_total(p.dbias ? arena.take<double>(copies * d.width) : nullptr),
-        no_dout(p.dout ? nullptr : arena.take<T>(d.width)),
-        z(p.z.dtype == dtype_of<Z> ? nullptr : arena.take<S>(rows * d.width)),
-        dz(!p.dz || p.dz.dtype == dtype_of<Z> ? nullptr : arena.take<S>(rows * d.width)),
-        bytes(arena.used()) {}
+        no_dout(p.dout ? nullptr : arena.take<T>(d.width)) {}
+};
 
-  FUSEDATTN_MEMBER ColumnSums<S> column_sums(int64_t copy, int64_t width) const {
-    ColumnSums<S> result;
-    if (dweight) {
-      result.weight = dweight + copy * width;
-      result.weight_total = dweight_total + copy * width;
-    }
-    if (dbias) {
-      result.bias = dbias + copy * width;
-      result.bias_total = dbias_total + copy * width;
-    }
-    return result;
+// Of one thread, or of all if split.
+template <class T, class Z>
+struct NormBackwardOwn {
+  RowSums* sums;
+  ColumnSums<compute_t<T>> columns;
+  Z *z = nullptr, *dz = nullptr;
+
+  FUSEDATTN_MEMBER NormBackwardOwn(const NormBackward& p, const Division& d, Arena& arena)
+      : sums(arena.take<RowSums>(rows(d) * chunks_of(d.width))), columns(p, d.width, arena) {
+    if (p.z.dtype != dtype_of<Z>) z = arena.take<Z>(rows(d) * d.width);
+    if (p.dz && p.dz.dtype != dtype_of<Z>) dz = arena.take<Z>(rows(d) * d.width);
   }
+  FUSEDATTN_MEMBER static int64_t rows(const Division& d) { return d.split ? d.rows : norm_block; }
 };
 
 // The threads' sums, added in the threads' order, in the dtype of the gradient.
-template <class S>
-static void write_column_sums(const TensorView& to, const double* totals, int64_t copies,
-                              int64_t width, Range columns) {
+template <class S, class Total>
+static void write_column_sums(const TensorView& to, int64_t copies, Range columns,
+                              const Total& total) {
   if (!to) return;
   for_chunks(columns, [&](int64_t c, int64_t n) {
+    alignas(64) double sum[norm_chunk];
     alignas(64) S chunk[norm_chunk];
-    for (int64_t i = 0; i < n; ++i) {
-      double total = totals[c + i];
-      for (int64_t t = 1; t < copies; ++t) total += totals[t * width + c + i];
-      chunk[i] = S(total);
+    memcpy(sum, total(0) + c, n * sizeof(double));
+    for (int64_t t = 1; t < copies; ++t) {
+      const double* const from = total(t) + c;
+      for (int64_t i = 0; i < n; ++i) sum[i] += from[i];
     }
+    for (int64_t i = 0; i < n; ++i) chunk[i] = S(sum[i]);
     write_row(to, 0, c, n, chunk);
   });
 }
@@ -308,36 +316,40 @@ static void write_column_sums(const TensorView& to, const double* totals, int64_
 template <class T, class Z>
 static bool norm_backward_of(const NormBackward& p) {
   typedef compute_t<T> S;
+  typedef NormBackwardShared<T> Shared;
+  typedef NormBackwardOwn<T, Z> Own;
   const Division division(p.rows(), p.width());
-  const int64_t width = division.width;
-  const Workspace memory(NormBackwardScratch<T, Z>(p, division, Arena()).bytes);
-  const NormBackwardScratch<T, Z> scratch(p, division, Arena(memory.data()));
+  const int64_t width = division.width, copies = division.copies();
+  const Workspace workspace(bytes_of_scratch<Shared>(p, division),
+                            bytes_of_scratch<Own>(p, division), copies);
+  Arena common = workspace.shared();
+  const Shared shared(p, division, common);
   const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
-  if (!division.split) scratch.weight.convert({0, width});
-  if (scratch.no_dout) memset(static_cast<void*>(scratch.no_dout), 0, width * sizeof(T));
+  if (!division.split) shared.weight.convert({0, width});
+  if (shared.no_dout) memset(static_cast<void*>(shared.no_dout), 0, width * sizeof(T));
+  const auto own_of = [&](int64_t thread) {
+    Arena arena = workspace.own(thread);
+    return Own(p, division, arena);
+  };
 #pragma omp parallel num_threads(division.threads) if (division.threads > 1)
   {
     const int thread = omp_get_thread_num();
     const Share share = division.share(thread);
-    const int64_t own = division.split ? 0 : thread, first = own * norm_block;
-    Z *z = nullptr, *dz = nullptr;
-    if constexpr (sizeof(Z) == sizeof(S)) {
-      if (scratch.z) z = scratch.z + first * width;
-      if (scratch.dz) dz = scratch.dz + first * width;
-    }
-    const NormBackwardRows<T, Z> rows{p, division, scratch.weight, dropout, scratch.no_dout, z, dz};
-    ColumnSums<S> to = scratch.column_sums(own, width);
-    to.clear(share.columns);
-    RowSums* const sums = scratch.sums + first * chunks_of(width);
+    Own own = own_of(division.split ? 0 : thread);
+    const NormBackwardRows<T, Z> rows{p,     division, shared.weight, dropout, shared.no_dout,
+                                      own.z, own.dz};
+    own.columns.clear(share.columns);
     if (division.split)
-      norm_backward_columns(rows, share, sums, to);
+      norm_backward_columns(rows, share, own.sums, own.columns);
     else
-      norm_backward_rows(rows, share, sums, to);
-    to.flush(share.columns);
+      norm_backward_rows(rows, share, own.sums, own.columns);
+    own.columns.flush(share.columns);
 #pragma omp barrier
     const Range columns = part_of(width, thread, division.threads, norm_chunk);
-    write_column_sums<S>(p.dweight, scratch.dweight_total, scratch.copies, width, columns);
-    write_column_sums<S>(p.dbias, scratch.dbias_total, scratch.copies, width, columns);
+    write_column_sums<S>(p.dweight, copies, columns,
+                         [&](int64_t t) { return own_of(t).columns.weight.total; });
+    write_column_sums<S>(p.dbias, copies, columns,
+                         [&](int64_t t) { return own_of(t).columns.bias.total; });
   }
   return true;
 }

@@ -213,20 +213,13 @@ struct NormForwardRows {
   // gives the bias itself.
   template <bool Weight, bool Bias>
   FUSEDATTN_INLINE void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
-                                        const S* weight, const S* bias, const Ahead& x,
-                                        const Ahead& residual) {
-    write_vectors<S>(
-        out, n,
-        [&](int64_t i, auto lanes) {
-          vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
-          if constexpr (Weight) value *= get<S>(weight + i, lanes);
-          if constexpr (Bias) value += get<S>(bias + i, lanes);
-          return value;
-        },
-        [&](int64_t i) {
-          x.fetch<S>(i);
-          residual.fetch<S>(i);
-        });
+                                        const S* weight, const S* bias) {
+    write_vectors<S>(out, n, [&](int64_t i, auto lanes) {
+      vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
+      if constexpr (Weight) value *= get<S>(weight + i, lanes);
+      if constexpr (Bias) value += get<S>(bias + i, lanes);
+      return value;
+    });
   }
 
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
@@ -241,26 +234,24 @@ struct NormForwardRows {
     const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
     const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
     const S mean = S(s.mean), rstd = S(s.rstd);
-    const Ahead x(p.x, row, columns.begin);
-    const Ahead residual(p.residual, row, columns.begin);
     if (w && b)
-      scale_and_shift<true, true>(z, out, n, mean, rstd, w, b, x, residual);
+      scale_and_shift<true, true>(z, out, n, mean, rstd, w, b);
     else if (w)
-      scale_and_shift<true, false>(z, out, n, mean, rstd, w, b, x, residual);
+      scale_and_shift<true, false>(z, out, n, mean, rstd, w, b);
     else if (b)
-      scale_and_shift<false, true>(z, out, n, mean, rstd, w, b, x, residual);
+      scale_and_shift<false, true>(z, out, n, mean, rstd, w, b);
     else
-      scale_and_shift<false, false>(z, out, n, mean, rstd, w, b, x, residual);
+      scale_and_shift<false, false>(z, out, n, mean, rstd, w, b);
   }
 };
 
 // One thread's rows. A few short ones go through the first pass before the second, so that nothing
-// waits for a row's last sums.
+// waits for a row's last sums; not where z is written too, so that memory is read in its order.
 template <class T, class P>
 static void norm_forward_rows(const NormForwardRows<T, P>& f, const Share& share,
                               Moments* moments) {
   const int64_t chunks = chunks_of(f.division.width);
-  const int64_t block = chunks == 1 ? norm_block : 1;
+  const int64_t block = chunks == 1 && !f.p.z ? norm_block : 1;
   for (int64_t row = share.rows.begin; row < share.rows.end; row += block) {
     const int64_t rows = share.rows.end - row < block ? share.rows.end - row : block;
     for (int64_t r = 0; r < rows; ++r) f.first_pass(row + r, share.columns, moments + r * chunks);
@@ -281,49 +272,52 @@ static void norm_forward_columns(const NormForwardRows<T, P>& f, const Share& sh
     f.second_pass(row, share.columns, moments + row * chunks);
 }
 
-// The scratch of a call; without memory behind the arena it only counts.
-template <class T, class P>
-struct NormForwardScratch {
-  typedef compute_t<T> S;
-
+template <class S>
+struct NormForwardShared {
   Parameter<S> weight, bias;
-  int64_t rows, width, chunks;  // of the buffers: a block for each thread, or all rows if split
+
+  FUSEDATTN_MEMBER NormForwardShared(const NormForward& p, const Division& d, Arena& arena)
+      : weight(p.weight, p.options.weight_offset, false, d.width, arena),
+        bias(p.bias, 0, false, d.width, arena) {}
+};
+
+// Of one thread, or of all if split.
+template <class P>
+struct NormForwardOwn {
   Moments* moments;
   P* z;
-  size_t bytes;
 
-  FUSEDATTN_MEMBER NormForwardScratch(const NormForward& p, const Division& d, Arena arena)
-      : weight(p.weight, p.options.weight_offset, false, d.width, arena),
-        bias(p.bias, 0, false, d.width, arena),
-        rows(d.split ? d.rows : d.threads * norm_block),
-        width(p.z && p.z.dtype != dtype_of<P> ? d.width : 0),
-        chunks(chunks_of(d.width)),
-        moments(arena.take<Moments>(rows * chunks)),
-        z(width ? arena.take<P>(rows * width) : nullptr),
-        bytes(arena.used()) {}
+  FUSEDATTN_MEMBER NormForwardOwn(const NormForward& p, const Division& d, Arena& arena) {
+    const int64_t rows = d.split ? d.rows : norm_block;
+    moments = arena.take<Moments>(rows * chunks_of(d.width));
+    z = p.z && p.z.dtype != dtype_of<P> ? arena.take<P>(rows * d.width) : nullptr;
+  }
 };
 
 template <class T, class P>
 static bool norm_forward_of(const NormForward& p) {
+  typedef NormForwardShared<compute_t<T>> Shared;
+  typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
-  const Workspace memory(NormForwardScratch<T, P>(p, division, Arena()).bytes);
-  const NormForwardScratch<T, P> scratch(p, division, Arena(memory.data()));
+  const Workspace workspace(bytes_of_scratch<Shared>(p, division),
+                            bytes_of_scratch<Own>(p, division), division.copies());
+  Arena common = workspace.shared();
+  const Shared shared(p, division, common);
   const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
   if (!division.split) {
-    scratch.weight.convert({0, division.width});
-    scratch.bias.convert({0, division.width});
+    shared.weight.convert({0, division.width});
+    shared.bias.convert({0, division.width});
   }
 #pragma omp parallel num_threads(division.threads) if (division.threads > 1)
   {
-    const int64_t own = division.split ? 0 : omp_get_thread_num() * norm_block;
-    const Share share = division.share(omp_get_thread_num());
-    P* const z = scratch.z ? scratch.z + own * scratch.width : nullptr;
-    const NormForwardRows<T, P> rows{p, division, scratch.weight, scratch.bias, dropout, z};
-    Moments* const moments = scratch.moments + own * scratch.chunks;
+    const int thread = omp_get_thread_num();
+    Arena arena = workspace.own(division.split ? 0 : thread);
+    const Own own(p, division, arena);
+    const NormForwardRows<T, P> rows{p, division, shared.weight, shared.bias, dropout, own.z};
     if (division.split)
-      norm_forward_columns(rows, share, moments);
+      norm_forward_columns(rows, division.share(thread), own.moments);
     else
-      norm_forward_rows(rows, share, moments);
+      norm_forward_rows(rows, division.share(thread), own.moments);
   }
   return true;
 }

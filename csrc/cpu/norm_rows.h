@@ -35,6 +35,9 @@ struct Division {
     if (!split && threads > rows) threads = int(rows);
   }
 
+  // Of what threads keep for themselves.
+  FUSEDATTN_MEMBER int copies() const { return split ? 1 : threads; }
+
   FUSEDATTN_MEMBER Share share(int thread) const {
     const Range all_rows{0, rows}, all_columns{0, width};
     if (split) return {all_rows, part_of(width, thread, threads, norm_chunk)};
@@ -70,32 +73,6 @@ struct Parameter {
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
       set<S>(to + i, *tensor ? get<S>(to + i, lanes) + offset : splat(S(1)), lanes);
     });
-  }
-};
-
-// The rows that come after these, fetched into L2 while these are being written: the hardware's own
-// prefetch stops at the end of each, and a short row is over before memory has answered.
-struct Ahead {
-  static constexpr int64_t least_bytes = 8192;
-
-  const char* data = nullptr;  // null where there is nothing to fetch
-  int64_t element = 0;
-
-  FUSEDATTN_MEMBER Ahead(const TensorView& x, int64_t row, int64_t column) {
-    if (!x) return;
-    element = bytes_of(x.dtype);
-    const int64_t bytes = x.stride[0] * element;
-    row += norm_block * bytes < least_bytes && bytes > 0 ? least_bytes / bytes : norm_block;
-    data = static_cast<const char*>(x.data) + row * bytes + column * element;
-  }
-
-  // What two vectors of S from column i on are stored in.
-  template <class S>
-  FUSEDATTN_MEMBER void fetch(int64_t i) const {
-    if (!data) return;
-    const char* from = data + i * element;
-    __builtin_prefetch(from, 0, 2);
-    if (2 * width<S> * element > 64) __builtin_prefetch(from + 64, 0, 2);
   }
 };
 

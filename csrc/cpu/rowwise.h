@@ -51,7 +51,7 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
   return load(x);
 }
 
-// x as it was rounded: no multiply-add reaches across.
+// x as it was rounded or loaded: no multiply-add reaches across, and it is not loaded again.
 template <class V>
 FUSEDATTN_INLINE V rounded(V x) {
 #if defined(__AVX512F__)
@@ -123,16 +123,12 @@ FUSEDATTN_INLINE void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, Some{int(n - i)});
 }
 
-// value(i, lanes) for the vectors of n elements, rounded to P at to + i; `before(i)` stands before
-// every two of them.
-template <class S, class P, class Value, class Before>
-FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, const Value& value, const Before& before) {
+// value(i, lanes) for the vectors of n elements, rounded to P at to + i.
+template <class S, class P, class Value>
+FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, const Value& value) {
   constexpr int w = width<S>;
   int64_t i = 0;
-  for (; i + 2 * w <= n; i += 2 * w) {
-    before(i);
-    set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
-  }
+  for (; i + 2 * w <= n; i += 2 * w) set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
   for_vectors<S>(n - i,
                  [&](int64_t j, auto lanes) { set<S>(to + i + j, value(i + j, lanes), lanes); });
 }

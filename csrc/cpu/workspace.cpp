@@ -7,6 +7,7 @@
 namespace fusedattn {
 namespace {
 
+constexpr size_t page = 4096;
 constexpr size_t kept_at_most = size_t{48} << 20;
 
 std::mutex guard;
@@ -15,7 +16,10 @@ size_t kept_bytes = 0;
 
 }  // namespace
 
-Workspace::Workspace(size_t bytes) : data_(nullptr), bytes_(bytes) {
+Workspace::Workspace(size_t shared, size_t own, size_t threads)
+    : data_(nullptr), shared_(shared + page), stride_(own + page) {
+  const size_t bytes = shared_ + stride_ * threads;
+  bytes_ = bytes;
   char* too_small = nullptr;
   {
     const std::lock_guard<std::mutex> lock(guard);

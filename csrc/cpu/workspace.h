@@ -7,21 +7,7 @@
 
 namespace fusedattn {
 
-// At least `bytes`, aligned to 64; kept for the next call when released. Throws std::bad_alloc.
-class Workspace {
- public:
-  explicit Workspace(size_t bytes);
-  ~Workspace();
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  FUSEDATTN_MEMBER char* data() const { return data_; }
-
- private:
-  char* data_;
-  size_t bytes_;
-};
-
-// Cuts a workspace into arrays; without memory it only counts.
+// Cuts memory into arrays aligned to 64 bytes; without memory it only counts.
 class Arena {
  public:
   FUSEDATTN_MEMBER explicit Arena(char* base = nullptr) : base_(base) {}
@@ -38,6 +24,36 @@ class Arena {
  private:
   char* base_;
   size_t used_ = 0;
+};
+
+// The bytes that Scratch(arguments…, arena) takes.
+template <class Scratch, class... Arguments>
+FUSEDATTN_MEMBER inline size_t bytes_of_scratch(const Arguments&... arguments) {
+  Arena counting;
+  (void)Scratch(arguments..., counting);
+  return counting.used();
+}
+
+// At least `shared` bytes for all threads and `own` for each of `threads`, as arenas counted them;
+// kept for the next call when released. Throws std::bad_alloc.
+//
+// Threads' own parts lie a page apart: the hardware fetches past the end of what a core reads, and
+// would take from another core what that one is writing.
+class Workspace {
+ public:
+  explicit Workspace(size_t shared, size_t own = 0, size_t threads = 0);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  FUSEDATTN_MEMBER Arena shared() const { return Arena(data_); }
+  FUSEDATTN_MEMBER Arena own(size_t thread) const {
+    return Arena(data_ + shared_ + thread * stride_);
+  }
+
+ private:
+  char* data_;
+  size_t bytes_, shared_, stride_;
 };
 
 }  // namespace fusedattn

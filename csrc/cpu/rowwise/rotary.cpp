@@ -251,11 +251,11 @@ static bool rotate_all(const Rotary& f) {
 
   Arena count;
   Task(f, count);
-  const Workspace workspace(count.used() * threads);
+  const Workspace workspace(0, count.used(), threads);
 #pragma omp parallel num_threads(threads)
   {
     const int own = omp_get_thread_num(), all = omp_get_num_threads();
-    Arena arena(workspace.data() + count.used() * own);
+    Arena arena = workspace.own(own);
     Task task(f, arena);
     const bool shared = task.shared();
     for (int64_t t = tasks * own / all; t < tasks * (own + 1) / all; ++t) {

@@ -128,13 +128,13 @@ static bool sinusoidal(const Sinusoidal& f) {
   const size_t table = count.used();
   count.take<S>(2 * padded);
   const size_t own_bytes = count.used() - table;
-  const Workspace workspace(table + own_bytes * threads);
-  double* frequency = Arena(workspace.data()).take<double>(padded);
+  const Workspace workspace(table, own_bytes, threads);
+  double* frequency = workspace.shared().take<double>(padded);
   fill_frequencies(frequency, f, pairs, padded);
 #pragma omp parallel num_threads(threads)
   {
     const int own = omp_get_thread_num(), all = omp_get_num_threads();
-    S* encoding = Arena(workspace.data() + table + own_bytes * own).take<S>(2 * padded);
+    S* encoding = workspace.own(own).take<S>(2 * padded);
     int64_t encoded = -1;
     for (int64_t t = rows * own / all; t < rows * (own + 1) / all; ++t) {
       // Batches that share a position follow each other.

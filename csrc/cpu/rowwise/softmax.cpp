@@ -420,9 +420,10 @@ void run_wide(const Params& p, int threads) {
   const int64_t count = p.rows(), chunks = ceil_div(p.width(), chunk);
   const bool shared = count < 8 * threads && threads > 1;
   typedef decltype(rows.part(Index{}, 0, nullptr)) Piece;
+  Arena own_part;
+  own_part.take<Piece>(chunks);
   // While some threads still combine one row, others write the parts of the next.
-  const Workspace workspace(sizeof(Piece) * chunks * larger(threads, 2));
-  Piece* const parts = reinterpret_cast<Piece*>(workspace.data());
+  const Workspace workspace(0, own_part.used(), larger(threads, 2));
 #pragma omp parallel num_threads(threads)
   {
     alignas(64) typename Rows::S copy[2 * chunk];
@@ -433,7 +434,7 @@ void run_wide(const Params& p, int threads) {
     const int64_t c1 = shared ? chunks * (me + 1) / team : chunks;
     Index at = index_of(p, first);
     for (int64_t r = first; r < last; ++r) {
-      Piece* const own = parts + chunks * (shared ? r % 2 : me);
+      Piece* const own = workspace.own(shared ? r % 2 : me).template take<Piece>(chunks);
       for (int64_t c = c0; c < c1; ++c) own[c] = rows.part(at, c, copy);
       if (shared) {
 #pragma omp barrier

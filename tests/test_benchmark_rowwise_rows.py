@@ -84,7 +84,7 @@ def test_every_case_is_run_within_the_time_and_says_what_was_left_out():
 
 def test_a_few_cases_are_worth_compiling():
     for device, grid in ((CPU, rowwise.quick_grid), (GPU, rowwise.full_grid)):
-        chosen = [case for case in grid(device) if rowwise._worth_compiling(case, device)]
+        chosen = [case for case in grid(device) if rowwise.worth_compiling(case, device)]
         assert 2 <= len(chosen) < len(grid(device)) / 3
 
 
@@ -101,7 +101,7 @@ def test_the_compiled_formula_runs_again_and_again(backward):
 
 
 def test_on_a_gpu_every_backend_is_a_version_of_its_own():
-    assert rowwise_peers.ours_on(GPU) == {"fusedattn-cuda": "cuda", "fusedattn-triton": "triton"}
+    assert peers.ours_on(GPU) == {"fusedattn-cuda": "cuda", "fusedattn-triton": "triton"}
     assert "fusedattn-cuda" in rowwise_peers.builders(tiny("softmax"), GPU)
     problem = rowwise.make_problem(tiny("softmax"), CPU, seed=0)
     with pytest.raises(Unavailable, match=r"cuda: .*on cpu"):

@@ -43,7 +43,7 @@ def test_the_benchmark_is_alone_and_all_fits_into_ten_minutes(tmp_path):
 
 def test_every_gpu_test_and_every_op_is_asked_for(tmp_path):
     assert all((HERE.parent / name).is_file() for name in on_gpu.CUDA_TESTS)
-    found = on_gpu.stages("python", tmp_path, 16, "compute-sanitizer")
+    found = on_gpu.stages(sys.executable, tmp_path, 16, "compute-sanitizer")
     others = next(part for part in found[2] if part.name == "Triton tests").command
     assert "tests" in others
     assert {word.removeprefix("--ignore=") for word in others if "ignore" in word} == set(
@@ -53,7 +53,9 @@ def test_every_gpu_test_and_every_op_is_asked_for(tmp_path):
         checked = [part.command for part in found[2] if part.name.startswith(tool)]
         asked = {word for command in checked for word in command if word in on_gpu.CUDA_TESTS}
         assert asked == set(on_gpu.CUDA_TESTS)
-        assert all(command[command.index("--error-exitcode") + 1] != "0" for command in checked)
+        for command in checked:
+            assert command[command.index("--error-exitcode") + 1] != "0"
+            assert command.index("--error-exitcode") < command.index(sys.executable)
 
 
 def test_without_compute_sanitizer_the_whole_fails_and_says_so(tmp_path):
@@ -118,6 +120,20 @@ def test_a_part_that_does_not_listen_is_ended_with_its_children():
     assert outcome.status == "ended: its time was over"
     child = Path(f"/proc/{outcome.text}/status")
     assert not child.exists() or "zombie" in child.read_text()
+
+
+@pytest.mark.parametrize(
+    ("counts", "status"),
+    [
+        ("=== 3 passed, 9 skipped in 2s ===", "passed"),
+        ("9 skipped in 2s", "failed: nothing was checked"),
+    ],
+)
+def test_tests_that_are_all_skipped_have_checked_nothing(counts, status):
+    code = f"print({counts!r}); print('===== ERROR SUMMARY: 0 errors')"
+    (outcome,) = run(python("memcheck", code, spare=10.0))
+    assert outcome.status == status
+    assert outcome.last_line == counts.strip("= ")
 
 
 def test_nothing_is_begun_in_the_last_seconds():

@@ -59,7 +59,7 @@ class Outcome:
     def last_line(self) -> str:
         """Of a sanitizer's output too the line in which pytest counts."""
         lines = self.text.splitlines() or [""]
-        counts = [line for line in lines if re.search(r"\d (passed|skipped|failed|error)", line)]
+        counts = [line for line in lines if re.search(r"\d (passed|skipped|failed)", line)]
         return (counts or lines)[-1].strip("= ")
 
     @property

@@ -69,8 +69,9 @@ class Outcome:
 
 # --- what is run ---------------------------------------------------------------------------------
 
-OTHER_OPS = ("rotary", "rowwise", "softmax")
-CUDA_TESTS = [f"tests/test_cuda_{name}.py" for name in ("attention", *OTHER_OPS)]
+OPS = ("attention", "rotary", "rowwise", "softmax")
+CUDA_TESTS = [f"tests/test_cuda_{name}.py" for name in OPS]
+LARGE_TESTS = "tests/test_cuda_attention_large.py"  # too large for a sanitizer
 # Calls that torch makes and expects to fail are no errors. Our kernels alone are looked at: torch's
 # have hazards of their own; but initcheck has to see who wrote what they read.
 OPTIONS = ["--error-exitcode", "99", "--report-api-errors", "no"]
@@ -111,8 +112,8 @@ def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) 
     """Right before fast, and what compiles for long last: it may find the time to be over."""
     ahead = [python, "-m", "fusedattn.benchmarks.ahead"]
     bench = [python, "-m", "fusedattn.cli", "bench", "--device", "cuda", "--output", str(output)]
-    ours = pytest_command(python, *CUDA_TESTS, workers=4)
-    others = [f"--ignore={name}" for name in CUDA_TESTS]
+    ours = pytest_command(python, *CUDA_TESTS, LARGE_TESTS, workers=4)
+    others = [f"--ignore={name}" for name in (*CUDA_TESTS, LARGE_TESTS)]
     # The Triton kernels take their first tile instead of timing all: one to compile for each test.
     triton = pytest_command(python, "--deterministic", "tests", *others, workers=cores // 2)
     return [

@@ -42,13 +42,13 @@ def test_the_benchmark_is_alone_and_all_fits_into_ten_minutes(tmp_path):
 
 
 def test_every_gpu_test_and_every_op_is_asked_for(tmp_path):
-    assert all((HERE.parent / name).is_file() for name in on_gpu.CUDA_TESTS)
+    ours = [*on_gpu.CUDA_TESTS, on_gpu.LARGE_TESTS]
+    assert all((HERE.parent / name).is_file() for name in ours)
     found = on_gpu.stages(sys.executable, tmp_path, 16, "compute-sanitizer")
     others = next(part for part in found[2] if part.name == "Triton tests").command
     assert "tests" in others
-    assert {word.removeprefix("--ignore=") for word in others if "ignore" in word} == set(
-        on_gpu.CUDA_TESTS
-    )
+    assert {word.removeprefix("--ignore=") for word in others if "ignore" in word} == set(ours)
+    assert set(ours) < set(found[0][0].command)
     for tool in ("memcheck", "racecheck"):
         checked = [part.command for part in found[2] if part.name.startswith(tool)]
         asked = {word for command in checked for word in command if word in on_gpu.CUDA_TESTS}

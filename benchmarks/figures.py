@@ -56,3 +56,13 @@ def ratios(rows: dict[str, dict[str, Any]], ours: Iterable[str]) -> dict[str, An
         "best_peer": best,
         "speedup_over_best": None if best is None else speedup[best],
     }
+
+
+def times_as_fast(
+    rows: dict[str, dict[str, Any]], ours: Iterable[str], peer: str
+) -> dict[str, float]:
+    """How many times as fast as one peer each of ours is; nothing where either did not run."""
+    if peer not in rows:
+        return {}
+    seconds = rows[peer]["median_s"]
+    return {name: seconds / rows[name]["median_s"] for name in ours if name in rows}

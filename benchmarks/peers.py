@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS = "fusedattn"
+FLASH = "sdpa-flash"
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,12 @@ class Problem:
 def version_of(
     formula: Formula, problem: Problem, *contexts: Callable[[], Any], detail: str = ""
 ) -> Version:
-    """A `Version` of a PyTorch function: forward alone, or with the gradients of q, k and v."""
-    sets = problem.sets
-    if problem.case.backward:
-        leaves = [[x.detach().requires_grad_() for x in s[:3]] for s in sets]
+    """A `Version` of a PyTorch function: forward, with the gradients of q, k and v, or those alone.
 
-        def call(i: int) -> Outputs:
-            inputs = leaves[i % len(leaves)]
-            out = formula(*inputs)
-            return (out, *torch.autograd.grad(out, inputs, sets[i % len(sets)][3]))
-
-    else:
-        contexts = (torch.no_grad, *contexts)
-
-        def call(i: int) -> Outputs:
-            q, k, v, _ = sets[i % len(sets)]
-            return (formula(q, k, v),)
+    For those alone the graphs are recorded here.
+    """
+    sets, backward, alone = problem.sets, problem.case.backward, problem.case.alone
+    contexts = contexts if backward else (torch.no_grad, *contexts)
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
@@ -80,6 +71,19 @@ def version_of(
             for enter in contexts:
                 stack.enter_context(enter())
             yield
+
+    leaves = [[x.detach().requires_grad_(backward) for x in s[:3]] for s in sets]
+    recorded: list[Tensor] = []
+    if alone:
+        with context():
+            recorded = [formula(*inputs) for inputs in leaves]
+
+    def call(i: int) -> Outputs:
+        inputs, dout = leaves[i % len(sets)], sets[i % len(sets)][3]
+        out = recorded[i % len(sets)] if alone else formula(*inputs)
+        if not backward:
+            return (out,)
+        return (out, *torch.autograd.grad(out, inputs, dout, retain_graph=alone))
 
     return Version(call, context, detail=detail)
 
@@ -101,6 +105,40 @@ def fused(problem: Problem) -> Version:
     if backend == "reference":
         problem.refuse_huge_scores()
     return version_of(formula, problem, detail=backend)
+
+
+def ours(backend: str) -> Callable[[Problem], Version]:
+    """fusedattn on one backend; "cpu" stands for what a CPU tensor gets by default."""
+    if backend == "cpu":
+        return fused
+
+    def build(problem: Problem) -> Version:
+        causal = problem.case.causal
+
+        def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return fusedattn.attention(q, k, v, causal=causal, backend=backend)
+
+        try:
+            formula(*problem.sets[0][:3])
+        except fusedattn.UnsupportedError as error:
+            raise Unavailable(refusal(error, backend)) from error
+        return version_of(formula, problem, detail=backend)
+
+    return build
+
+
+def refusal(error: Exception, backend: str) -> str:
+    """Of what an `UnsupportedError` says, why this backend does not take the call."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line.startswith(f"{backend}:")]
+    return (reasons or lines)[0]
+
+
+def ours_on(device: torch.device) -> dict[str, str]:
+    """The names of our versions on a device → their backends."""
+    if device.type != "cuda":
+        return {OURS: "cpu"}
+    return {f"{OURS}-{backend}": backend for backend in ("cuda", "triton")}
 
 
 def _eager_formula(problem: Problem) -> Formula:
@@ -129,9 +167,17 @@ def eager(problem: Problem) -> Version:
 def compiled(problem: Problem) -> Version:
     """`torch.compile` of eager, for these static shapes; compiled before the clock starts."""
     problem.refuse_huge_scores()
-    torch.compiler.reset()
     formula = torch.compile(_eager_formula(problem), fullgraph=True, dynamic=False)
-    return _called_once(version_of(formula, problem))
+    return _compiled_now(formula, problem)
+
+
+def _compiled_now(formula: Formula, problem: Problem) -> Version:
+    import torch._functorch.config as functorch
+
+    torch.compiler.reset()
+    # A backward that donates the buffers it was given can run only once.
+    with functorch.patch(donated_buffer=not problem.case.alone):
+        return called_once(version_of(formula, problem))
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Problem], Version]:
@@ -158,18 +204,18 @@ def flex(problem: Problem) -> Version:
     blocks = None
     if case.causal:
         blocks = create_block_mask(
-            lambda b, h, i, j: i >= j, None, None, case.seq_q, case.seq_k, problem.device.type
+            lambda b, h, i, j: i >= j, None, None, case.seq_q, case.seq_k, device=problem.device
         )
-    torch.compiler.reset()
     run = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return run(q, k, v, block_mask=blocks)
 
-    return _called_once(version_of(formula, problem))
+    return _compiled_now(formula, problem)
 
 
-def _called_once(version: Version) -> Version:
+def called_once(version: Version) -> Version:
+    """The version, after a call: what is built lazily is built."""
     with version.context():
         version.call(0)
     return version
@@ -303,7 +349,7 @@ def openvino(problem: Problem) -> Version:
 PEERS: dict[str, Callable[[Problem], Version]] = {
     "eager": eager,
     "torch.compile": compiled,
-    "sdpa-flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    FLASH: sdpa(SDPBackend.FLASH_ATTENTION),
     "sdpa-efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa-cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "sdpa-math": sdpa(SDPBackend.MATH),
@@ -321,3 +367,9 @@ _ELSEWHERE = {
 def peers_on(device: torch.device) -> list[str]:
     """The names of the peers that a device can have (FlexAttention has no backward on a CPU)."""
     return [name for name in PEERS if name not in _ELSEWHERE[device.type]]
+
+
+def builders(device: torch.device, names: Iterable[str]) -> dict[str, Callable[[Problem], Version]]:
+    """Our versions on a device, and the named peers."""
+    mine = {name: ours(backend) for name, backend in ours_on(device).items()}
+    return {**mine, **{name: PEERS[name] for name in names}}

@@ -21,9 +21,11 @@ from torch import Tensor
 from .accuracy import ExpectedRows, expected_rows
 from .figures import figures_of, ratios
 from .harness import DTYPES, Version, measure
-from .rowwise_peers import COMPILED, OPS, PEERS, Problem, builders, ours_on
+from .peers import called_once, ours_on
+from .rowwise_peers import COMPILED, OPS, PEERS, Problem, builders
 
 INPUT_SETS = 2
+COMPILE_SECONDS = 15.0
 COPY = "copy"
 NORMS = ("layer_norm", "rms_norm")
 WIDE = ("layer_norm", "rms_norm", "softmax")
@@ -175,9 +177,10 @@ def run_case(
     """
     case, device = problem.case, problem.device
     skipped: dict[str, str] = {}
+    prepared: dict[str, float] = {}
     if versions is None:
         names = [*ours_on(device), *(PEERS if peers is None else peers)]
-        versions = _build(problem, names, skipped)
+        versions = _build(problem, names, skipped, prepared)
     measured = measure(
         {COPY: copy_of(case, device), **versions},
         device=device,
@@ -204,20 +207,34 @@ def run_case(
         "copy": {f"{name}_s": getattr(copy, name) for name in ("median", "p20", "p80")},
         "versions": rows,
         "skipped": skipped,
+        "prepared_s": prepared,
         **ratios(rows, ours_on(device)),
     }
 
 
-def _build(problem: Problem, names: Sequence[str], skipped: dict[str, str]) -> dict[str, Version]:
+def _build(
+    problem: Problem, names: Sequence[str], skipped: dict[str, str], prepared: dict[str, float]
+) -> dict[str, Version]:
+    """The versions; `skipped` receives why others cannot run, `prepared` seconds, by their names.
+
+    On a GPU each is called once here, whatever a compiler or a driver raises at the first call.
+    """
     versions = {}
     known = builders(problem.case, problem.device)
     for name in names:
         if name not in known:
             continue
+        start = time.perf_counter()
         try:
-            versions[name] = known[name](problem)
-        except RuntimeError as reason:
-            skipped[name] = str(reason).splitlines()[0][:160]
+            version = known[name](problem)
+            if problem.device.type == "cuda":
+                called_once(version)
+                torch.cuda.synchronize()
+        except Exception as reason:
+            skipped[name] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
+        else:
+            versions[name] = version
+        prepared[name] = time.perf_counter() - start
     return versions
 
 
@@ -246,12 +263,15 @@ def run_cases(
 ) -> Iterator[dict[str, Any]]:
     """The rows of all cases, in about `seconds` seconds; each case gets its share of what is left.
 
-    Unless `thorough`, `torch.compile` stands beside the cases of `_worth_compiling` alone.
+    Unless `thorough`, `torch.compile` stands beside the cases of `worth_compiling` alone, on a GPU
+    until COMPILE_SECONDS are over.
     """
     end = time.perf_counter() + seconds
+    compiled = 0.0
     for n, case in enumerate(cases):
         progress(n, case.label)
-        compiling = thorough or _worth_compiling(case, device)
+        in_time = device.type != "cuda" or compiled < COMPILE_SECONDS
+        compiling = thorough or (in_time and worth_compiling(case, device))
         names = [name for name in PEERS if compiling or name != COMPILED]
         left = max(0.0, end - time.perf_counter())
         # Half of the share is for timing; inputs, warming up and the reference take the rest.
@@ -261,11 +281,13 @@ def run_cases(
         )
         if not compiling:
             row["skipped"][COMPILED] = "compiled for a few cases, with --full for all"
+        compiled += row["prepared_s"].get(COMPILED, 0.0)
         yield row
     progress(len(cases), "done")
 
 
-def _worth_compiling(case: Case, device: torch.device) -> bool:
+def worth_compiling(case: Case, device: torch.device) -> bool:
+    """Whether `torch.compile` stands beside this case without `thorough`."""
     if device.type != "cuda":
         return case in (
             Case("rms_norm", (2048, 1024), "fp32"),

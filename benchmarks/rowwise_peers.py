@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .accuracy import Formula
 from .harness import Outputs, Unavailable, Version
-from .peers import OURS
+from .peers import ours_on, refusal
 
 if TYPE_CHECKING:
     from .rowwise import Case
@@ -315,9 +315,7 @@ def _served(problem: Problem, backend: str) -> tuple[str, str]:
         if backend == "cpu":
             # Never "auto": without native kernels it might pick Triton's interpreter.
             return "reference", "reference"
-        lines = [line.strip() for line in str(error).splitlines()]
-        reasons = [line for line in lines if line.startswith(f"{backend}:")]
-        raise Unavailable((reasons or lines)[0]) from error
+        raise Unavailable(refusal(error, backend)) from error
     return ("auto" if backend == "cpu" else backend), backend
 
 
@@ -359,13 +357,6 @@ PEERS: dict[str, Callable[[Problem], Version]] = {
     TWO_CALLS: in_two_calls,
     "liger": liger,
 }
-
-
-def ours_on(device: torch.device) -> dict[str, str]:
-    """The names of our versions on a device → their backends."""
-    if device.type != "cuda":
-        return {OURS: "cpu"}
-    return {f"{OURS}-{backend}": backend for backend in ("cuda", "triton")}
 
 
 def builders(case: Case, device: torch.device) -> dict[str, Callable[[Problem], Version]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import attention, report, rowwise, transformer
+from . import attention, plots, report, rowwise, transformer
 from .harness import measure_limits
 
 PARTS = ("attention", "rowwise", "transformer")
+# On a GPU: so much that all of it, with four models, fits into four minutes.
+GPU_SECONDS, GPU_ROWWISE_SECONDS, GPU_MODEL_SECONDS = 130.0, 35.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def make_plan(
     seed: int = 0,
     only: str | None = None,
 ) -> Plan:
-    """On a CPU the quick grid, on a GPU the whole one; `full` also compiles for every shape.
+    """On a CPU the quick grid, on a GPU its own; `full` is every case, compiled for every shape.
 
     Raises:
         ValueError: `device` is "cuda" where torch finds no GPU.
@@ -63,17 +65,19 @@ def make_plan(
         raise ValueError("device: got 'cuda', but torch finds no GPU here (see `fusedattn env`)")
     where = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
     on_gpu = where.type == "cuda"
-    whole = full or (on_gpu and not quick)
+    own = on_gpu and not quick
+    grid = attention.gpu_grid if own and not full else attention.quick_grid
+    size = transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK
     return Plan(
         device=where,
         thorough=full,
-        cases=(attention.full_grid if whole else attention.quick_grid)(where),
-        rowwise_cases=(rowwise.full_grid if whole else rowwise.quick_grid)(where),
-        size=transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK,
+        cases=(attention.full_grid if full else grid)(where),
+        rowwise_cases=(rowwise.full_grid if full or own else rowwise.quick_grid)(where),
+        size=size if full or not on_gpu else replace(size, seconds=GPU_MODEL_SECONDS),
         parts=(only,) if only else PARTS,
         seed=seed,
-        seconds=3600.0 if full else 150.0 if on_gpu else 110.0,
-        rowwise_seconds=1200.0 if full else 60.0 if on_gpu else 40.0,
+        seconds=3600.0 if full else GPU_SECONDS if on_gpu else 110.0,
+        rowwise_seconds=1200.0 if full else GPU_ROWWISE_SECONDS if on_gpu else 40.0,
     )
 
 
@@ -81,7 +85,7 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
     """Run the plan and write the JSON, a CSV of each kind of case and the plots into `folder`.
 
     Returns what the JSON holds: results.json, or <name of the GPU>.json. It is written after every
-    case, so a run that is stopped keeps what it has measured.
+    case; a run that is interrupted, or that an error ends, still shows and plots what it has.
     """
     # Where nobody says how wide the terminal is (a pipe, a log), the tables need this much.
     console = console or Console(width=None if sys.stdout.isatty() else 144)
@@ -95,30 +99,33 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
         "seed": plan.seed,
         "device": plan.device.type,
         "threads": torch.get_num_threads(),
+        "cudnn": torch.backends.cudnn.version() if plan.device.type == "cuda" else None,
         "environment": found,
         "limits": None,
         "attention": [],
         "rowwise": [],
         "training": [],
     }
-    with _progress(console) as progress:
-        if "attention" in plan.parts:
-            _measure_attention(plan, results, folder, progress)
-        if "rowwise" in plan.parts:
-            _measure_rowwise(plan, results, folder, progress)
-        if "transformer" in plan.parts:
-            _train(plan, results, folder, progress)
-    results["seconds"] = time.perf_counter() - start
-    _show(results, console)
+    try:
+        with _progress(console) as progress:
+            for part in plan.parts:
+                _MEASURE[part](plan, results, folder, progress)
+    finally:
+        results["seconds"] = time.perf_counter() - start
+        _show(results, console)
+        _write(results, folder, console)
+    return results
+
+
+def _write(results: dict[str, Any], folder: Path, console: Console) -> None:
     files = [report.write_json(results, folder)]
     for name in ("attention", "rowwise"):
         if results[name]:
             files.append(report.write_csv(results[name], folder, name))
-    files += report.plot_all(results, folder)
+    files += plots.plot_all(results, folder)
     console.print(f"\n{results['seconds']:.0f} s; written:")
     for path in files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
-    return results
 
 
 def _progress(console: Console) -> Progress:
@@ -192,12 +199,22 @@ def _train(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress
         report.write_json(results, folder)
 
 
+_MEASURE = {
+    "attention": _measure_attention,
+    "rowwise": _measure_rowwise,
+    "transformer": _train,
+}
+
+
 def _show(results: dict[str, Any], console: Console) -> None:
     rows = results["attention"]
     if rows:
         limits = results["limits"]
         console.print()
         console.print(report.attention_table(rows))
+        if results["device"] == "cuda":
+            console.print(report.flash_table(rows))
+            report.print_goal(rows, console)
         report.print_skipped(rows, console)
         matmul = ", ".join(
             f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops_per_second"].items()

@@ -14,11 +14,9 @@ import torch
 from fusedattn.benchmarks import attention
 from fusedattn.benchmarks.accuracy import expected_attention
 from fusedattn.benchmarks.harness import Unavailable, clock_for
-from fusedattn.benchmarks.peers import COMPILED, OURS, PEERS, Problem, fused, peers_on
+from fusedattn.benchmarks.peers import COMPILED, OURS, Problem, builders, ours_on, peers_on
 
 pytest.importorskip("pytest_benchmark")
-
-BUILDERS = {OURS: fused, **PEERS}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,7 +24,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     grid = attention.full_grid if config.getoption("--full-grid") else attention.quick_grid
     compiling = config.getoption("--compile")
-    names = [name for name in (OURS, *peers_on(device)) if compiling or name not in COMPILED]
+    known = (*ours_on(device), *peers_on(device))
+    names = [name for name in known if compiling or name not in COMPILED]
     pairs = [
         pytest.param(case, name, id=f"{case.label} {name}".replace(" ", "-"))
         for case, name in itertools.product(grid(device), names)
@@ -52,7 +51,7 @@ def problems():
 def test_attention(benchmark, problems, case, name):
     problem = problems(case)
     try:
-        version = BUILDERS[name](problem)
+        version = builders(problem.device, peers_on(problem.device))[name](problem)
     except Unavailable as reason:
         pytest.skip(str(reason))
     clock = clock_for(problem.device)
@@ -79,5 +78,5 @@ def test_attention(benchmark, problems, case, name):
     error = expected_attention(q, k, v, causal=case.causal, dout=dout, seed=0).error(output)
     benchmark.extra_info["max_error"] = error.max_abs
     benchmark.extra_info["error_of_allowed"] = error.of_allowed
-    if name == OURS:
+    if name.startswith(OURS):
         assert error.within, f"error is {error.of_allowed:.2f} of what is allowed"

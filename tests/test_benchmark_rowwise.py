@@ -8,6 +8,7 @@ import pytest
 import torch
 from fusedattn.benchmarks import accuracy, harness, rowwise, rowwise_peers
 from fusedattn.benchmarks.harness import Version
+from fusedattn.benchmarks.peers import OURS
 from fusedattn.benchmarks.rowwise import Case
 from fusedattn.benchmarks.rowwise_peers import OPS
 
@@ -128,9 +129,9 @@ def run(case, formula=None, version=None, budget=0.03):
     if version is None:
         formula = formula or OPS[case.op].torch(problem.sets[0][0])
         version = rowwise_peers.version_of(formula, problem)
-    versions = {rowwise_peers.OURS: version}
+    versions = {OURS: version}
     row = rowwise.run_case(problem, budget=budget, seed=3, versions=versions)
-    return row["versions"][rowwise_peers.OURS]
+    return row["versions"][OURS]
 
 
 @pytest.mark.parametrize("dtype", list(harness.DTYPES))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fusedattn.benchmarks import figures, rowwise, rowwise_peers
+from fusedattn.benchmarks import figures, peers, rowwise, rowwise_peers
 from fusedattn.benchmarks.harness import Unavailable
 from fusedattn.benchmarks.rowwise import Case
 from fusedattn.benchmarks.rowwise_peers import OPS
@@ -84,7 +84,7 @@ def test_every_case_is_run_within_the_time_and_says_what_was_left_out():
 
 def test_a_few_cases_are_worth_compiling():
     for device, grid in ((CPU, rowwise.quick_grid), (GPU, rowwise.full_grid)):
-        chosen = [case for case in grid(device) if rowwise._worth_compiling(case, device)]
+        chosen = [case for case in grid(device) if rowwise.worth_compiling(case, device)]
         assert 2 <= len(chosen) < len(grid(device)) / 3
 
 
@@ -101,7 +101,7 @@ def test_the_compiled_formula_runs_again_and_again(backward):
 
 
 def test_on_a_gpu_every_backend_is_a_version_of_its_own():
-    assert rowwise_peers.ours_on(GPU) == {"fusedattn-cuda": "cuda", "fusedattn-triton": "triton"}
+    assert peers.ours_on(GPU) == {"fusedattn-cuda": "cuda", "fusedattn-triton": "triton"}
     assert "fusedattn-cuda" in rowwise_peers.builders(tiny("softmax"), GPU)
     problem = rowwise.make_problem(tiny("softmax"), CPU, seed=0)
     with pytest.raises(Unavailable, match=r"cuda: .*on cpu"):
@@ -150,15 +150,15 @@ def shown(row, tmp_path):
     """The text of the table and the notes about `row`; the plot is drawn too."""
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    from fusedattn.benchmarks import report
+    from fusedattn.benchmarks import plots, report
     from rich.console import Console
 
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     console.print(report.rowwise_table([row]))
     report.print_skipped([row], console)
-    plots = report.plot_all({"attention": [], "rowwise": [row], "training": []}, tmp_path)
-    assert [path.name for path in plots] == ["rowwise_of_copy.png"]
+    drawn = plots.plot_all({"attention": [], "rowwise": [row], "training": []}, tmp_path)
+    assert [path.name for path in drawn] == ["rowwise_of_copy.png"]
     return printed.getvalue()
 
 
@@ -167,7 +167,7 @@ def row_of(versions):
     problem = rowwise.make_problem(case, CPU, seed=0)
     built = {name: rowwise_peers.version_of(f, problem) for name, f in versions.items()}
     row = rowwise.run_case(problem, budget=0.05, seed=0, versions=built)
-    ours = [name for name in built if name.startswith(rowwise_peers.OURS)]
+    ours = [name for name in built if name.startswith(peers.OURS)]
     return {**row, **figures.ratios(row["versions"], ours)}
 
 

@@ -1,0 +1,244 @@
+"""What `make gpu` runs after the build: tests, the benchmark and compute-sanitizer, in one time.
+
+The stages follow each other; the parts of a stage run side by side. Only the benchmark is alone,
+for it is the one that measures. A part ends when its own time is over, or that of the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import deadline
+import torch
+
+HERE = Path(__file__).parent
+PASSED = "passed"
+LEAST = 15.0  # with fewer seconds a part is not begun
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and the most seconds it gets.
+
+    `grace` of them are for what it does when interrupted, `spare` for the test that is running
+    when the others are skipped.
+    """
+
+    name: str
+    command: list[str]
+    seconds: float
+    spare: float = 0.0
+    grace: float = 3.0
+    environment: dict[str, str] = field(default_factory=dict)
+    required: bool = True  # its failure is one of the whole
+
+
+@dataclass
+class Outcome:
+    part: Part
+    status: str
+    seconds: float = 0.0
+    text: str = ""
+
+    @property
+    def last_line(self) -> str:
+        """Of a sanitizer's output too the line in which pytest counts."""
+        lines = self.text.splitlines() or [""]
+        counts = [line for line in lines if re.search(r"\d (passed|skipped|failed)", line)]
+        return (counts or lines)[-1].strip("= ")
+
+    @property
+    def failed(self) -> bool:
+        return self.part.required and self.status != PASSED
+
+
+# --- what is run ---------------------------------------------------------------------------------
+
+OPS = ("attention", "rotary", "rowwise", "softmax")
+CUDA_TESTS = [f"tests/test_cuda_{name}.py" for name in OPS]
+LARGE_TESTS = "tests/test_cuda_attention_large.py"  # too large for a sanitizer
+# Calls that torch makes and expects to fail are no errors. Our kernels alone are looked at: torch's
+# have hazards of their own; but initcheck has to see who wrote what they read.
+OPTIONS = ["--error-exitcode", "99", "--report-api-errors", "no"]
+FILTER = ["--kernel-name", "kns=fusedattn"]
+TOOLS = {"memcheck": FILTER, "racecheck": FILTER, "synccheck": FILTER, "initcheck": []}
+
+
+def pytest_command(python: str, *arguments: str, workers: int = 0) -> list[str]:
+    """pytest on the gpu-marked tests, in so many processes where pytest-xdist is there."""
+    spread = ["-n", str(workers), "--dist", "worksteal"]
+    there = workers > 1 and importlib.util.find_spec("xdist") is not None
+    return [python, "-m", "pytest", "-q", "-m", "gpu", *(spread if there else []), *arguments]
+
+
+def sanitizer_parts(python: str, sanitizer: str | None, seconds: float) -> list[Part]:
+    """memcheck and racecheck on all ops; synccheck and initcheck on attention.
+
+    Every allocation is one of CUDA's own, so that what lies past a tensor is known to be foreign.
+    """
+    if sanitizer is None:
+        missing = "import sys; print('compute-sanitizer is not on PATH'); sys.exit(1)"
+        return [Part("compute-sanitizer", [python, "-c", missing], seconds)]
+    parts = []
+    for tool, shown in TOOLS.items():
+        groups = {"attention": CUDA_TESTS[:1]}
+        if tool in ("memcheck", "racecheck"):
+            groups["other ops"] = CUDA_TESTS[1:]
+        for name, files in groups.items():
+            checked = [sanitizer, "--tool", tool, *OPTIONS, *shown]
+            command = [*checked, *pytest_command(python, "-x", *files)]
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            part = Part(f"{tool}, {name}", command, seconds, spare=60.0, environment=alone)
+            parts.append(part)
+    return parts
+
+
+def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) -> list[list[Part]]:
+    """Right before fast, and what compiles for long last: it may find the time to be over."""
+    ahead = [python, "-m", "fusedattn.benchmarks.ahead"]
+    bench = [python, "-m", "fusedattn.cli", "bench", "--device", "cuda", "--output", str(output)]
+    ours = pytest_command(python, *CUDA_TESTS, LARGE_TESTS, workers=4)
+    others = [f"--ignore={name}" for name in (*CUDA_TESTS, LARGE_TESTS)]
+    # The Triton kernels take their first tile instead of timing all: one to compile for each test.
+    triton = pytest_command(python, "--deterministic", "tests", *others, workers=cores // 2)
+    return [
+        [
+            Part("CUDA C++ tests", ours, 100.0, spare=25.0),
+            Part("compiling for the benchmark", ahead, 100.0, required=False),
+        ],
+        [Part("benchmark", bench, 280.0, grace=25.0)],
+        [
+            *sanitizer_parts(python, sanitizer, 150.0),
+            Part("Triton tests", triton, 150.0, spare=45.0),
+        ],
+    ]
+
+
+# --- running it ----------------------------------------------------------------------------------
+
+
+def run_stage(parts: Sequence[Part], end: float) -> list[Outcome]:
+    """Run the parts side by side, until `end` (seconds of the epoch) at the latest."""
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(lambda part: run_part(part, end), parts))
+
+
+def run_part(part: Part, end: float) -> Outcome:
+    """Run one part and wait for it; it is interrupted `grace` before its time is over."""
+    start = time.time()
+    seconds = min(part.seconds, end - start)
+    if seconds < LEAST:
+        return Outcome(part, "not run: no time left")
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            part.command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=HERE.parent,
+            env={**os.environ, **_environment(part, start + seconds)},
+            start_new_session=True,
+        )
+        status = _finish(process, seconds, part.grace)
+        output.seek(0)
+        text = output.read().decode(errors="replace").rstrip()
+    outcome = Outcome(part, status, time.time() - start, text)
+    if part.spare and status == PASSED and not re.search(r"\d passed", outcome.last_line):
+        outcome.status = "failed: nothing was checked"
+    return outcome
+
+
+def _environment(part: Part, end: float) -> dict[str, str]:
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    more = {**part.environment, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    if part.spare:
+        # Where time is short the tests stop sooner, but never at once.
+        last = max(end - part.spare, (end + time.time()) / 2)
+        more |= {"PYTEST_PLUGINS": "deadline", deadline.END: str(last)}
+    return more
+
+
+def _finish(process: subprocess.Popen, seconds: float, grace: float) -> str:
+    """Wait so long; then interrupt it, and end it and its children where that does not help."""
+    try:
+        code = process.wait(seconds - grace)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "ended: its time was over"
+    return PASSED if code == 0 else f"failed: exit status {code}"
+
+
+class Both:
+    """Writes to the terminal and to a file."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        for each in (sys.stdout, self.file):
+            each.write(text)
+
+    def flush(self) -> None:
+        for each in (sys.stdout, self.file):
+            each.flush()
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    lines = [
+        f"{x.part.name:28} {x.seconds:5.0f} s  {x.status:26} {x.last_line[:80]}" for x in outcomes
+    ]
+    return "\n".join(["", *lines, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all stages; returns 1 where a part that must pass did not."""
+    parser = argparse.ArgumentParser(description="what make gpu runs after the build")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--started", type=float, default=time.time(), help="epoch seconds")
+    parser.add_argument("--seconds", type=float, default=575.0, help="for everything since then")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("make gpu: torch finds no GPU here (see `fusedattn env`)", file=sys.stderr)
+        return 2
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
+        "/usr/local/cuda/bin/compute-sanitizer"
+    )
+    outcomes: list[Outcome] = []
+    with (output / "gpu.log").open("w") as log:
+        say = Both(log)
+        say.write(f"built after {time.time() - arguments.started:.0f} s\n")
+        for stage in stages(sys.executable, output, os.cpu_count() or 1, sanitizer):
+            for outcome in run_stage(stage, arguments.started + arguments.seconds):
+                outcomes.append(outcome)
+                say.write(f"\n--- {outcome.part.name} ---\n{outcome.text}\n")
+            say.flush()
+        say.write(summary(outcomes))
+        say.write(f"{time.time() - arguments.started:.0f} s altogether; results in {output}\n")
+        say.flush()
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

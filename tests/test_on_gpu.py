@@ -1,0 +1,187 @@
+"""What `make gpu` runs after the build: its order, its time, and that a failure is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import deadline
+import on_gpu
+import pytest
+from on_gpu import Part
+
+HERE = Path(__file__).parent
+
+
+def python(name: str, code: str, seconds: float = 60.0, **options) -> Part:
+    return Part(name, [sys.executable, "-c", textwrap.dedent(code)], seconds, **options)
+
+
+def run(*parts: Part, seconds: float = 60.0) -> list[on_gpu.Outcome]:
+    return on_gpu.run_stage(parts, time.time() + seconds)
+
+
+# --- what is run ---------------------------------------------------------------------------------
+
+
+def test_the_benchmark_is_alone_and_all_fits_into_ten_minutes(tmp_path):
+    found = on_gpu.stages("python", tmp_path, 16, "compute-sanitizer")
+    names = [[part.name for part in stage] for stage in found]
+    assert names[0][0] == "CUDA C++ tests"
+    assert names[1] == ["benchmark"]
+    assert {"memcheck, attention", "racecheck, attention", "racecheck, other ops"} <= set(names[2])
+    # The build has the rest.
+    assert sum(max(part.seconds for part in stage) for stage in found) <= 575 - 45
+    for part in (part for stage in found for part in stage):
+        assert part.spare + part.grace < part.seconds
+    assert str(tmp_path) in found[1][0].command
+
+
+def test_every_gpu_test_and_every_op_is_asked_for(tmp_path):
+    ours = [*on_gpu.CUDA_TESTS, on_gpu.LARGE_TESTS]
+    assert all((HERE.parent / name).is_file() for name in ours)
+    found = on_gpu.stages(sys.executable, tmp_path, 16, "compute-sanitizer")
+    others = next(part for part in found[2] if part.name == "Triton tests").command
+    assert "tests" in others
+    assert {word.removeprefix("--ignore=") for word in others if "ignore" in word} == set(ours)
+    assert set(ours) < set(found[0][0].command)
+    for tool in ("memcheck", "racecheck"):
+        checked = [part.command for part in found[2] if part.name.startswith(tool)]
+        asked = {word for command in checked for word in command if word in on_gpu.CUDA_TESTS}
+        assert asked == set(on_gpu.CUDA_TESTS)
+        for command in checked:
+            assert command[command.index("--error-exitcode") + 1] != "0"
+            assert command.index("--error-exitcode") < command.index(sys.executable)
+
+
+def test_without_compute_sanitizer_the_whole_fails_and_says_so(tmp_path):
+    missing = on_gpu.sanitizer_parts(sys.executable, None, 60.0)
+    (outcome,) = run(*missing)
+    assert outcome.failed
+    assert "compute-sanitizer is not on PATH" in on_gpu.summary([outcome])
+
+
+# --- running it ----------------------------------------------------------------------------------
+
+
+def test_parts_of_a_stage_run_side_by_side_and_tell_what_they_printed(tmp_path):
+    meet = """
+        import pathlib, sys, time
+        mine, other = (pathlib.Path(sys.prefix and p) for p in {paths})
+        mine.touch()
+        while not other.exists(): time.sleep(0.01)
+        print("met")
+    """
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    parts = [python(n, meet.format(paths=p)) for n, p in (("a", paths), ("b", paths[::-1]))]
+    outcomes = run(*parts, python("wrong", "print('so'); raise SystemExit(3)"))
+    assert [x.status for x in outcomes] == ["passed", "passed", "failed: exit status 3"]
+    assert [x.last_line for x in outcomes] == ["met", "met", "so"]
+    assert [x.failed for x in outcomes] == [False, False, True]
+
+
+def test_a_part_whose_failure_is_none_of_the_whole():
+    (outcome,) = run(python("ahead", "raise SystemExit(1)", required=False))
+    assert outcome.status.startswith("failed")
+    assert not outcome.failed
+
+
+def test_a_part_is_interrupted_with_time_to_write_what_it_has(tmp_path):
+    code = f"""
+        import pathlib, time
+        try:
+            print("begun", flush=True)
+            time.sleep(600)
+        finally:
+            pathlib.Path({str(tmp_path / "kept")!r}).touch()
+    """
+    (outcome,) = run(python("long", code, 16.0, grace=10.0))
+    assert outcome.status == "ended: its time was over"
+    assert outcome.failed
+    assert outcome.text.startswith("begun")
+    assert (tmp_path / "kept").exists()
+    assert outcome.seconds < 16
+
+
+@pytest.mark.slow
+def test_a_part_that_does_not_listen_is_ended_with_its_children():
+    code = """
+        import signal, subprocess, sys, time
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, flush=True)
+        time.sleep(600)
+    """
+    (outcome,) = run(python("deaf", code, 16.0, grace=1.0))
+    assert outcome.status == "ended: its time was over"
+    child = Path(f"/proc/{outcome.text}/status")
+    end = time.time() + 10
+    while child.exists() and "zombie" not in child.read_text():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("counts", "status"),
+    [
+        ("=== 3 passed, 9 skipped in 2s ===", "passed"),
+        ("9 skipped in 2s", "failed: nothing was checked"),
+    ],
+)
+def test_tests_that_are_all_skipped_have_checked_nothing(counts, status):
+    code = f"print({counts!r}); print('===== ERROR SUMMARY: 0 errors')"
+    (outcome,) = run(python("memcheck", code, spare=10.0))
+    assert outcome.status == status
+    assert outcome.last_line == counts.strip("= ")
+
+
+def test_nothing_is_begun_in_the_last_seconds():
+    (outcome,) = run(python("late", "print('ran')"), seconds=5.0)
+    assert outcome.status == "not run: no time left"
+    assert outcome.failed
+
+
+def test_main_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: False)
+    assert on_gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [0, 4])
+def test_main_writes_a_log_and_fails_where_a_part_does(monkeypatch, capsys, tmp_path, code):
+    stages = [[python("first", f"print('one'); raise SystemExit({code})")], [python("second", "")]]
+    monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(on_gpu, "stages", lambda *arguments: stages)
+    assert on_gpu.main(["--output", str(tmp_path / "out")]) == int(code != 0)
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out/gpu.log").read_text() == printed
+    assert "--- first ---\none\n" in printed
+    assert "second" in printed.partition("--- second ---")[2]
+
+
+# --- the tests' deadline -------------------------------------------------------------------------
+
+SUITE = """
+import pytest
+@pytest.mark.parametrize("n", range(4))
+def test_some(n): pass
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("left", "says"), [(-1.0, "4 skipped"), (600.0, "4 passed")])
+def test_after_the_deadline_tests_are_skipped(tmp_path, left, says, workers):
+    (tmp_path / "test_some.py").write_text(SUITE)
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTEST_PLUGINS": "deadline"}
+    environment[deadline.END] = str(time.time() + left)
+    command = on_gpu.pytest_command(sys.executable, workers=workers)
+    command[command.index("-m", 3) : command.index("gpu") + 1] = []
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert says in done.stdout

@@ -86,7 +86,7 @@ def shape_of(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tup
         if not integers:
             raise TypeError(f"{name}: got normalized_shape={normalized_shape!r}, expected integers")
     dims = len(shape)
-    if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != shape:
+    if dims == 0 or x.dim() < dims or x.shape[-dims:] != shape:
         raise ValueError(
             f"{name}: got x of shape {tuple(x.shape)}, expected one that ends in "
             f"normalized_shape={tuple(shape)}, of at least one dimension"
@@ -107,7 +107,7 @@ def check_parameter(name: str, what: str, y: Tensor, x: Tensor, shape: Sequence[
         raise TypeError(
             f"{name}: got {what} of dtype {y.dtype}, expected float16, bfloat16, float32 or float64"
         )
-    if tuple(y.shape) != tuple(shape):
+    if y.shape != shape:
         of = "x" if what == "residual" else "normalized_shape"
         raise ValueError(
             f"{name}: got {what} of shape {tuple(y.shape)}, expected that of {of}, {tuple(shape)}"

@@ -8,7 +8,6 @@ through `torch.ops.fusedattn`. Every dtype pair is native, so there is no autoca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +33,8 @@ class Gradients(NamedTuple):
 
 # --- outputs -------------------------------------------------------------------------------------
 
+_contiguous = torch.contiguous_format
+
 
 def _matrix_shape(x: Tensor, dims: int) -> tuple[int, int]:
     """(rows, width) of a tensor whose last `dims` dimensions are normalised."""
@@ -47,8 +48,10 @@ def _empty_outputs(
     x: Tensor, rows: int, z_dtype: torch.dtype | None, centre: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """out, z, mean and rstd; out and z are contiguous, in the shape of x."""
-    out = x.new_empty(x.shape)
-    z = None if z_dtype is None else x.new_empty(x.shape, dtype=z_dtype)
+    out = torch.empty_like(x, memory_format=_contiguous)
+    z = None
+    if z_dtype is not None:
+        z = torch.empty_like(x, dtype=z_dtype, memory_format=_contiguous)
     wide = x.dtype in (torch.float32, torch.float64)
     rstd = x.new_empty(rows) if wide else x.new_empty(rows, dtype=torch.float32)
     return out, z, rstd.new_empty(rows) if centre else None, rstd
@@ -59,12 +62,14 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight and dbias; all but dx only where they have a dtype."""
 
-    def made(shape: Sequence[int], dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else z.new_empty(shape, dtype=dtype)
+    def rows(dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(z, dtype=dtype, memory_format=_contiguous)
 
-    dx = z.new_empty(z.shape, dtype=dtypes.x)
-    rows = made(z.shape, dtypes.residual)
-    return dx, rows, made((width,), dtypes.weight), made((width,), dtypes.bias)
+    def columns(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else z.new_empty(width, dtype=dtype)
+
+    dresidual = None if dtypes.residual is None else rows(dtypes.residual)
+    return rows(dtypes.x), dresidual, columns(dtypes.weight), columns(dtypes.bias)
 
 
 def _present(like: Tensor, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

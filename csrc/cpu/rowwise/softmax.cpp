@@ -94,10 +94,23 @@ FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
 template <class T>
 FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n) {
   typedef compute_t<T> S;
+  constexpr int w = width<S>;
   vec<S> high[unroll];
   for (auto& each : high) each = splat(-infinity<S>);
-  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
-    high[v] = maximum(load_some(x + j, left, -infinity<S>), high[v]);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (; i + unroll * w <= n; i += unroll * w) {
+#pragma GCC unroll 2
+      for (int v = 0; v < unroll; v += 2) {
+        vec<S> a, b;
+        get_pair<S>(x + i + v * w, a, b);
+        high[v] = maximum(a, high[v]);
+        high[v + 1] = maximum(b, high[v + 1]);
+      }
+    }
+  }
+  for_vectors<S>(n - i, [&](int v, int64_t j, auto left) {
+    high[v] = maximum(load_some(x + i + j, left, -infinity<S>), high[v]);
   });
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
 }
@@ -119,8 +132,15 @@ FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, compute_t<T> o
 // out = inverse · e.
 template <class T, class S = compute_t<T>>
 FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, T* out) {
-  for_vectors<S>(
-      n, [=](int, int64_t j, auto left) { store_some(out + j, left, load(e + j) * inverse); });
+  constexpr int w = width<S>;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (; i + 2 * w <= n; i += 2 * w)
+      set_pair<S>(out + i, load(e + i) * inverse, load(e + i + w) * inverse);
+  }
+  for_vectors<S>(n - i, [=](int, int64_t j, auto left) {
+    store_some(out + i + j, left, load(e + i + j) * inverse);
+  });
 }
 
 // The largest score of a chunk and the sum of its exponentials relative to that.

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "tensor_view.h"
 
@@ -146,8 +147,26 @@ FUSEDATTN_INLINE V select_below(int n, V x, V y) {
 // The lanes whose byte is not zero keep x, the others take y.
 template <class S>
 FUSEDATTN_INLINE vec<S> select_bytes(const uint8_t* p, vec<S> x, vec<S> y) {
-  const auto raw = *reinterpret_cast<const typename simd<S>::bytes*>(p);
-  return __builtin_convertvector(raw, ints<S>) != 0 ? x : y;
+#if defined(__AVX2__)  // GCC 12 would widen the bytes one by one
+  const __m128i* const raw = reinterpret_cast<const __m128i*>(p);
+#endif
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m128i bytes = _mm_loadu_si128(raw);
+    return _mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y, x);
+  } else {
+    const __m128i bytes = _mm_loadl_epi64(raw);
+    return _mm512_mask_blend_pd(__mmask8(_mm_test_epi8_mask(bytes, bytes)), y, x);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<S, float>)
+    return (ints<S>)_mm256_cvtepi8_epi32(_mm_loadl_epi64(raw)) != 0 ? x : y;
+  else
+    return (ints<S>)_mm256_cvtepi8_epi64(_mm_loadu_si32(raw)) != 0 ? x : y;
+#else
+  const auto bytes = *reinterpret_cast<const typename simd<S>::bytes*>(p);
+  return __builtin_convertvector(bytes, ints<S>) != 0 ? x : y;
+#endif
 }
 
 // 2^x for x <= 0, by x = n + f with |f| <= 1/2 and a minimax polynomial for 2^f. Below the normal

@@ -17,9 +17,8 @@ struct Place {
   const void* instance;  // the return address, where that tells places apart
 
   bool operator==(const Place& other) const {
-    return flaw == other.flaw && where.line() == other.where.line() &&
-           instance == other.instance && same(kernel, other.kernel) &&
-           same(where.function_name(), other.where.function_name()) &&
+    return flaw == other.flaw && where.line() == other.where.line() && instance == other.instance &&
+           same(kernel, other.kernel) && same(where.function_name(), other.where.function_name()) &&
            same(where.file_name(), other.where.file_name());
   }
 

@@ -19,14 +19,15 @@ enum class Flaw : uint8_t {
   no_wait,
   wait_for_one_less,  // group of copies
   no_commit,
-  no_zeros,        // where a copy has nothing to read the place keeps what it holds
-  copies_anyway,   // … or what lies there is read
-  wrong_swizzle,   // in every other 128 bytes of shared memory, two neighbouring chunks change places
-  no_atomic,       // addition but a load and a store
-  late_begin,      // of the tiles that are visited: the first one is left out
-  early_end,       // the last one is
-  early_full,      // the last tile before those that need no mask gets none
-  late_full,       // the first one after them gets none
+  no_zeros,       // where a copy has nothing to read the place keeps what it holds
+  copies_anyway,  // … or what lies there is read
+  wrong_swizzle,  // in every other 128 bytes of shared memory, two neighbouring chunks change
+                  // places
+  no_atomic,      // addition but a load and a store
+  late_begin,     // of the tiles that are visited: the first one is left out
+  early_end,      // the last one is
+  early_full,     // the last tile before those that need no mask gets none
+  late_full,      // the first one after them gets none
 };
 
 // Until the next watch() note which flaws the kernels that run could have.

@@ -100,9 +100,8 @@ void Shadow::unite(Line& line) {
 
 bool Shadow::written(int64_t offset) const {
   const Line& line = lines_[size_t(offset / line_bytes)];
-  const Cell& cell = line.parts < 0
-                         ? line.whole
-                         : parts_[size_t(line.parts + offset % line_bytes / granule_)];
+  const Cell& cell =
+      line.parts < 0 ? line.whole : parts_[size_t(line.parts + offset % line_bytes / granule_)];
   return cell.store.moment.cluster != 0;
 }
 

@@ -17,7 +17,6 @@ namespace fusedattn::emulator {
 void bind_instructions(pybind11::module_& m);
 void bind_planted(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
-void bind_tiles(pybind11::module_& m);
 
 }  // namespace fusedattn::emulator
 
@@ -35,7 +34,6 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   emulator::bind_instructions(m);
   emulator::bind_planted(m);
   emulator::bind_schedule(m);
-  emulator::bind_tiles(m);
   m.def("watch", &emulator::watch, "Note which flaws the kernels that run from here could have.");
   m.def("flaws", &emulator::flaws, "Those; ends the watch.");
   m.def("plant", &emulator::plant, pybind11::arg("flaw") = -1,

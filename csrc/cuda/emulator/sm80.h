@@ -76,7 +76,7 @@ FUSEDATTN_DEVICE Pack<uint32_t, 4> load_matrices(const void* row, Where where = 
 
 // The same of the transposed matrices.
 FUSEDATTN_DEVICE Pack<uint32_t, 4> load_matrices_transposed(const void* row,
-                                                           Where where = Where::current()) {
+                                                            Where where = Where::current()) {
   const emulator::MatrixRow* rows =
       machine::exchange_rows(row, "load_matrices_transposed()", where);
   const int i = lane() / 4, j = lane() % 4 * 2;

@@ -168,7 +168,7 @@ def expected(memory: int) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_no_wait_and_no_barrier_goes_unwatched() -> None:
-    """Each line of the kernels' source that waits or meets is a place of a flaw."""
+    """Each line of the kernels that waits, meets or asks for its tiles is a place of a flaw."""
     watched = set()
     try:
         for memory in (LARGE, LITTLE):
@@ -182,7 +182,9 @@ def test_no_wait_and_no_barrier_goes_unwatched() -> None:
     finally:
         emulated.plant()
         emulated.device()
-    words = re.compile(r"\b(sync_block|sync_warp|wait_copies<.*>|commit_copies)\(\);")
+    words = re.compile(
+        r"\b((sync_block|sync_warp|wait_copies<.*>|commit_copies)\(\);|(key|query)_tiles\()"
+    )
     found = {
         f"{path.name}:{i}"
         for path in (SOURCES / "sm80").glob("*.cuh")

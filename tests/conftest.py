@@ -15,6 +15,7 @@ if not HAS_GPU:
     # under its interpreter, on CPU tensors, so it has to be set before anything imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import fusedattn  # noqa: E402
 from fusedattn import _native  # noqa: E402
 
 # Two threads are the fewest that show a race or a wrong split of the work; the tests' shapes are
@@ -47,6 +48,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The backends of `backend`; those of attention's tests and of no others are one more."""
+    if "backend" not in metafunc.fixturenames or hasattr(metafunc.module, "backend"):
+        return  # hasattr: a fixture of its own
+    of_attention = metafunc.module.__name__.startswith("test_attention")
+    emulated = ["cuda_emulated"] if of_attention and _native.cuda_emulated() else []
+    metafunc.parametrize("backend", [*_backends(), *emulated], indirect=True, scope="session")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What the emulated GPU does not take is skipped for the reason that it gives."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if params.get("backend") != "cuda_emulated":
+        return (yield)
+    _native.cuda_emulated().seed(0)
+    try:
+        return (yield)
+    except fusedattn.UnsupportedError as refused:
+        pytest.skip(next(line for line in str(refused).splitlines() if "cuda_emulated:" in line))
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
@@ -62,9 +85,12 @@ def _backends() -> list:
     return [*native, "reference", *on_gpu]
 
 
-@pytest.fixture(params=_backends(), scope="session")
+@pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs here at full speed; `compare.device_for` says on which device."""
+    """Every backend that runs here at full speed, by pytest_generate_tests.
+
+    `compare.device_for` says on which device.
+    """
     return request.param
 
 

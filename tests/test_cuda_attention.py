@@ -9,7 +9,8 @@ import pytest
 import torch
 from compare import AttentionCase, check_attention, check_results, results
 from fusedattn import _native
-from test_cuda_attention_backward import BF16, BOTH, CASES, F16, LITTLE
+from test_attention import DECODE, HEAD_DIMS, KINDS, LENGTHS, with_dtype
+from test_cuda_attention_backward import BF16, BOTH, CASES, F16, LITTLE, regimes
 from test_cuda_rowwise import backend  # noqa: F401
 
 emulated = _native.cuda_emulated()
@@ -56,19 +57,80 @@ def test_head_dim_in_little_memory(dim: int, dtype: torch.dtype) -> None:
         emulated.device()
 
 
+ORDERS = regimes(
+    ("full", {"seq_q": 40, "seq_k": 150, "dim": 64}),
+    ("causal", {"seq_q": 150, "dim": 64, "heads": 1, "causal": True}),
+    ("bottom_right_gqa", {"heads": 2, "kv_heads": 1, "seq_q": 20, "seq_k": 90, "dim": 64,
+                          "causal": True, "grads": BOTH}),
+    ("top_left", {"seq_q": 70, "seq_k": 90, "dim": 64, "heads": 1, "causal": "top_left"}),
+    ("rows_that_see_nothing", {"seq_q": 150, "seq_k": 20, "dim": 64, "heads": 1, "causal": True}),
+    ("kv_lengths", {"batch": 2, "heads": 1, "seq_q": 20, "seq_k": 90, "dim": 64,
+                    "kv_lengths": (0, 77)}),
+    ("lse_gradient_alone", {"heads": 1, "seq_q": 40, "dim": 64, "grads": ("lse",)}),
+    ("scale_0", {"heads": 1, "seq_q": 40, "dim": 64, "scale": 0.0, "dtype": F16}),
+    ("scale_negative", {"heads": 1, "seq_q": 40, "dim": 64, "scale": -0.3, "causal": True}),
+    ("dim_72_40", {"heads": 1, "seq_q": 70, "seq_k": 40, "dim": 72, "dim_v": 40}),
+    ("dim_120_128", {"heads": 1, "seq_q": 40, "seq_k": 70, "dim": 120, "dim_v": 128}),
+    ("dim_192_128", {"heads": 1, "seq_q": 30, "seq_k": 70, "dim": 192, "dim_v": 128}),
+    ("dim_256", {"heads": 1, "seq_q": 30, "seq_k": 70, "dim": 256, "causal": True, "grads": BOTH}),
+)  # fmt: skip
+
+
 @needs_emulator
-@pytest.mark.parametrize("dim", [64, 192])
-def test_forward_in_random_orders(dim: int) -> None:
-    case = AttentionCase(batch=1, heads=2, kv_heads=1, seq_q=70, seq_k=200, dim=dim, dtype=BF16,
-                         causal=True)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ORDERS)
+def test_random_orders(case: AttentionCase) -> None:
+    """Of threads: nothing but dQ by atomic additions depends on it."""
     made = case.inputs()
-    q, k, v = made["q"], made["k"], made["v"]
-    options = {"causal": True, "return_lse": True, "backend": "cuda_emulated"}
-    want = fusedattn.attention(q, k, v, **options)
-    for seed in range(20):
+    options = {"causal": case.causal, "scale": case.scale, "kv_lengths": made["kv_lengths"]}
+
+    def passes(seed: int) -> list[dict]:
+        """Both passes of the public function; the backward again, deterministic."""
         emulated.seed(seed)
-        found = fusedattn.attention(q, k, v, **options)
-        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True)), seed
+        found = []
+        leaves = {name: made[name].clone().requires_grad_() for name in "qkv"}
+        for deterministic in (False, True):
+            out, lse = fusedattn.attention(
+                **leaves, **options, return_lse=True, deterministic=deterministic,
+                backend="cuda_emulated",
+            )  # fmt: skip
+            outputs = {"out": out, "lse": lse}
+            grads = torch.autograd.grad(
+                [outputs[name] for name in case.grads],
+                list(leaves.values()),
+                [made[f"d{name}"].to(outputs[name].dtype) for name in case.grads],
+            )
+            names = (f"d{name}" for name in leaves)
+            found.append(
+                {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
+            )
+        return found
+
+    want = passes(0)[1]
+    check_results(want, made, case, label=str(case))
+    for seed in range(1, 21):
+        atomics, deterministic = passes(seed)
+        for name, x in want.items():
+            assert torch.equal(deterministic[name], x), f"{name}, seed {seed}"
+            if name != "dq":
+                assert torch.equal(atomics[name], x), f"{name}, seed {seed}"
+        torch.testing.assert_close(atomics["dq"], want["dq"], rtol=0.02, atol=0.02)
+
+
+@needs_emulator
+def test_the_tests_of_attention_run_on_the_emulator() -> None:
+    """Those that its kernels take, and that is most of those without mask and bias."""
+    cases = [with_dtype(row.values[0], BF16) for row in (*KINDS, *HEAD_DIMS, *LENGTHS, *DECODE)]
+    taken = 0
+    for case in cases:
+        made = case.inputs()
+        q, k, v, *options = (made[x] for x in ("q", "k", "v", "mask", "bias", "kv_lengths"))
+        options = dict(zip(("mask", "bias", "kv_lengths"), options, strict=True))
+        report = fusedattn.explain(
+            q, k, v, causal=case.causal, scale=case.scale, backend="cuda_emulated", **options
+        )
+        taken += "cuda_emulated: takes it" in report
+    assert taken >= 35, f"{taken} of {len(cases)}"
 
 
 def test_heads_last(backend: str) -> None:  # noqa: F811

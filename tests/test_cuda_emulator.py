@@ -23,7 +23,7 @@ def test_emulator_is_built_where_there_is_a_compiler() -> None:
     assert emulated is not None, "run python setup.py build_emulator"
 
 
-def run(kernel: str, flaw: str = "none", rows: int = 6, width: int = 64) -> list[torch.Tensor]:
+def run(kernel: str, flaw: str = "", rows: int = 6, width: int = 64) -> list[torch.Tensor]:
     """One of the kernels on random numbers: its input and its output."""
     x = torch.randn(rows, width)
     out = torch.full_like(x, 7.0)
@@ -71,7 +71,6 @@ class TestRightKernels:
 
 # kernel, flaw, and what the message says.
 FLAWS = [
-    ("reverse", "missing barrier", r"block \d, thread \d+: shared .* a race at shared byte \d+"),
     ("reverse", "divergent barrier", r"a race|not all threads reach a barrier.* 1 have ended: 7"),
     ("reverse", "two barriers", r"divergence: it reaches sync_block\(\), planted.cu:\d+"),
     ("reverse", "ended lane", r"not all threads reach a barrier; 63 wait.* 1 have ended: 40"),
@@ -90,7 +89,6 @@ FLAWS = [
     ("copy", "unwritten", r"no kernel has written element 380 of tensor 1 \(6, 64, 1, 1\) float32"),
     ("copy", "written input", r"global store of 16 bytes at 0x\w+: an input: tensor 0"),
     ("sum", "mismatched shuffle", r"divergence: it reaches a shuffle of 4 bytes|not all threads"),
-    ("sum", "no atomic", r"a race in tensor 1 .* with a store"),
     ("exchange", "no first cluster barrier", r"a block that may not have begun"),
     ("exchange", "no last cluster barrier", r"the block ends and its shared memory with it"),
 ]
@@ -107,6 +105,31 @@ def test_flaw_is_caught(kernel: str, flaw: str, message: str, seed: int) -> None
         assert f"kernel {kernel}, block " in str(caught.value)
     x, out = run("reverse")  # nothing is left behind
     assert torch.equal(out, x.flip(1))
+
+
+# The same of a flaw that is planted in a right kernel.
+PLANTED = [
+    ("reverse", "no barrier", r"block \d, thread \d+: shared .* a race at shared byte \d+"),
+    ("sum", "no atomic", r"a race in tensor 1 .* with a store"),
+]
+
+
+@needs_emulator
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("kernel", "flaw", "message"), PLANTED, ids=[x[1] for x in PLANTED])
+def test_planted_flaw_is_caught(kernel: str, flaw: str, message: str, seed: int) -> None:
+    emulated.seed(seed)
+    emulated.watch()
+    run(kernel)
+    places = [i for i, each in enumerate(emulated.flaws()) if each.startswith(f"{kernel}: {flaw},")]
+    assert len(places) == 1
+    emulated.plant(places[0])
+    try:
+        with pytest.raises(RuntimeError, match=f"emulator: kernel {kernel}, .*(?:{message})"):
+            run(kernel, rows=5)
+    finally:
+        emulated.plant()
+    run(kernel)
 
 
 @needs_emulator

@@ -54,7 +54,7 @@ def fragments(matrices: Tensor, places, elements: int) -> Tensor:
     return chosen if chosen.element_size() == 4 else chosen.view(torch.int32)
 
 
-def product(half: str, a: Tensor, b: Tensor, c: Tensor, flaw: str = "none") -> Tensor:
+def product(half: str, a: Tensor, b: Tensor, c: Tensor, flaw: str = "") -> Tensor:
     """c + a b by mma: (n, 16, 16), (n, 16, 8), (n, 16, 8)."""
     out = torch.empty(len(a), 32, 4)
     inputs = [fragments(a, places_a, 8), fragments(b, places_b, 4), fragments(c, places_c, 4)]
@@ -138,7 +138,7 @@ def test_pair(half: str) -> None:
 
 
 def load_matrices(
-    x: Tensor, rows: Tensor, transposed: bool = False, flaw: str = "none"
+    x: Tensor, rows: Tensor, transposed: bool = False, flaw: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Of x (32, 8): what the emulator loads where lane i names row rows[i]; what PTX says."""
     out = torch.empty(32, 4, dtype=torch.int32)
@@ -182,7 +182,7 @@ class TestLdmatrix:
 
 
 def pipeline(
-    flaw: str = "none", rows: int = 9, width: int = 712, chunks: int = 96
+    flaw: str = "", rows: int = 9, width: int = 712, chunks: int = 96
 ) -> tuple[Tensor, Tensor]:
     """Rows in chunks of 8 elements, those past `width` as zeros: what comes out, and should."""
     x = torch.randn(rows, width).half()
@@ -209,13 +209,8 @@ def test_copies_land_at_the_wait() -> None:
 
 NOT_LANDED = r"a copy that no wait_copies\(\) has landed by thread \d+"
 FLAWS = {
-    "no wait": NOT_LANDED,
-    "wait for one less": NOT_LANDED,
-    "no commit": NOT_LANDED,
     "store in flight": rf"shared store of 16 bytes .* {NOT_LANDED}",
     "copied twice": rf"shared copy of 16 bytes .* {NOT_LANDED}",
-    "no barrier after wait": rf"shared load .* (a race at shared byte \d+ with|{NOT_LANDED})",
-    "no barrier before copy": rf"shared .* (a race at shared byte \d+ with a load|{NOT_LANDED})",
     "misaligned source": r"thread 3: global load of 16 bytes at 0x\w+: misaligned",
     "misaligned zeros": r"copy_async\(\) of zeros: the address in global memory is misaligned",
     "misaligned destination": r"thread 3: shared copy of 16 bytes at 0x\w+: misaligned",
@@ -232,3 +227,35 @@ def test_flaw_is_caught(flaw: str, seed: int) -> None:
     with pytest.raises(RuntimeError, match=f"emulator: kernel pipeline, .*(?:{FLAWS[flaw]})"):
         pipeline(flaw)
     assert torch.equal(*pipeline())  # nothing is left behind
+
+
+RACE = r"a race at shared byte \d+"
+PLANTED = {
+    "no wait": NOT_LANDED,
+    "wait for one less": NOT_LANDED,
+    "no commit": NOT_LANDED,
+    "no barrier": f"{RACE}|{NOT_LANDED}",
+    "copies anyway": "outside every tensor",
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_flaws_are_caught(seed: int) -> None:
+    """Those of csrc/cuda/emulator/flaws.h, at every place of the pipeline."""
+    emulated.seed(seed)
+    emulated.watch()
+    assert torch.equal(*pipeline())
+    kinds = [each.split(":")[1].split(",")[0].strip() for each in emulated.flaws()]
+    assert kinds.count("no barrier") == 2
+    assert set(kinds) == {*PLANTED, "no zeros", "wrong swizzle"}
+    try:
+        for i, kind in enumerate(kinds):
+            emulated.plant(i)
+            if kind in PLANTED:
+                with pytest.raises(RuntimeError, match=PLANTED[kind]):
+                    pipeline()
+            else:
+                assert not torch.equal(*pipeline())
+    finally:
+        emulated.plant()
+    assert torch.equal(*pipeline())

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "flaws.h"
 #include "machine.h"
 
 namespace fusedattn::cuda {
@@ -25,8 +26,12 @@ inline int anew(int x) { return x; }
 
 // --- barriers and shuffles -----------------------------------------------------------------------
 
-inline void sync_block(Where where = Where::current()) { emulator::sync_block(where); }
-inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(where); }
+inline void sync_block(Where where = Where::current()) {
+  if (!emulator::flawed(emulator::Flaw::no_barrier, where)) emulator::sync_block(where);
+}
+inline void sync_warp(Where where = Where::current()) {
+  if (!emulator::flawed(emulator::Flaw::no_barrier, where)) emulator::sync_warp(where);
+}
 
 template <class T>
 T shuffle(T x, int from, Where where = Where::current()) {
@@ -65,7 +70,8 @@ T* remote_shared(T* at, int rank) {
 namespace machine {
 
 template <Space space, class T>
-T load(const T* from) {
+FUSEDATTN_DEVICE T load(const T* from) {
+  if constexpr (space == Space::shared) from = emulator::swizzled(from, Where::current());
   emulator::note(from, sizeof(T), space, emulator::Access::load);
   T result;
   std::memcpy(&result, from, sizeof(T));
@@ -73,7 +79,8 @@ T load(const T* from) {
 }
 
 template <Space space, class T>
-void store(T* to, const T& x) {
+FUSEDATTN_DEVICE void store(T* to, const T& x) {
+  if constexpr (space == Space::shared) to = emulator::swizzled(to, Where::current());
   emulator::note(to, sizeof(T), space, emulator::Access::store);
   std::memcpy(to, &x, sizeof(T));
 }
@@ -130,8 +137,10 @@ inline float flush(float x) {
 
 }  // namespace machine
 
-inline void atomic_add(float* to, float x) {
-  emulator::note(to, sizeof x, Space::global, emulator::Access::atomic);
+inline void atomic_add(float* to, float x, Where where = Where::current()) {
+  emulator::note(to, sizeof x, Space::global,
+                 emulator::flawed(emulator::Flaw::no_atomic, where) ? emulator::Access::store
+                                                                    : emulator::Access::atomic);
   *to += x;
 }
 

@@ -11,7 +11,12 @@
 namespace fusedattn::emulator {
 namespace {
 
-constexpr size_t stack_bytes = 128 * 1024;  // an exception that unwinds takes most of it
+// An exception that unwinds takes most of it.
+constexpr size_t stack_bytes = 128 * 1024;
+// Stacks begin at different places of a page, lest what is on top of all of them share few lines of
+// the caches.
+constexpr size_t shift_bytes = 16 * 1024, shift_step = 192;
+size_t next_shift = 0;
 
 [[gnu::noinline]] void jump(jmp_buf& from, jmp_buf& to) {
   if (_setjmp(from) == 0) _longjmp(to, 1);
@@ -24,14 +29,15 @@ constexpr size_t stack_bytes = 128 * 1024;  // an exception that unwinds takes m
 }  // namespace
 
 Fiber::Fiber() {
-  void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
+  void* memory = mmap(nullptr, stack_bytes + shift_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stack_ = static_cast<char*>(memory);
+  top_ = stack_bytes + (next_shift += shift_step) % shift_bytes;
   mprotect(stack_, size_t(sysconf(_SC_PAGESIZE)), PROT_NONE);  // an overflow faults
 }
 
-Fiber::~Fiber() { munmap(stack_, stack_bytes); }
+Fiber::~Fiber() { munmap(stack_, stack_bytes + shift_bytes); }
 
 void Fiber::start(const std::function<void()>* body) {
   body_ = body;
@@ -39,7 +45,7 @@ void Fiber::start(const std::function<void()>* body) {
   if (state_ == State::ended) return;  // it waits in loop() for its next body
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack_;
-  context_.uc_stack.ss_size = stack_bytes;
+  context_.uc_stack.ss_size = top_;
   context_.uc_link = nullptr;
   const auto self = reinterpret_cast<uintptr_t>(this);
   makecontext(&context_, reinterpret_cast<void (*)()>(&Fiber::enter), 2, unsigned(self),

@@ -32,6 +32,7 @@ class Fiber {
   void loop();
 
   char* stack_;
+  size_t top_;  // bytes of it that are used
   ucontext_t context_;
   jmp_buf inside_, outside_;
   const std::function<void()>* body_ = nullptr;

@@ -5,13 +5,13 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cuda/common.cuh"
 #include "fiber.h"
+#include "flaws.h"
 
 namespace fusedattn::emulator {
 
@@ -57,7 +57,7 @@ struct Block {
 struct Copy {
   char* to;
   const char* from;
-  bool exists;
+  Landing landing;
   uint32_t group;
 };
 
@@ -78,11 +78,27 @@ struct Thread {
 
 constexpr size_t shared_alignment = 1024;
 
+// Steele, Lea and Flood's splitmix64.
+struct Random {
+  using result_type = uint64_t;
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return ~uint64_t(0); }
+
+  uint64_t operator()() {
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+
+  uint64_t state = 0;
+};
+
 class Machine {
  public:
   void run(const char* name, const Launch& launch, const std::function<void()>& kernel);
-  void meet(Meeting& meeting, const char* what, const Where& where,
-            const std::function<void()>& at_last);
+  template <class Function>
+  void meet(Meeting& meeting, const char* what, const Where& where, const Function& at_last);
   void note(const void* at, int bytes, Space space, Access access);
   char* remote(char* at, int rank);
   [[noreturn]] void fail(const std::string& what) const;
@@ -91,7 +107,7 @@ class Machine {
   uint32_t next_serial() { return ++serial_; }
 
   std::mutex one_kernel;
-  std::mt19937_64 random;
+  Random random;
   int64_t switches = 0;
   Meeting cluster_meeting;
   uint32_t cluster_epoch = 0;
@@ -149,6 +165,7 @@ void Machine::check(const Launch& launch) const {
 void Machine::run(const char* name, const Launch& launch, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(one_kernel);
   name_ = name;
+  enter_kernel(name);
   launch_ = &launch;
   running_ = nullptr;
   check(launch);
@@ -216,6 +233,7 @@ void Machine::run_cluster() {
     const size_t next = ahead ? ready_.size() - 1 : random() % ready_.size();
     std::swap(ready_[next], ready_.back());
     running_ = ready_.back();
+    running_position = &running_->position;
     ready_.pop_back();
     ++switches;
     if (running_->fiber.resume()) {
@@ -260,11 +278,14 @@ void Machine::fail_stuck() const {
 
 // --- meeting -------------------------------------------------------------------------------------
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+template <class Function>
 void Machine::meet(Meeting& meeting, const char* what, const Where& where,
-                   const std::function<void()>& at_last) {
+                   const Function& at_last) {
   const bool first = meeting.waiting.empty();
-  if (!first && (std::strcmp(meeting.what, what) != 0 || meeting.where.line() != where.line() ||
-                 std::strcmp(meeting.where.file_name(), where.file_name()) != 0))
+  if (!first && (meeting.where.line() != where.line() || !same(meeting.what, what) ||
+                 !same(meeting.where.file_name(), where.file_name())))
     fail(std::string("divergence: it reaches ") + what + ", " + place(where) + ", thread " +
          std::to_string(meeting.waiting[0]->position.thread) + " waits at " + meeting.what + ", " +
          place(meeting.where));
@@ -345,7 +366,7 @@ char* Machine::remote(char* at, int rank) {
 
 // --- the interface -------------------------------------------------------------------------------
 
-const Position& position() { return machine.running().position; }
+const Position* running_position = nullptr;
 
 void sync_block(const Where& where) {
   Block& block = *machine.running().block;
@@ -381,15 +402,15 @@ uint64_t shuffle(uint64_t value, int bytes, int from, const Where& where) {
   return static_cast<const uint64_t*>(exchange(&value, 8, nullptr, what, where))[from];
 }
 
-void copy_async(void* to, const void* from, bool exists) {
-  if (exists)
+void copy_async(void* to, const void* from, Landing landing) {
+  if (landing == Landing::data)
     machine.note(from, copy_bytes, Space::global, Access::load);
   else if (reinterpret_cast<uintptr_t>(from) % copy_bytes != 0)
     machine.fail("copy_async() of zeros: the address in global memory is misaligned");
   machine.note(to, copy_bytes, Space::shared, Access::copy);
   Thread& self = machine.running();
   self.copies.push_back(
-      {static_cast<char*>(to), static_cast<const char*>(from), exists, self.groups});
+      {static_cast<char*>(to), static_cast<const char*>(from), landing, self.groups});
 }
 
 void commit_copies() { ++machine.running().groups; }
@@ -402,10 +423,10 @@ void wait_copies(int newest) {
   for (; landed < self.copies.size() && lands(self.copies[landed]); ++landed) {
     const Copy& copy = self.copies[landed];
     machine.note(copy.to, copy_bytes, Space::shared, Access::landing);
-    if (copy.exists)
+    if (copy.landing == Landing::data)
       std::memcpy(copy.to, copy.from, copy_bytes);
     else
-      std::memset(copy.to, 0, copy_bytes);
+      std::memset(copy.to, copy.landing == Landing::zeros ? 0 : 0xff, copy_bytes);
   }
   self.copies.erase(self.copies.begin(), self.copies.begin() + ptrdiff_t(landed));
 }
@@ -429,7 +450,7 @@ void set_zero(void* at, int64_t bytes) {
   std::memset(at, 0, size_t(bytes));
 }
 
-void seed(uint64_t value) { machine.random.seed(value); }
+void seed(uint64_t value) { machine.random.state = value; }
 
 int64_t switches() { return machine.switches; }
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 #include <functional>
-#include <source_location>
 
+#include "flaws.h"
 #include "memory.h"
 
 namespace fusedattn::cuda {
@@ -16,8 +16,6 @@ enum class Space;
 
 namespace fusedattn::emulator {
 
-using Where = std::source_location;
-
 // The running thread, as the kernel sees it.
 struct Position {
   int thread = 0, block_size = 1;
@@ -25,7 +23,8 @@ struct Position {
   int cluster_rank = 0, cluster_size = 1;
   char* shared = nullptr;
 };
-const Position& position();
+extern const Position* running_position;
+inline const Position& position() { return *running_position; }
 
 // Barriers. All threads of the group meet at one place in the source, or the kernel fails.
 void sync_block(const Where& where);
@@ -42,8 +41,9 @@ const void* exchange(const void* slot, int bytes, SlotWork* at_last, const char*
                      const Where& where);
 
 // Asynchronous copies of 16 bytes from global to shared memory (cp.async). They land as late as
-// may be: when their thread waits for their group. Where not `exists`, zeros land.
-void copy_async(void* to, const void* from, bool exists);
+// may be: when their thread waits for their group. Zeros are not read, and garbage is NaN.
+enum class Landing : uint8_t { data, zeros, garbage };
+void copy_async(void* to, const void* from, Landing landing);
 void commit_copies();
 // All but the thread's newest so many groups land.
 void wait_copies(int newest);

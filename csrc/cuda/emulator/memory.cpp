@@ -79,20 +79,65 @@ void fill_with_nan(const TensorView& view) {
 
 // --- races ---------------------------------------------------------------------------------------
 
-std::string Shadow::note(int64_t offset, int bytes, Access access, const Moment& now,
-                         uint32_t first_cluster, int block_size) {
+void Shadow::split(Line& line) {
+  if (free_.empty()) {
+    line.parts = int(parts_.size());
+    parts_.resize(parts_.size() + size_t(per_line_));
+  } else {
+    line.parts = free_.back();
+    free_.pop_back();
+  }
+  std::fill_n(parts_.begin() + line.parts, per_line_, line.whole);
+}
+
+// After a store to all of it, which is ordered after whatever came before: of loads that came
+// before it, it will tell as well.
+void Shadow::unite(Line& line) {
+  line.whole = {Trace(), parts_[size_t(line.parts)].store};
+  free_.push_back(line.parts);
+  line.parts = -1;
+}
+
+bool Shadow::written(int64_t offset) const {
+  const Line& line = lines_[size_t(offset / line_bytes)];
+  const Cell& cell =
+      line.parts < 0 ? line.whole : parts_[size_t(line.parts + offset % line_bytes / granule_)];
+  return cell.store.moment.cluster != 0;
+}
+
+std::string Shadow::visit(Cell& cell, Access access, const Moment& now, uint32_t first_cluster,
+                          int block_size) {
   const auto before = [&](const Trace& trace) {
     return ordered(trace, now, first_cluster, block_size);
   };
-  for (int64_t i = offset / granule_; i <= (offset + bytes - 1) / granule_; ++i) {
-    Cell& cell = cells_[size_t(i)];
-    if (cell.store.in_flight && access != Access::landing)
-      return text(cell.store, "a copy that no wait_copies() has landed", block_size);
-    const bool both_atomic = access == Access::atomic && cell.store.atomic;
-    if (!both_atomic && !before(cell.store)) return text(cell.store, "a store", block_size);
-    if (access != Access::load && !before(cell.load)) return text(cell.load, "a load", block_size);
-    Trace& trace = access == Access::load ? cell.load : cell.store;
-    join(trace, now, access, first_cluster, block_size);
+  if (cell.store.in_flight && access != Access::landing)
+    return text(cell.store, "a copy that no wait_copies() has landed", block_size);
+  const bool both_atomic = access == Access::atomic && cell.store.atomic;
+  if (!both_atomic && !before(cell.store)) return text(cell.store, "a store", block_size);
+  if (access != Access::load && !before(cell.load)) return text(cell.load, "a load", block_size);
+  Trace& trace = access == Access::load ? cell.load : cell.store;
+  join(trace, now, access, first_cluster, block_size);
+  return "";
+}
+
+std::string Shadow::note(int64_t offset, int bytes, Access access, const Moment& now,
+                         uint32_t first_cluster, int block_size) {
+  const int64_t end = offset + bytes;
+  for (int64_t at = offset; at < end;) {
+    Line& line = lines_[size_t(at / line_bytes)];
+    const int64_t line_end = (at / line_bytes + 1) * line_bytes, until = std::min(end, line_end);
+    const bool whole = at % line_bytes == 0 && until == line_end;
+    if (line.parts < 0 && !whole) split(line);
+    const bool parts = line.parts >= 0;
+    Cell* cells = parts ? &parts_[size_t(line.parts)] : &line.whole;
+    const int first = parts ? int(at % line_bytes) / granule_ : 0;
+    const int last = parts ? int((until - 1) % line_bytes) / granule_ : 0;
+    for (int i = first; i <= last; ++i) {
+      std::string race = visit(cells[i], access, now, first_cluster, block_size);
+      if (!race.empty()) return race;
+    }
+    if (parts && whole && access != Access::load && access != Access::atomic) unite(line);
+    at = until;
   }
   return "";
 }
@@ -150,7 +195,7 @@ void Memory::add_tensor(const TensorView& view) {
 void Memory::mark_output(const TensorView& view) {
   for (Allocation& each : allocations_) {
     if (each.begin != view.data) continue;
-    each.output = true;
+    each.output = outputs_known_ = true;
     if (each.views == 1) fill_with_nan(view);
   }
 }
@@ -202,9 +247,7 @@ std::string Memory::note(const void* at, int bytes, Access access, const Moment&
   const char* address = static_cast<const char*>(at);
   Allocation* place = find(address, bytes, access != Access::load);
   if (!place) return "outside every tensor: " + nearest(address);
-  const bool outputs_known = std::any_of(allocations_.begin(), allocations_.end(),
-                                         [](const Allocation& each) { return each.output; });
-  if (access != Access::load && outputs_known && !place->output && !place->workspace)
+  if (access != Access::load && outputs_known_ && !place->output && !place->workspace)
     return "an input: " + place->name;
   if (place->shadow.empty()) return "";
   const std::string other =

@@ -33,14 +33,16 @@ struct Trace {
   bool in_flight = false;
 };
 
-// The history of a range of memory in granules of a few bytes.
+// The history of a range of memory in granules of a few bytes. Lines of 16 bytes whose granules
+// have the same one have it once: most accesses are of whole lines.
 class Shadow {
  public:
   Shadow() = default;
-  Shadow(int64_t bytes, int granule) : granule_(granule), cells_((bytes + granule - 1) / granule) {}
+  Shadow(int64_t bytes, int granule)
+      : granule_(granule), per_line_(line_bytes / granule), lines_(bytes / line_bytes + 1) {}
 
-  bool empty() const { return cells_.empty(); }
-  bool written(int64_t offset) const { return cells_[offset / granule_].store.moment.cluster != 0; }
+  bool empty() const { return lines_.empty(); }
+  bool written(int64_t offset) const;
 
   // Note an access; "" or with whom it races. Clusters from `first_cluster` on are those of the
   // running kernel; `block_size` is its number of threads in a block.
@@ -48,12 +50,24 @@ class Shadow {
                    uint32_t first_cluster, int block_size);
 
  private:
+  static constexpr int line_bytes = 16;
   struct Cell {
     Trace load, store;
   };
+  struct Line {
+    Cell whole;
+    int parts = -1;  // where in parts_ its granules are, if they differ
+  };
 
-  int granule_ = 1;
-  std::vector<Cell> cells_;
+  std::string visit(Cell& cell, Access access, const Moment& now, uint32_t first_cluster,
+                    int block_size);
+  void split(Line& line);
+  void unite(Line& line);
+
+  int granule_ = 1, per_line_ = line_bytes;
+  std::vector<Line> lines_;
+  std::vector<Cell> parts_;
+  std::vector<int> free_;  // in parts_
 };
 
 // A tensor of the call, or a workspace.
@@ -85,7 +99,7 @@ class Memory {
   void mark_output(const TensorView& view);
   void add_workspace(void* data, int64_t bytes);
   void remove_workspace(void* data);
-  void clear() { allocations_.clear(); }
+  void clear() { allocations_.clear(), outputs_known_ = false; }
 
   // Note an access of global memory; "" or what is wrong with it.
   std::string note(const void* at, int bytes, Access access, const Moment& now,
@@ -100,6 +114,7 @@ class Memory {
 
   std::deque<Allocation> allocations_;
   int tensors_ = 0;
+  bool outputs_known_ = false;
 };
 
 }  // namespace fusedattn::emulator

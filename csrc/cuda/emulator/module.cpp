@@ -7,6 +7,7 @@
 #include "bindings/bind_sinusoidal.h"
 #include "bindings/bind_softmax.h"
 #include "cuda/emulator/call.h"
+#include "cuda/emulator/flaws.h"
 #include "cuda/emulator/machine.h"
 #include "cuda/kernels.h"
 
@@ -16,7 +17,6 @@ namespace fusedattn::emulator {
 void bind_instructions(pybind11::module_& m);
 void bind_planted(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
-void bind_tiles(pybind11::module_& m);
 
 }  // namespace fusedattn::emulator
 
@@ -34,7 +34,10 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   emulator::bind_instructions(m);
   emulator::bind_planted(m);
   emulator::bind_schedule(m);
-  emulator::bind_tiles(m);
+  m.def("watch", &emulator::watch, "Note which flaws the kernels that run from here could have.");
+  m.def("flaws", &emulator::flaws, "Those; ends the watch.");
+  m.def("plant", &emulator::plant, pybind11::arg("flaw") = -1,
+        "The kernels have this one, by its place in the list, from here on; -1: none.");
   m.def("seed", &emulator::seed, pybind11::arg("value"), "Seed the orders from here on.");
   m.def("switches", &emulator::switches, "Times that a thread was resumed.");
   m.def(

@@ -1,6 +1,7 @@
 // The names of sm80/instructions.cuh on the host emulator, from the PTX ISA's tables of fragments.
 #pragma once
 
+#include "cuda/attention_schedule.h"
 #include "cuda/common.cuh"
 
 namespace fusedattn::emulator {
@@ -26,24 +27,33 @@ namespace fusedattn::cuda {
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
-inline void copy_async(void* to_shared, const void* from_global, bool exists) {
-  emulator::copy_async(to_shared, from_global, exists);
+FUSEDATTN_DEVICE void copy_async(void* to_shared, const void* from_global, bool exists,
+                                 Where where = Where::current()) {
+  using emulator::Flaw, emulator::Landing;
+  Landing landing = exists ? Landing::data : Landing::zeros;
+  if (!exists && emulator::flawed(Flaw::copies_anyway, where)) landing = Landing::data;
+  if (!exists && emulator::flawed(Flaw::no_zeros, where)) landing = Landing::garbage;
+  emulator::copy_async(emulator::swizzled(to_shared, where), from_global, landing);
 }
 
-inline void commit_copies() { emulator::commit_copies(); }
+inline void commit_copies(Where where = Where::current()) {
+  if (!emulator::flawed(emulator::Flaw::no_commit, where)) emulator::commit_copies();
+}
 
 template <int n>
-void wait_copies() {
+void wait_copies(Where where = Where::current()) {
   static_assert(n >= 0);
-  emulator::wait_copies(n);
+  if (emulator::flawed(emulator::Flaw::no_wait, where)) return;
+  emulator::wait_copies(n + emulator::flawed(emulator::Flaw::wait_for_one_less, where));
 }
 
 // --- matrices ------------------------------------------------------------------------------------
 
 namespace machine {
 
-inline const emulator::MatrixRow* exchange_rows(const void* row, const char* what,
-                                                const Where& where) {
+FUSEDATTN_DEVICE const emulator::MatrixRow* exchange_rows(const void* row, const char* what,
+                                                          const Where& where) {
+  row = emulator::swizzled(row, where);
   emulator::note(row, sizeof(emulator::MatrixRow), Space::shared, emulator::Access::load);
   const void* all = emulator::exchange(row, sizeof(emulator::MatrixRow), nullptr, what, where);
   return static_cast<const emulator::MatrixRow*>(all);
@@ -53,7 +63,7 @@ inline const emulator::MatrixRow* exchange_rows(const void* row, const char* wha
 
 // Lane 8 i + r brings row r of matrix i. Of each matrix lane l gets the elements (l / 4, 2 (l % 4))
 // and (l / 4, 2 (l % 4) + 1).
-inline Pack<uint32_t, 4> load_matrices(const void* row, Where where = Where::current()) {
+FUSEDATTN_DEVICE Pack<uint32_t, 4> load_matrices(const void* row, Where where = Where::current()) {
   const emulator::MatrixRow* rows = machine::exchange_rows(row, "load_matrices()", where);
   const int i = lane() / 4, j = lane() % 4 * 2;
   Pack<uint32_t, 4> result;
@@ -65,7 +75,8 @@ inline Pack<uint32_t, 4> load_matrices(const void* row, Where where = Where::cur
 }
 
 // The same of the transposed matrices.
-inline Pack<uint32_t, 4> load_matrices_transposed(const void* row, Where where = Where::current()) {
+FUSEDATTN_DEVICE Pack<uint32_t, 4> load_matrices_transposed(const void* row,
+                                                            Where where = Where::current()) {
   const emulator::MatrixRow* rows =
       machine::exchange_rows(row, "load_matrices_transposed()", where);
   const int i = lane() / 4, j = lane() % 4 * 2;
@@ -96,3 +107,9 @@ uint32_t pair(float low, float high) {
 }
 
 }  // namespace fusedattn::cuda
+
+// The kernels ask for their tiles in the words of attention_schedule.h.
+#define key_tiles(...) \
+  ::fusedattn::emulator::visited(key_tiles(__VA_ARGS__), true, std::source_location::current())
+#define query_tiles(...) \
+  ::fusedattn::emulator::visited(query_tiles(__VA_ARGS__), false, std::source_location::current())

@@ -2,7 +2,7 @@
 // pipeline of asynchronous copies, right and again with one planted flaw.
 #include "cuda/sm80/instructions.cuh"
 
-#include <map>
+#include <string_view>
 #include <vector>
 
 #include "bindings/tensor.h"
@@ -11,45 +11,8 @@
 namespace fusedattn::cuda {
 namespace {
 
-enum class Flaw {
-  none,
-  no_wait,
-  wait_for_one_less,
-  no_commit,
-  no_barrier_after_wait,
-  no_barrier_before_copy,
-  store_in_flight,
-  copied_twice,
-  misaligned_source,
-  misaligned_zeros,
-  misaligned_destination,
-  past_the_end,
-  past_shared,
-  into_global,
-  diverged,
-  absent_lane,
-  two_dtypes,
-};
-
-const std::map<std::string, Flaw> flaws = {
-    {"none", Flaw::none},
-    {"no wait", Flaw::no_wait},
-    {"wait for one less", Flaw::wait_for_one_less},
-    {"no commit", Flaw::no_commit},
-    {"no barrier after wait", Flaw::no_barrier_after_wait},
-    {"no barrier before copy", Flaw::no_barrier_before_copy},
-    {"store in flight", Flaw::store_in_flight},
-    {"copied twice", Flaw::copied_twice},
-    {"misaligned source", Flaw::misaligned_source},
-    {"misaligned zeros", Flaw::misaligned_zeros},
-    {"misaligned destination", Flaw::misaligned_destination},
-    {"past the end", Flaw::past_the_end},
-    {"past shared", Flaw::past_shared},
-    {"into global", Flaw::into_global},
-    {"diverged", Flaw::diverged},
-    {"absent lane", Flaw::absent_lane},
-    {"two dtypes", Flaw::two_dtypes},
-};
+// By name; "" is none.
+using Flaw = std::string_view;
 
 struct Tensors {
   TensorView a, b, c, out;
@@ -64,12 +27,12 @@ FUSEDATTN_KERNEL void matrices_kernel(const FUSEDATTN_GRID_CONSTANT Tensors p, b
   Chunk* rows = reinterpret_cast<Chunk*>(shared_memory());
   store_shared(rows + lane(), load<8>(p.a.at<uint16_t>(lane(), 0)));
   sync_warp();
-  if (p.flaw == Flaw::absent_lane && lane() == 9) return;
+  if (p.flaw == "absent lane" && lane() == 9) return;
   const char* row = reinterpret_cast<const char*>(rows + load(p.b.at<int32_t>(lane(), 0)));
-  if (p.flaw == Flaw::misaligned_source && lane() == 5) row += 8;
-  if (p.flaw == Flaw::past_shared && lane() == 6) row += 512;
+  if (p.flaw == "misaligned source" && lane() == 5) row += 8;
+  if (p.flaw == "past shared" && lane() == 6) row += 512;
   Pack<uint32_t, 4> x;
-  if (p.flaw == Flaw::diverged ? lane() < 16 : transposed)
+  if (p.flaw == "diverged" ? lane() < 16 : transposed)
     x = load_matrices_transposed(row);
   else
     x = load_matrices(row);
@@ -82,11 +45,11 @@ template <class T>
 FUSEDATTN_KERNEL void mma_kernel(const FUSEDATTN_GRID_CONSTANT Tensors p) {
   using Other = std::conditional_t<std::is_same_v<T, f16>, bf16, f16>;
   const int64_t n = block() * (block_size() / warp_size) + warp();
-  if (p.flaw == Flaw::absent_lane && lane() == 9) return;
+  if (p.flaw == "absent lane" && lane() == 9) return;
   auto c = load<4>(p.c.at<float>(n, lane()));
   const auto a = load<4>(p.a.at<uint32_t>(n, lane()));
   const auto b = load<2>(p.b.at<uint32_t>(n, lane()));
-  if (p.flaw == Flaw::two_dtypes && lane() == 3)
+  if (p.flaw == "two dtypes" && lane() == 3)
     mma<Other>(c, a, b[0], b[1]);
   else
     mma<T>(c, a, b[0], b[1]);
@@ -113,26 +76,23 @@ FUSEDATTN_KERNEL void pipeline_kernel(const FUSEDATTN_GRID_CONSTANT Tensors p) {
     const bool exists = row < rows && 8 * i < width;
     const uint16_t* from = p.a.at<uint16_t>(row, 8 * i);
     char* to = reinterpret_cast<char*>(shared + row % stages * block_size() + i);
-    if (flaw == Flaw::misaligned_source && i == 3) from += 4;
-    if (flaw == Flaw::misaligned_zeros && !exists) from += 4;
-    if (flaw == Flaw::misaligned_destination && i == 3) to += 8;
-    if (flaw == Flaw::past_shared && row == 2) to += 16;
-    if (flaw == Flaw::into_global && i == 3) to = static_cast<char*>(p.out.data);
-    copy_async(to, from, exists || (flaw == Flaw::past_the_end && row == rows - 1));
-    if (flaw == Flaw::copied_twice && row == 4 && i > 0) copy_async(to - 16, from - 8, exists);
-    if (flaw != Flaw::no_commit || row != 4) commit_copies();
+    if (flaw == "misaligned source" && i == 3) from += 4;
+    if (flaw == "misaligned zeros" && !exists) from += 4;
+    if (flaw == "misaligned destination" && i == 3) to += 8;
+    if (flaw == "past shared" && row == 2) to += 16;
+    if (flaw == "into global" && i == 3) to = static_cast<char*>(p.out.data);
+    copy_async(to, from, exists || (flaw == "past the end" && row == rows - 1));
+    if (flaw == "copied twice" && row == 4 && i > 0) copy_async(to - 16, from - 8, exists);
+    commit_copies();
   };
   for (int row = 0; row < stages - 1; ++row) copy(row);
   for (int row = 0; row < rows; ++row) {
-    if (flaw != Flaw::no_barrier_before_copy) sync_block();
+    sync_block();
     copy(row + stages - 1);
-    if (flaw == Flaw::store_in_flight && row == 3)
+    if (flaw == "store in flight" && row == 3)
       store_shared(shared + (row + 2) % stages * block_size() + i, Chunk());
-    if (flaw == Flaw::wait_for_one_less)
-      wait_copies<stages>();
-    else if (flaw != Flaw::no_wait)
-      wait_copies<stages - 1>();
-    if (flaw != Flaw::no_barrier_after_wait) sync_block();
+    wait_copies<stages - 1>();
+    sync_block();
     const int other = block_size() - 1 - i;
     const Chunk chunk = load_shared(shared + row % stages * block_size() + other);
     store(p.out.at<uint16_t>(row, 8 * i), chunk);
@@ -164,7 +124,7 @@ void run_instructions(const std::string& kernel, const pybind11::list& inputs, p
                       const std::string& flaw) {
   TensorView views[3];
   for (size_t i = 0; i < inputs.size(); ++i) views[i] = bindings::view(inputs[i]);
-  const Tensors p = {views[0], views[1], views[2], bindings::view(out), flaws.at(flaw)};
+  const Tensors p = {views[0], views[1], views[2], bindings::view(out), flaw};
   Launch shape = {.grid = 1, .block = 32, .shared_bytes = 512};
   std::vector<TensorView> outputs = {p.out};
   if (kernel == "late") outputs.push_back(p.a);  // which it writes as well
@@ -194,7 +154,7 @@ namespace fusedattn::emulator {
 
 void bind_instructions(pybind11::module_& m) {
   m.def("instructions", &cuda::run_instructions, pybind11::arg("kernel"), pybind11::arg("inputs"),
-        pybind11::arg("out"), pybind11::arg("flaw") = "none",
+        pybind11::arg("out"), pybind11::arg("flaw") = "",
         "Runs a kernel of the tests of what sm_80 adds.");
 }
 

@@ -1,0 +1,195 @@
+"""Every wait, barrier, address and tile of attention's CUDA C++ kernels, wrong one at a time.
+
+The emulator notes which flaws the kernels could have while they run, and plants one of them: see
+csrc/cuda/emulator/flaws.h. The kernels are those of the GPU. Each flaw has to end the kernel or to
+fail the tolerance rule in one of the cases below; `python -m pytest -s` prints which does what.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import fusedattn
+import pytest
+import torch
+from compare import AttentionCase, check, results
+from fusedattn import _native
+from fusedattn.ops.attention_config import configure
+from fusedattn.reference import functional as reference
+from torch import Tensor
+
+emulated = _native.cuda_emulated()
+pytestmark = pytest.mark.skipif(emulated is None, reason="needs setup.py build_emulator")
+
+LITTLE, LARGE = 99 * 1024, 227 * 1024
+SOURCES = Path(__file__).parents[1] / "csrc/cuda"
+
+
+class Run:
+    """One pass of one case, which names the kernels that it launches, held to the rule."""
+
+    def __init__(self, case: AttentionCase, kind: str) -> None:
+        made = case.inputs()
+        self.case, self.kind, self.made = case, kind, made
+        self.ref = results(made, case, reference.attention, torch.float64)
+        self.eager = results(made, case, reference.attention, case.dtype)
+        exact = results(made, case, reference.attention, torch.float32)
+        self.eager["lse"] = self.lse = exact["lse"]
+        self.out = exact["out"].to(case.dtype)
+        self.config = configure(
+            case.dim, case.causal, case.scale, None, None, 0.0, kind == "deterministic"
+        )
+        self.kernels = {
+            "forward": ("attention_forward",),
+            "atomics": ("attention_backward_rows", "attention_backward_keys",
+                        "attention_backward_round"),
+            "deterministic": ("attention_backward_keys", "attention_backward_queries"),
+        }[kind]  # fmt: skip
+
+    def compute(self) -> dict[str, Tensor]:
+        made = self.made
+        q, k, v, kv_lengths = (made[name] for name in ("q", "k", "v", "kv_lengths"))
+        if self.kind == "forward":
+            out, lse = fusedattn.attention(
+                q, k, v, causal=self.case.causal, kv_lengths=kv_lengths, return_lse=True,
+                backend="cuda_emulated",
+            )  # fmt: skip
+            return {"out": out, "lse": lse}
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        emulated.attention_backward(
+            made["dout"], made["dlse"], q, k, v, self.out, self.lse, dq, dk, dv, None, None, None,
+            kv_lengths, self.config,
+        )  # fmt: skip
+        return {"dq": dq, "dk": dk, "dv": dv}
+
+    def how_it_fails(self) -> str:
+        """By what a planted flaw is caught; empty if it is not."""
+        try:
+            found = self.compute()
+        except RuntimeError as error:
+            text = str(error)
+            assert "emulator: " in text
+            return next(word for word in CAUGHT if re.search(CAUGHT[word], text))
+        try:
+            for name, x in found.items():
+                rule = {"what": name, "case": self.case, "gradient": name.startswith("d")}
+                check(x, self.ref[name], self.eager[name], floor=5e-5 * (name == "lse"), **rule)
+        except AssertionError:
+            return "result"
+        return ""
+
+
+# How the emulator says what a flaw has led to.
+CAUGHT = {
+    "copy in flight": r"a copy that no wait_copies\(\) has landed",
+    "race": "a race",
+    "address": "outside every tensor|outside shared memory|past shared memory",
+    "unwritten": "no kernel has written",
+}
+
+
+def runs(head_dim: int, memory: int) -> list[Run]:
+    """Each kind of tile in one of them; columns past D and Dv that have to be zeros."""
+    dtype = torch.bfloat16 if memory == LARGE else torch.float16
+    common = {"batch": 1, "heads": 1, "dim": head_dim - 8, "dim_v": head_dim - 16, "dtype": dtype,
+              "grads": ("out", "lse")}  # fmt: skip
+    cases = [
+        AttentionCase(**common, seq_q=40, seq_k=70, causal=True),
+        AttentionCase(**common, seq_q=70, seq_k=200, causal=True),
+        AttentionCase(**common, seq_q=150, seq_k=10, causal=True),  # queries that see nothing
+        AttentionCase(**common, seq_q=10, seq_k=150, causal="top_left"),  # keys not seen
+    ]
+    # The kernel of the deterministic dQ has one shape for all sizes of memory.
+    kinds = ("forward", "atomics", "deterministic")[: 3 if memory == LARGE else 2]
+    return [Run(case, kind) for case in cases for kind in kinds]
+
+
+# What no wrong result or race can show, and why: the line at fault and the one below it.
+SPARE = {
+    ("sync_warp();", "round_to<T>(tile, row, out);"): "the ring's last barrier stands between",
+    ("wait_copies<shape.slots - 2>();", "sync_block();"): "where no queries are held, as in next()",
+    ("sync_block();", "queries.load();"): "the same",
+}
+
+
+def lines_at(flaw: str) -> tuple[str, str]:
+    """The line of the source at which the flaw stands, and the next one."""
+    name, line = re.search(r", (\S+):(\d+)", flaw).groups()
+    lines = next(SOURCES.rglob(name)).read_text().splitlines()
+    return lines[int(line) - 1].strip(), lines[int(line)].strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [LARGE, LITTLE], ids=["large", "little"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_every_flaw_is_caught(head_dim: int, memory: int) -> None:
+    survivors, how = [], Counter()
+    emulated.device(max_shared_bytes=memory)
+    all_runs = runs(head_dim, memory)
+    try:
+        emulated.watch()
+        assert not any(run.how_it_fails() for run in all_runs)
+        flaws = emulated.flaws()
+        for i, flaw in enumerate(flaws):
+            emulated.plant(i)
+            emulated.seed(i)
+            kernel = flaw.partition(":")[0]
+            caught = (run.how_it_fails() for run in all_runs if kernel in run.kernels)
+            by = next(filter(None, caught), "")
+            how[flaw.partition(",")[0], by] += 1
+            if not by and lines_at(flaw) not in SPARE:
+                survivors.append(flaw)
+    finally:
+        emulated.plant()
+        emulated.device()
+    print(*(f"{n:3} × {flaw} → {by}" for (flaw, by), n in sorted(how.items())), sep="\n")
+    assert not survivors
+    for kernel, kinds in expected(memory).items():
+        assert {flaw for flaw, by in how if by} >= {f"{kernel}: {kind}" for kind in kinds}
+
+
+COPIES = ["no wait", "wait for one less", "no commit", "no zeros", "copies anyway"]
+ALWAYS = ["no barrier", "wrong swizzle"]
+
+
+def expected(memory: int) -> dict[str, list[str]]:
+    """By kernel, the flaws of which it has one at least."""
+    kernels = {
+        "attention_forward": [*ALWAYS, *COPIES, "early end", "late full"],
+        "attention_backward_keys": [*ALWAYS, *COPIES, "no atomic"],
+        "attention_backward_round": ALWAYS,
+    }
+    if memory == LARGE:
+        kernels["attention_backward_queries"] = [*ALWAYS, *COPIES]
+    return kernels
+
+
+@pytest.mark.slow
+def test_no_wait_and_no_barrier_goes_unwatched() -> None:
+    """Each line of the kernels that waits, meets or asks for its tiles is a place of a flaw."""
+    watched = set()
+    try:
+        for memory in (LARGE, LITTLE):
+            emulated.device(max_shared_bytes=memory)
+            for head_dim in (64, 128, 256):
+                small = [run for run in runs(head_dim, memory) if run.case.seq_q == 40]
+                emulated.watch()
+                for run in small:
+                    run.compute()
+                watched |= {re.search(r"\S+:\d+", flaw)[0] for flaw in emulated.flaws()}
+    finally:
+        emulated.plant()
+        emulated.device()
+    words = re.compile(
+        r"\b((sync_block|sync_warp|wait_copies<.*>|commit_copies)\(\);|(key|query)_tiles\()"
+    )
+    found = {
+        f"{path.name}:{i}"
+        for path in (SOURCES / "sm80").glob("*.cuh")
+        for i, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line.partition("//")[0])
+    }
+    assert len(found) >= 15
+    assert found - watched == set()

@@ -107,10 +107,9 @@ struct DqFragments {
   FUSEDATTN_DEVICE static int row() { return warp() / column_warps * 16 * m; }
   FUSEDATTN_DEVICE static int column() { return warp() % column_warps * 8 * n; }
   template <class P>
-  FUSEDATTN_DEVICE static int64_t at(const P& p, int64_t b, int64_t h, int64_t query) {
-    const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries;
-    const int64_t tile = (b * p.heads() + h) * tiles + query / shape.queries;
-    return tile * (shape.queries * head_dim) + warp() * (4 * m * n * warp_size) + lane();
+  FUSEDATTN_DEVICE static int64_t at(const P& p, uint32_t head, int tile) {
+    return (int64_t(head) * p.dq_tiles + tile) * (shape.queries * head_dim) +
+           warp() * (4 * m * n * warp_size) + lane();
   }
 };
 

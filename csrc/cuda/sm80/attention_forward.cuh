@@ -18,7 +18,6 @@
 // comes after it; sequences of a varlen batch would change where rows begin.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "attention_common.cuh"
@@ -259,11 +258,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
 template <class T, int head_dim, Memory memory>
 void launch_forward(Forward f, Launch launch) {
   constexpr ForwardShape shape = forward_shape(head_dim, memory);
-  // What the heads that run at the same time read stays in a small second-level cache.
-  constexpr int64_t section_bytes = 8 << 20;
   const int64_t head_bytes = 2 * f.seq_k() * (f.head_dim() + f.head_dim_v());
-  const int64_t together = std::max<int64_t>(section_bytes / head_bytes, 1) * f.group();
-  f.section = uint32_t(std::min(together, f.batch() * f.heads()));
+  f.section = uint32_t(f.group() * section_of(f.batch() * f.heads_kv(), head_bytes));
   f.tiles = uint32_t(ceil_div(f.seq_q(), shape.queries));
   launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
   launch.block = shape.threads();

@@ -34,9 +34,9 @@ void launch_keys(Backward b, Launch launch) {
   const int64_t row_bytes = 2 * (b.head_dim() + b.head_dim_v());
   b.tiles = uint32_t(ceil_div(b.seq_k(), shape.keys));
   b.section = uint32_t(section_of(heads_kv, b.group() * b.seq_q() * row_bytes));
-  launch.block = shape.warps * warp_size;
+  launch.block = shape.threads();
   launch.grid = b.tiles * heads_kv;
-  launch.shared_bytes = shared_bytes(shape, head_dim);
+  launch.shared_bytes = shape.shared_bytes;
   cuda::launch("attention_backward_keys", attention_backward_keys<T, head_dim, memory>, launch, b);
 
   if (sum_bytes != 0) {
@@ -48,9 +48,9 @@ void launch_keys(Backward b, Launch launch) {
     constexpr QueriesShape queries = queries_shape(head_dim);
     b.tiles = uint32_t(ceil_div(b.seq_q(), queries.queries));
     b.section = uint32_t(b.group() * section_of(heads_kv, b.seq_k() * row_bytes));
-    launch.block = queries.warps * warp_size;
+    launch.block = queries.threads();
     launch.grid = b.tiles * heads;
-    launch.shared_bytes = shared_bytes(queries, head_dim);
+    launch.shared_bytes = queries.shared_bytes;
     cuda::launch("attention_backward_queries", attention_backward_queries<T, head_dim>, launch, b);
   }
 }

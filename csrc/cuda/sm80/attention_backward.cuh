@@ -20,12 +20,15 @@
 // Window, softcap and dropout would change what `probabilities` computes and hides.
 #pragma once
 
-#include "attention_backward_config.h"
+#include "attention_backward_sums.cuh"
 #include "attention_common.cuh"
 
 namespace fusedattn::cuda {
 
 // --- what the kernels share ----------------------------------------------------------------------
+
+// The terms of a head's queries are padded to whole tiles of any shape.
+constexpr int row_padding = 128;
 
 struct Backward : AttentionBackward {
   // Of each query, (B, Hq, rows); one that sees nothing or does not exist has ∞ and 0.
@@ -135,7 +138,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
 template <class T, int head_dim, KeysShape shape>
 class KeysKernel {
  public:
-  static constexpr int threads = shape.warps * warp_size;
+  static constexpr int threads = shape.threads();
 
   FUSEDATTN_DEVICE explicit KeysKernel(const Backward& params) : p(params) {
     const Work work =
@@ -192,7 +195,7 @@ class KeysKernel {
   static constexpr int ds_at = passes_at + shape.stages * stage_bytes;
   static constexpr int p_at = ds_at + Scores::bytes;
   static constexpr int terms_at = p_at + (shared_p ? Scores::bytes : 0);
-  static_assert(terms_at + shape.stages * 8 * shape.queries == shared_bytes(shape, head_dim));
+  static_assert(terms_at + shape.stages * 8 * shape.queries == shape.shared_bytes);
 
   // A tile of queries of one head of B · Hq.
   struct At {
@@ -373,7 +376,7 @@ class KeysKernel {
 
 // (As parameters of a kernel, nvcc's host code takes no structs.)
 template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps* warp_size,
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threads(),
                                               keys_shape(head_dim, memory).blocks)
     attention_backward_keys(const FUSEDATTN_GRID_CONSTANT Backward p) {
   KeysKernel<T, head_dim, keys_shape(head_dim, memory)>(p).run();
@@ -382,7 +385,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps
 // --- after: dQ from its sums ---------------------------------------------------------------------
 
 template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps* warp_size, 1)
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threads(), 1)
     attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
   constexpr KeysShape shape = keys_shape(head_dim, memory);
   using Shape = DqFragments<head_dim, shape>;

@@ -12,7 +12,7 @@ namespace fusedattn::cuda {
 template <class T, int head_dim, QueriesShape shape>
 class QueriesKernel {
  public:
-  static constexpr int threads = shape.warps * warp_size;
+  static constexpr int threads = shape.threads();
 
   FUSEDATTN_DEVICE explicit QueriesKernel(const Backward& params) : p(params) {
     const int heads = int(p.heads());
@@ -62,6 +62,7 @@ class QueriesKernel {
   static_assert(shape.queries % (16 * shape.warps) == 0 && shape.keys % step == 0);
   using Stays = Tile<shape.queries, head_dim>;  // of Q, dout
   using Passes = Tile<shape.keys, head_dim>;    // of K, V
+  static_assert(2 * (Stays::bytes + shape.stages * Passes::bytes) == shape.shared_bytes);
 
   FUSEDATTN_DEVICE Stays q_tile() const { return {shared_memory()}; }
   FUSEDATTN_DEVICE Stays dout_tile() const { return {shared_memory() + Stays::bytes}; }
@@ -141,7 +142,7 @@ class QueriesKernel {
 };
 
 template <class T, int head_dim>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(queries_shape(head_dim).warps* warp_size,
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(queries_shape(head_dim).threads(),
                                               queries_shape(head_dim).blocks)
     attention_backward_queries(const FUSEDATTN_GRID_CONSTANT Backward p) {
   QueriesKernel<T, head_dim, queries_shape(head_dim)>(p).run();

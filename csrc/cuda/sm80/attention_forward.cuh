@@ -213,6 +213,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
   constexpr int m = shape.queries / shape.warps / 16, n = shape.keys / 8, w = head_dim / 8;
   using QueryTile = Tile<shape.queries, head_dim>;
   using KeyTile = Tile<shape.keys, head_dim>;
+  static_assert(QueryTile::bytes + shape.slots * KeyTile::bytes == shape.shared_bytes);
 
   const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
   const int b = work.head / int(p.heads()), h = work.head % int(p.heads());

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +39,9 @@ def _demangled(names: list[str]) -> list[str]:
     done = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     )
-    plain = [line.replace("(anonymous namespace)::", "") for line in done.stdout.splitlines()]
+    # What is in parentheses but no arguments: (fusedattn::cuda::Memory)0.
+    not_arguments = r"\(anonymous namespace\)::|\(fusedattn::cuda::\w+\)(?=\d)"
+    plain = [re.sub(not_arguments, "", line) for line in done.stdout.splitlines()]
     return [re.sub(r"^void |fusedattn::cuda::|\(.*", "", line) for line in plain]
 
 
@@ -66,3 +70,26 @@ def kernels_of(path: Path) -> list[Kernel]:
                    collections.Counter(found))
         )  # fmt: skip
     return kernels
+
+
+class AttentionRow(NamedTuple):
+    """A row of csrc/cuda/sm80/attention_config.h."""
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+    registers: list[int]  # sm_80, 86, 90, 100, 120; 0 where the row is not chosen
+
+
+def attention_table(module: Path) -> tuple[dict[tuple[str, int, int], AttentionRow], str]:
+    """The tiles of attention as they were compiled, by kernel, head dim and memory class; and the
+    release of nvcc that gave their registers."""
+    code = (
+        "import torch, json, importlib.util as u; s = u.spec_from_file_location('_cuda', "
+        f"{str(module)!r}); m = u.module_from_spec(s); s.loader.exec_module(m); "
+        "print(json.dumps([m.attention_tiles(), m.attention_registers_release()]))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, release = json.loads(done.stdout.splitlines()[-1])
+    return {(kernel, d, memory): AttentionRow(*rest) for kernel, d, memory, *rest in rows}, release

@@ -154,7 +154,7 @@ def test_gpu_that_nvcc_does_not_know_leaves_the_module_out(cuda_tree: Path) -> N
 
 # --- what nvcc makes of the kernels ---------------------------------------------------------------
 
-TARGETS = ("sm_80", "sm_90")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 # Kernels that move whole rows, by what their demangled names match: every instantiation loads and
 # stores 16 bytes at a time.
@@ -171,6 +171,14 @@ HOT_KERNELS: dict[str, tuple[str, ...]] = {
     "rotary": (r"rotary_kernel<\w+, [48], \w+>",),
     "sinusoidal": (r"sinusoidal_kernel<\w+, [48], true>",),
 }
+
+
+ATTENTION = (
+    r"(attention_forward|attention_backward_keys|attention_backward_queries)"
+    r"<(f16|bf16), (\d+)(?:, (\d))?>"
+)
+# Which of a row's figures a target has.
+REGISTERS_OF = {"sm_80": 0, "sm_86": 1, "sm_89": 1, "sm_90a": 2, "sm_100": 3, "sm_120": 4}
 
 
 class Built(NamedTuple):
@@ -211,7 +219,7 @@ class TestMachineCode:
             "print(m.architectures(), [m.runs_on(x) for x in (75, 80, 86, 90, 100, 120)])"
         )
         assert run(sys.executable, "-c", code, cwd=ROOT).splitlines()[-1] == (
-            "[80, 90] [False, True, True, True, True, True]"
+            "[80, 86, 89, 90, 100, 120] [False, True, True, True, True, True]"
         )
         if shutil.which("readelf"):
             assert "libcu" not in run("readelf", "-d", built.module, cwd=ROOT)
@@ -235,6 +243,34 @@ class TestMachineCode:
             for kernel in hot:
                 assert kernel.count(r"LDG\.E\..*128.*") > 0, kernel
                 assert kernel.count(r"STG\.E\..*128.*") > 0, kernel
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_attention_takes_what_its_table_says(self, built: Built, target: str) -> None:
+        """A block has no shared memory but what the launcher asks for, the table's, to which the
+        kernels' layouts are held when compiling. Registers are the table's for the nvcc that gave
+        them, and with any other few enough for its blocks."""
+        from machine_code import attention_table
+
+        tiles, release = attention_table(built.module)
+        exact = f"release {release}," in run(NVCC, "--version", cwd=ROOT)
+        reserved = 1024 if target in ("sm_90a", "sm_100", "sm_120") else 0
+        found = 0
+        wrong = []
+        for kernel in built.kernels:
+            named = re.fullmatch(ATTENTION, kernel.name)
+            if kernel.target != target or not named:
+                continue
+            found += 1
+            row = tiles[named[1], int(named[3]), int(named[4] or -1)]
+            assert kernel.shared == reserved, kernel
+            assert kernel.registers <= min(65536 // (row.threads * row.blocks) // 8 * 8, 255), (
+                kernel
+            )
+            listed = row.registers[REGISTERS_OF[target]]
+            if exact and listed and kernel.registers != listed:
+                wrong.append(f"{kernel.name}: {kernel.registers}, the table has {listed}")
+        assert found == 2 * len(tiles), "one of each row for each dtype"
+        assert not wrong, "\n".join(wrong)
 
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize(

@@ -39,7 +39,36 @@ void instantiation(const AttentionForward& p, const Function& call) {
   }
 }
 
+template <class Shape>
+AttentionTiles tiles_of(const char* kernel, int head_dim, int memory, const Shape& s) {
+  const Registers& r = s.registers;
+  return {kernel,
+          head_dim,
+          memory,
+          s.threads(),
+          s.blocks,
+          s.shared_bytes,
+          {r.sm80, r.sm86, r.sm90, r.sm100, r.sm120}};
+}
+
 }  // namespace
+
+std::vector<AttentionTiles> attention_tiles() {
+  std::vector<AttentionTiles> all;
+  const auto add = [&](const char* kernel, const auto& rows) {
+    for (const auto& row : rows) {
+      all.push_back(tiles_of(kernel, row.head_dim, int(Memory::large), row.large));
+      all.push_back(tiles_of(kernel, row.head_dim, int(Memory::little), row.little));
+    }
+  };
+  add("attention_forward", forward_rows);
+  add("attention_backward_keys", keys_rows);
+  for (const QueriesRow& row : queries_rows)
+    all.push_back(tiles_of("attention_backward_queries", row.head_dim, -1, row.shape));
+  return all;
+}
+
+std::string attention_registers_release() { return registers_release; }
 
 void run(const AttentionForward& p, Stream stream) {
   instantiation(p, [&]<class T, int head_dim>(T, std::integral_constant<int, head_dim>) {

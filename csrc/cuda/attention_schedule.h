@@ -15,23 +15,27 @@
 namespace fusedattn::cuda {
 
 // What the queries of one head see: query i the keys before end(i). A window would add the first.
+// Lengths of less than 2³¹ less a tile, so that masks cost 32-bit arithmetic.
 struct Sight {
-  int64_t queries, keys;  // that exist
-  int64_t diagonal;       // query i sees keys up to i + diagonal where causal
+  int queries, keys;  // that exist
+  int diagonal;       // query i sees keys up to i + diagonal where causal
   bool causal;
 
-  FUSEDATTN_MEMBER int64_t end(int64_t i) const {
+  FUSEDATTN_MEMBER int end(int i) const {
     if (!causal) return keys;
-    const int64_t past = i + diagonal + 1;
+    const int past = i + diagonal + 1;
     return past < 0 ? 0 : past < keys ? past : keys;
   }
 };
 
-FUSEDATTN_MEMBER inline Sight sight(const AttentionForward& p, int64_t keys) {
-  return {p.seq_q(), keys, p.diagonal(), p.options.causal != Causal::none};
+FUSEDATTN_MEMBER inline Sight sight(const AttentionForward& p, int keys) {
+  return {int(p.seq_q()), keys, int(p.diagonal()), p.options.causal != Causal::none};
 }
 
-FUSEDATTN_MEMBER inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class A, class B>
+FUSEDATTN_MEMBER inline auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 // Tiles [begin, end) are visited. Of these [full_begin, full_end) need no mask: each of the queries
 // that exist sees each key.
@@ -42,25 +46,24 @@ struct Tiles {
 };
 
 // Of `width` keys each, for queries first … first + rows - 1, the first of which exists.
-FUSEDATTN_MEMBER inline Tiles key_tiles(const Sight& sight, int64_t first, int rows, int width) {
-  const int64_t past = first + rows < sight.queries ? first + rows : sight.queries;
-  return {0, 0, int(sight.end(first) / width), int(ceil_div(sight.end(past - 1), width))};
+FUSEDATTN_MEMBER inline Tiles key_tiles(const Sight& sight, int first, int rows, int width) {
+  const int past = first + rows < sight.queries ? first + rows : sight.queries;
+  return {0, 0, sight.end(first) / width, ceil_div(sight.end(past - 1), width)};
 }
 
 // Of `rows` queries each, for keys first … first + width - 1.
-FUSEDATTN_MEMBER inline Tiles query_tiles(const Sight& sight, int64_t first, int rows, int width) {
-  const int end = int(ceil_div(sight.queries, rows));
-  if (first >= sight.keys) return {0, 0, 0, 0};
-  const int64_t last = first + width - 1;
+FUSEDATTN_MEMBER inline Tiles query_tiles(const Sight& sight, int first, int rows, int width) {
+  const int end = ceil_div(sight.queries, rows);
+  if (first >= sight.keys) return {end, end, end, end};
+  const int last = first + width - 1;
   const bool whole = last < sight.keys;
-  if (!sight.causal) return {0, 0, whole ? end : 0, end};
+  if (!sight.causal) return {0, whole ? 0 : end, end, end};
   // The first queries that see any key and all keys of the tile.
-  const int64_t any = first > sight.diagonal ? first - sight.diagonal : 0;
-  const int64_t all = last > sight.diagonal ? last - sight.diagonal : 0;
-  if (any >= sight.queries) return {0, 0, 0, 0};
-  const int64_t full = ceil_div(all, rows);
-  const int full_begin = full < end ? int(full) : end;
-  return {int(any / rows), full_begin, whole ? end : full_begin, end};
+  const int any = first > sight.diagonal ? first - sight.diagonal : 0;
+  const int all = last > sight.diagonal ? last - sight.diagonal : 0;
+  if (any >= sight.queries) return {end, end, end, end};
+  const int full = ceil_div(all, rows);
+  return {any / rows, whole && full < end ? full : end, end, end};
 }
 
 // Which tile of which head a block works on.
@@ -77,6 +80,13 @@ FUSEDATTN_MEMBER inline Work work_of(uint32_t block, uint32_t tiles, uint32_t he
   const uint32_t width = heads - first < section ? heads - first : section;
   const uint32_t within = block - first * tiles;
   return {int(tiles - 1 - within / width), int(first + within % width)};
+}
+
+// How many heads make a section where the blocks of each read the same `bytes` of memory.
+inline int64_t section_of(int64_t heads, int64_t bytes) {
+  constexpr int64_t small_cache = 8 << 20;
+  const int64_t fit = bytes < small_cache ? small_cache / bytes : 1;
+  return fit < heads ? fit : heads;
 }
 
 }  // namespace fusedattn::cuda

@@ -18,8 +18,9 @@ FUSEDATTN_DEVICE int block_size() { return int(blockDim.x); }
 // Wide, so that a row number computed from it does not overflow.
 FUSEDATTN_DEVICE int64_t block() { return int64_t(blockIdx.x); }
 FUSEDATTN_DEVICE int64_t grid_size() { return int64_t(gridDim.x); }
-FUSEDATTN_DEVICE int lane() { return int(threadIdx.x) % warp_size; }
-FUSEDATTN_DEVICE int warp() { return int(threadIdx.x) / warp_size; }
+// Unsigned, so that what divides them further knows that they are not negative.
+FUSEDATTN_DEVICE int lane() { return int(threadIdx.x % unsigned(warp_size)); }
+FUSEDATTN_DEVICE int warp() { return int(threadIdx.x / unsigned(warp_size)); }
 
 // asm volatile is neither hoisted out of a loop nor merged with another.
 FUSEDATTN_DEVICE int anew(int x) {

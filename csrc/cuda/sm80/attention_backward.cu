@@ -27,11 +27,16 @@ void launch_keys(Backward b, Launch launch) {
 
   if (sum_bytes != 0) {
     b.dq_sum = b.delta + terms;
+    b.dq_tiles = uint32_t(tiles);
     set_zero(b.dq_sum, sum_bytes, launch.stream, launch.device);
   }
-  launch.block = shape.warps * warp_size;
-  launch.grid = ceil_div(b.seq_k(), shape.keys) * b.batch() * b.heads_kv();
-  launch.shared_bytes = shared_bytes(shape, head_dim);
+  const int64_t heads_kv = b.batch() * b.heads_kv();
+  const int64_t row_bytes = 2 * (b.head_dim() + b.head_dim_v());
+  b.tiles = uint32_t(ceil_div(b.seq_k(), shape.keys));
+  b.section = uint32_t(section_of(heads_kv, b.group() * b.seq_q() * row_bytes));
+  launch.block = shape.threads();
+  launch.grid = b.tiles * heads_kv;
+  launch.shared_bytes = shape.shared_bytes;
   cuda::launch("attention_backward_keys", attention_backward_keys<T, head_dim, memory>, launch, b);
 
   if (sum_bytes != 0) {
@@ -41,9 +46,11 @@ void launch_keys(Backward b, Launch launch) {
                  b);
   } else {
     constexpr QueriesShape queries = queries_shape(head_dim);
-    launch.block = queries.warps * warp_size;
-    launch.grid = ceil_div(b.seq_q(), queries.queries) * heads;
-    launch.shared_bytes = shared_bytes(queries, head_dim);
+    b.tiles = uint32_t(ceil_div(b.seq_q(), queries.queries));
+    b.section = uint32_t(b.group() * section_of(heads_kv, b.seq_k() * row_bytes));
+    launch.block = queries.threads();
+    launch.grid = b.tiles * heads;
+    launch.shared_bytes = queries.shared_bytes;
     cuda::launch("attention_backward_queries", attention_backward_queries<T, head_dim>, launch, b);
   }
 }
@@ -52,8 +59,9 @@ void launch_keys(Backward b, Launch launch) {
 
 template <class T, int head_dim>
 void launch_attention_backward(const AttentionBackward& p, Stream stream) {
-  Backward b = {p, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f};
+  Backward b = {p, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f, 0, 0, 0, 0};
   b.rows = padded(p.seq_q(), row_padding);
+  b.heads_together = uint32_t(p.group());
   b.scale = float(p.options.scale);
   b.scale_log2 = b.scale * log2_e;
   Launch launch;

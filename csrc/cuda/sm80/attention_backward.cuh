@@ -17,46 +17,41 @@
 // the registers of a warp: then several warps share keys, each has its columns of dK and dV and its
 // queries of the scores, and pᵀ goes through shared memory too.
 //
-// Window, softcap and dropout would change what `probabilities` computes and `Reach` hides.
+// Window, softcap and dropout would change what `probabilities` computes and hides.
 #pragma once
 
-#include "attention_backward_config.h"
+#include "attention_backward_sums.cuh"
 #include "attention_common.cuh"
 
 namespace fusedattn::cuda {
 
 // --- what the kernels share ----------------------------------------------------------------------
 
+// The terms of a head's queries are padded to whole tiles of any shape.
+constexpr int row_padding = 128;
+
 struct Backward : AttentionBackward {
   // Of each query, (B, Hq, rows); one that sees nothing or does not exist has ∞ and 0.
-  float* shift;   // lse · log₂e
-  float* delta;   // Δ
-  float* dq_sum;  // (B, Hq, tiles of queries, tile): fragments of dq / scale; absent: not wanted
-  int64_t rows;   // Sq rounded up to row_padding
+  float* shift;             // lse · log₂e
+  float* delta;             // Δ
+  float* dq_sum;            // (B, Hq, dq_tiles, tile): fragments of dq / scale; absent: not wanted
+  int64_t rows;             // Sq rounded up to row_padding
   float scale, scale_log2;  // scale · log₂e
+  uint32_t dq_tiles;
+  uint32_t heads_together;  // heads of queries of a head of keys
+  uint32_t tiles, section;  // of the kernel's blocks: tiles of a head, heads worked on together
 
   FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const {
     return (b * heads() + h) * rows;
   }
 };
 
-// Which keys of a tile the queries of another see: query c of its tile, those before at(c).
-struct Reach {
-  int keys;   // of the tile that exist
-  int first;  // seen by query 0 where causal; may be negative
-  bool causal;
+// One of B · H heads, taken apart. Unsigned, so that 64-bit offsets need no sign.
+struct Head {
+  uint32_t b, h;
 
-  FUSEDATTN_DEVICE Reach(const Backward& p, int keys_end, int query, int key)
-      : keys(keys_end - key), causal(p.options.causal != Causal::none) {
-    const int64_t seen = query + p.diagonal() + 1 - key;
-    constexpr int64_t far = 1 << 30;
-    first = int(seen < -far ? -far : seen > far ? far : seen);
-  }
-
-  FUSEDATTN_DEVICE int at(int c) const { return causal && first + c < keys ? first + c : keys; }
-
-  // Some of `tile_keys` keys are hidden from some query.
-  FUSEDATTN_DEVICE bool hides(int tile_keys) const { return at(0) < tile_keys; }
+  FUSEDATTN_DEVICE Head(uint32_t of_all, int64_t heads)
+      : b(of_all / uint32_t(heads)), h(of_all - b * uint32_t(heads)) {}
 };
 
 // 16-bit fragments to a tile, from chunk `chunk` on.
@@ -143,38 +138,34 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
 template <class T, int head_dim, KeysShape shape>
 class KeysKernel {
  public:
-  static constexpr int threads = shape.warps * warp_size;
+  static constexpr int threads = shape.threads();
 
   FUSEDATTN_DEVICE explicit KeysKernel(const Backward& params) : p(params) {
-    const int64_t tiles = (p.seq_k() + shape.keys - 1) / shape.keys;
-    const int64_t head = block() / tiles;
-    first_key = int(block() - head * tiles) * shape.keys;
-    b = int(head / p.heads_kv());
-    kv_head = int(head - b * p.heads_kv());
-    keys_end = existing_keys(p, b);
+    const Work work =
+        work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads_kv()), p.section);
+    heads_end = (uint32_t(work.head) + 1) * p.heads_together;
+    // The first keys are seen by most queries where causal: they begin first.
+    first_key = int(p.tiles - 1 - work.tile) * shape.keys;
+    sees = sight(p, existing_keys(p, key_head().b));
     row = warp() / shape.column_warps * rows_of_warp;
     part = warp() % shape.column_warps;
-    const int64_t unseen = p.first_query(first_key);
-    end = first_key < keys_end ? int(p.seq_q()) : 0;
-    first_query = unseen < end ? int(unseen) / shape.queries * shape.queries : end;
   }
 
   FUSEDATTN_DEVICE void run() {
     clear(dk);
     clear(dv);
-    copy_tile<threads>(k_tile(), rows_of(p.k, b, kv_head), first_key, keys_end, width_of(p.k));
-    copy_tile<threads>(v_tile(), rows_of(p.v, b, kv_head), first_key, keys_end, width_of(p.v));
+    const auto [b, h] = key_head();
+    copy_tile<threads>(k_tile(), rows_of(p.k, b, h), first_key, sees.keys, width_of(p.k));
+    copy_tile<threads>(v_tile(), rows_of(p.v, b, h), first_key, sees.keys, width_of(p.v));
     commit_copies();  // of no query, too
-    At at = {kv_head * int(p.group()), first_query}, next = at;
-    if (exists(at)) begin(at, 0);
-    int stage = 0;
-    for (; exists(at); at = next) {
-      next = after(at);
+    At at = {heads_end - p.heads_together, tiles().begin};
+    begin(at, 0);
+    for (int stage = 0; exists(at); at = after(at)) {
       wait_copies<0>();
       sync_block();  // this tile has landed; all have left the one before
-      if (shape.stages == 2 && exists(next)) begin(next, 1 - stage);
+      if (shape.stages == 2) begin(after(at), 1 - stage);
       accumulate(at, stage, [&] {
-        if (shape.stages == 1 && exists(next)) begin(next, 0);
+        if (shape.stages == 1) begin(after(at), 0);
       });
       if (shape.stages == 2) stage = 1 - stage;
     }
@@ -204,12 +195,19 @@ class KeysKernel {
   static constexpr int ds_at = passes_at + shape.stages * stage_bytes;
   static constexpr int p_at = ds_at + Scores::bytes;
   static constexpr int terms_at = p_at + (shared_p ? Scores::bytes : 0);
-  static_assert(terms_at + shape.stages * 8 * shape.queries == shared_bytes(shape, head_dim));
+  static_assert(terms_at + shape.stages * 8 * shape.queries == shape.shared_bytes);
 
-  // A tile of queries of one head.
+  // A tile of queries of one head of B · Hq.
   struct At {
-    int head, query;
+    uint32_t head;
+    int tile;
+
+    FUSEDATTN_DEVICE int query() const { return tile * shape.queries; }
   };
+
+  FUSEDATTN_DEVICE Head key_head() const {
+    return {heads_end / p.heads_together - 1, p.heads_kv()};
+  }
 
   FUSEDATTN_DEVICE Stays k_tile() const { return {shared_memory()}; }
   FUSEDATTN_DEVICE Stays v_tile() const { return {shared_memory() + v_at}; }
@@ -226,25 +224,33 @@ class KeysKernel {
     return reinterpret_cast<float*>(shared_memory() + terms_at) + stage * 2 * shape.queries;
   }
 
-  FUSEDATTN_DEVICE bool exists(const At& at) const {
-    return at.query < end && at.head < (kv_head + 1) * int(p.group());
+  // Of queries. Worked out each time it is asked for, to stay in no registers.
+  FUSEDATTN_DEVICE Tiles tiles() const {
+    return query_tiles(sees, anew(first_key), shape.queries, shape.keys);
   }
 
-  FUSEDATTN_DEVICE At after(At at) const {
-    at.query += shape.queries;
-    return at.query < end ? at : At{at.head + 1, first_query};
+  FUSEDATTN_DEVICE bool exists(const At& at) const {
+    return at.tile < tiles().end && at.head < heads_end;
+  }
+
+  FUSEDATTN_DEVICE At after(const At& at) const {
+    const Tiles all = tiles();
+    return at.tile + 1 < all.end ? At{at.head, at.tile + 1} : At{at.head + 1, all.begin};
   }
 
   FUSEDATTN_DEVICE void begin(const At& at, int stage) const {
-    copy_tile<threads>(q_tile(stage), rows_of(p.q, b, at.head), at.query, end, width_of(p.q));
-    copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, at.head), at.query, end,
+    if (!exists(at)) return;
+    const auto [b, h] = Head(at.head, p.heads());
+    copy_tile<threads>(q_tile(stage), rows_of(p.q, b, h), at.query(), sees.queries, width_of(p.q));
+    copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, h), at.query(), sees.queries,
                        width_of(p.dout));
     constexpr int each = shape.queries / 4;  // copies of 16 bytes
     static_assert(2 * each <= threads);
-    if (thread() < 2 * each) {
-      const float* from = thread() < each ? p.shift : p.delta;
-      copy_async(terms(stage) + 4 * thread(),
-                 from + p.head_rows(b, at.head) + at.query + thread() % each * 4, true);
+    const int rank = anew(thread());
+    if (rank < 2 * each) {
+      const float* from = rank < each ? p.shift : p.delta;
+      copy_async(terms(stage) + 4 * rank, from + at.head * p.rows + at.query() + rank % each * 4,
+                 true);
     }
     commit_copies();
   }
@@ -252,12 +258,11 @@ class KeysKernel {
   // Adds what the queries of one tile give. `all_read` is called where nobody needs them any more.
   template <class Function>
   FUSEDATTN_DEVICE void accumulate(const At& at, int stage, const Function& all_read) {
-    const Reach reach(p, keys_end, at.query, first_key);
     const Passes q = q_tile(stage), dout = dout_tile(stage);
     Held weights, ds;
     if constexpr (shared_p) {
       const int query = part * queries_of_warp;
-      scores_of(weights, ds, query, reach, stage);
+      scores_of(weights, ds, at, query, stage);
       put(p_tile(), anew(row), query / chunk_size, weights);
       put(ds_tile(), anew(row), query / chunk_size, ds);
       sync_block();
@@ -270,8 +275,8 @@ class KeysKernel {
     } else {
 #pragma unroll 1
       for (int query = 0; query < shape.queries; query += step) {
-        scores_of(weights, ds, query, reach, stage);
-        put(ds_tile(), row, query / chunk_size, ds);
+        scores_of(weights, ds, at, query, stage);
+        put(ds_tile(), anew(row), query / chunk_size, ds);
         multiply<T, step / 16>(dv, weights, OperandB<Passes, Sum::across>(dout, query));
         multiply<T, step / 16>(dk, ds, OperandB<Passes, Sum::across>(q, query));
       }
@@ -281,8 +286,8 @@ class KeysKernel {
     if (p.dq_sum != nullptr) add_dq(at);
   }
 
-  // pᵀ and dsᵀ of `step` queries.
-  FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, int query, const Reach& reach,
+  // pᵀ and dsᵀ of `step` queries of a tile, from `query` on.
+  FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, const At& at, int query,
                                   int stage) const {
     Pack<float, 4> s[m][step / 8], dp[m][step / 8];
     clear(s);
@@ -291,7 +296,7 @@ class KeysKernel {
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
     multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
                                OperandB<Passes, Sum::along>(dout_tile(stage), query));
-    probabilities(s, query, reach, stage);
+    probabilities(s, at, query, stage);
 #pragma unroll
     for (int j = 0; j < step / 8; ++j) {
       const auto delta =
@@ -306,8 +311,8 @@ class KeysKernel {
   }
 
   // Scores to probabilities; 0 where a key is hidden.
-  FUSEDATTN_DEVICE void probabilities(Pack<float, 4> (&s)[m][step / 8], int query,
-                                      const Reach& reach, int stage) const {
+  FUSEDATTN_DEVICE void probabilities(Pack<float, 4> (&s)[m][step / 8], const At& at, int query,
+                                      int stage) const {
 #pragma unroll
     for (int j = 0; j < step / 8; ++j) {
       const auto shift = load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
@@ -316,12 +321,13 @@ class KeysKernel {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[i][j][e] = exp2(fma(s[i][j][e], p.scale_log2, -shift[e % 2]));
     }
-    if (!reach.hides(shape.keys)) return;
+    if (!tiles().masked(at.tile)) return;
+    const int first = at.query() + query + column_of(0), key = first_key + row + row_of(0);
 #pragma unroll
     for (int j = 0; j < step / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int seen = reach.at(query + 8 * j + column_of(e)) - row - row_of(e);
+        const int seen = sees.end(first + 8 * j + e % 2) - key - e / 2 * 8;
 #pragma unroll
         for (int i = 0; i < m; ++i)
           if (16 * i >= seen) s[i][j][e] = 0.0f;
@@ -336,7 +342,7 @@ class KeysKernel {
     multiply<T, shape.keys / 16>(
         dq, Skipping{OperandA<Scores, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
         Skipping{OperandB<Stays, Sum::across>(k_tile(), 0), DqShape::column() / 16});
-    float* sum = p.dq_sum + DqShape::at(p, b, at.head, at.query);
+    float* sum = p.dq_sum + DqShape::at(p, at.head, at.tile);
 #pragma unroll
     for (int i = 0; i < DqShape::m; ++i)
 #pragma unroll
@@ -353,23 +359,24 @@ class KeysKernel {
     sync_block();
     constexpr int rows = shape.keys / shape.warps;
     const int r = warp() * rows, keys = int(p.seq_k());
-    write_rows<rows>(k_tile(), r, p.dk.at<uint16_t>(b, kv_head), p.dk.stride[2], first_key + r,
-                     keys, width_of(p.dk));
-    write_rows<rows>(v_tile(), r, p.dv.at<uint16_t>(b, kv_head), p.dv.stride[2], first_key + r,
-                     keys, width_of(p.dv));
+    const auto [b, h] = key_head();
+    write_rows<rows>(k_tile(), r, p.dk.at<uint16_t>(b, h), p.dk.stride[2], first_key + r, keys,
+                     width_of(p.dk));
+    write_rows<rows>(v_tile(), r, p.dv.at<uint16_t>(b, h), p.dv.stride[2], first_key + r, keys,
+                     width_of(p.dv));
   }
 
   const Backward& p;
-  int b, kv_head;
-  int first_key, keys_end;  // of the tile; keys of this batch entry that exist
-  int first_query, end;     // of the queries that see some of the tile
-  int row, part;            // of the tile's keys; of the warps that share them
+  uint32_t heads_end;  // past the heads of queries, of B · Hq, whose keys these are
+  int first_key;
+  Sight sees;
+  int row, part;  // of the tile's keys; of the warps that share them
   Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
 };
 
 // (As parameters of a kernel, nvcc's host code takes no structs.)
 template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps* warp_size,
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threads(),
                                               keys_shape(head_dim, memory).blocks)
     attention_backward_keys(const FUSEDATTN_GRID_CONSTANT Backward p) {
   KeysKernel<T, head_dim, keys_shape(head_dim, memory)>(p).run();
@@ -378,14 +385,14 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps
 // --- after: dQ from its sums ---------------------------------------------------------------------
 
 template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).warps* warp_size, 1)
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threads(), 1)
     attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
   constexpr KeysShape shape = keys_shape(head_dim, memory);
   using Shape = DqFragments<head_dim, shape>;
   const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
   const int query = int(block() - head * tiles) * shape.queries;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
-  const float* sum = p.dq_sum + Shape::at(p, b, h, query);
+  const float* sum = p.dq_sum + Shape::at(p, uint32_t(head), query / shape.queries);
   Pack<float, 4> dq[Shape::m][Shape::n];
 #pragma unroll
   for (int i = 0; i < Shape::m; ++i)

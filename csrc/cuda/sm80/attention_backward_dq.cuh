@@ -12,39 +12,37 @@ namespace fusedattn::cuda {
 template <class T, int head_dim, QueriesShape shape>
 class QueriesKernel {
  public:
-  static constexpr int threads = shape.warps * warp_size;
+  static constexpr int threads = shape.threads();
 
   FUSEDATTN_DEVICE explicit QueriesKernel(const Backward& params) : p(params) {
-    const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries;
-    const int64_t head = block() / tiles;
-    // The last queries see most keys where causal: they begin first.
-    first_query = int(tiles - 1 - (block() - head * tiles)) * shape.queries;
-    b = int(head / p.heads());
-    h = int(head - b * p.heads());
-    keys_end = existing_keys(p, b);
-    const int64_t last = first_query + shape.queries - 1;
-    end = int(p.keys_seen(last < p.seq_q() ? last : p.seq_q() - 1, keys_end));
+    const int heads = int(p.heads());
+    const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch()) * heads, p.section);
+    b = work.head / heads;
+    h = work.head % heads;
+    first_query = work.tile * shape.queries;
+    sees = sight(p, existing_keys(p, b));
+    tiles = key_tiles(sees, first_query, shape.queries, shape.keys);
     row = warp() * rows_of_warp;
   }
 
   FUSEDATTN_DEVICE void run() {
     clear(dq);
-    copy_tile<threads>(q_tile(), rows_of(p.q, b, h), first_query, int(p.seq_q()), width_of(p.q));
-    copy_tile<threads>(dout_tile(), rows_of(p.dout, b, h), first_query, int(p.seq_q()),
+    copy_tile<threads>(q_tile(), rows_of(p.q, b, h), first_query, sees.queries, width_of(p.q));
+    copy_tile<threads>(dout_tile(), rows_of(p.dout, b, h), first_query, sees.queries,
                        width_of(p.dout));
     commit_copies();  // of no key, too
     read_terms();
-    if (end > 0) begin(0, 0);
+    if (tiles.end > 0) begin(0, 0);
     int stage = 0;
-    for (int key = 0; key < end; key += shape.keys) {
+    for (int tile = 0; tile < tiles.end; ++tile) {
       wait_copies<0>();
       sync_block();  // this tile has landed; all have left the one before
-      const int next = key + shape.keys;
-      if (shape.stages == 2 && next < end) begin(next, 1 - stage);
-      accumulate(key, stage);
+      const bool more = tile + 1 < tiles.end;
+      if (shape.stages == 2 && more) begin(tile + 1, 1 - stage);
+      accumulate(tile, stage);
       if (shape.stages == 1) {
         sync_block();
-        if (next < end) begin(next, 0);
+        if (more) begin(tile + 1, 0);
       } else {
         stage = 1 - stage;
       }
@@ -55,7 +53,7 @@ class QueriesKernel {
     put<T>(q_tile(), row, 0, dq, p.scale);
     sync_warp();
     write_rows<rows_of_warp>(q_tile(), row, p.dq.at<uint16_t>(b, h), p.dq.stride[2],
-                             first_query + row, int(p.seq_q()), width_of(p.dq));
+                             first_query + row, sees.queries, width_of(p.dq));
   }
 
  private:
@@ -64,6 +62,7 @@ class QueriesKernel {
   static_assert(shape.queries % (16 * shape.warps) == 0 && shape.keys % step == 0);
   using Stays = Tile<shape.queries, head_dim>;  // of Q, dout
   using Passes = Tile<shape.keys, head_dim>;    // of K, V
+  static_assert(2 * (Stays::bytes + shape.stages * Passes::bytes) == shape.shared_bytes);
 
   FUSEDATTN_DEVICE Stays q_tile() const { return {shared_memory()}; }
   FUSEDATTN_DEVICE Stays dout_tile() const { return {shared_memory() + Stays::bytes}; }
@@ -72,10 +71,11 @@ class QueriesKernel {
   }
   FUSEDATTN_DEVICE Passes v_tile(int stage) const { return {k_tile(stage).data + Passes::bytes}; }
 
-  FUSEDATTN_DEVICE void begin(int key, int stage) const {
+  FUSEDATTN_DEVICE void begin(int tile, int stage) const {
     const int64_t kv_head = h / p.group();
-    copy_tile<threads>(k_tile(stage), rows_of(p.k, b, kv_head), key, keys_end, width_of(p.k));
-    copy_tile<threads>(v_tile(stage), rows_of(p.v, b, kv_head), key, keys_end, width_of(p.v));
+    const int key = tile * shape.keys;
+    copy_tile<threads>(k_tile(stage), rows_of(p.k, b, kv_head), key, sees.keys, width_of(p.k));
+    copy_tile<threads>(v_tile(stage), rows_of(p.v, b, kv_head), key, sees.keys, width_of(p.v));
     commit_copies();
   }
 
@@ -90,8 +90,7 @@ class QueriesKernel {
       }
   }
 
-  FUSEDATTN_DEVICE void accumulate(int tile_key, int stage) {
-    const Reach reach(p, keys_end, first_query, tile_key);
+  FUSEDATTN_DEVICE void accumulate(int tile, int stage) {
 #pragma unroll 1
     for (int key = 0; key < shape.keys; key += step) {
       Pack<float, 4> weights[m][step / 8], ds[m][step / 8];
@@ -105,12 +104,13 @@ class QueriesKernel {
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             weights[i][j][e] = exp2(fma(weights[i][j][e], p.scale_log2, -shift[i][e / 2]));
-      if (reach.hides(shape.keys)) {
+      if (tiles.masked(tile)) {
+        const int first = first_query + row, hidden = tile * shape.keys + key + column_of(0);
 #pragma unroll
         for (int i = 0; i < m; ++i)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int seen = reach.at(row + 16 * i + row_of(e)) - key - column_of(e);
+            const int seen = sees.end(first + 16 * i + row_of(e)) - hidden - e % 2;
 #pragma unroll
             for (int j = 0; j < step / 8; ++j)
               if (8 * j >= seen) weights[i][j][e] = 0.0f;
@@ -135,13 +135,14 @@ class QueriesKernel {
   const Backward& p;
   int b, h;
   int first_query, row;  // of the block; of the warp, in the tile
-  int keys_end, end;     // keys of this batch entry that exist; that some query of the tile sees
+  Sight sees;
+  Tiles tiles;  // of keys
   float shift[m][2], delta[m][2];
   Pack<float, 4> dq[m][head_dim / 8];
 };
 
 template <class T, int head_dim>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(queries_shape(head_dim).warps* warp_size,
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(queries_shape(head_dim).threads(),
                                               queries_shape(head_dim).blocks)
     attention_backward_queries(const FUSEDATTN_GRID_CONSTANT Backward p) {
   QueriesKernel<T, head_dim, queries_shape(head_dim)>(p).run();

@@ -1,13 +1,16 @@
-// The tiles of attention on sm_80 and later, by head dim: one table for each pass. A head dim is
-// the larger one of D and Dv, rounded up to a row of the table.
+// The tiles of attention on sm_80 and later, both passes: one table, and beside each row what it
+// takes. A head dim is the larger one of D and Dv, rounded up to a row.
 //
-// Shared memory decides between two columns. `large`: 163 KB for a block, 164 on a multiprocessor
-// (sm_80; sm_90 and sm_100 have 227, 228). `little`: 99 and 100 (sm_86, sm_89, sm_120). A
-// multiprocessor has 65536 registers, a thread at most 255, a resident block takes 1 KB of shared
-// memory more than it asks for.
+// Shared memory decides between two rows of a head dim. `large`: 163 KB for a block, 164 on a
+// multiprocessor (sm_80; sm_90 and sm_100 have 227, 228). `little`: 99 and 100 (sm_86, sm_89,
+// sm_120). A resident block takes 1 KB more than it asks for. A multiprocessor has 65536 registers,
+// a thread gets at most 255, in eights. Below, shared bytes are held to the layout and both to the
+// blocks of a row when compiling, registers to the machine code by tests/test_cuda_build.py.
+//
+// All of them stand against one limit, the 255 registers of a thread: a warp with 32 rows of its
+// accumulators reads half as much shared memory for each product as one with 16, so rows of a warp
+// are as many as fit, then columns of a step.
 #pragma once
-
-#include <initializer_list>
 
 #include "cuda/common.cuh"
 
@@ -15,69 +18,193 @@ namespace fusedattn::cuda {
 
 enum class Memory { large, little };
 
-// What a device has that gives a block at most this much.
+// What a device has that gives a block at most this much. Every target has the kernels of both:
+// code for sm_80 runs on sm_86 as well, and PTX on what is still to come.
 constexpr Memory memory_of(int max_shared_bytes) {
   return max_shared_bytes >= 163 * 1024 ? Memory::large : Memory::little;
 }
 
+// Of a thread, as nvcc 13.0 compiles a row for the targets that choose it, for either dtype; 0 for
+// the others. sm_89 is as sm_86.
+constexpr const char* registers_release = "13.0";
+struct Registers {
+  int sm80, sm86, sm90, sm100, sm120;
+};
+constexpr Registers large(int sm80, int sm90, int sm100) { return {sm80, 0, sm90, sm100, 0}; }
+constexpr Registers little(int sm86, int sm120) { return {0, sm86, 0, 0, sm120}; }
+
+template <class Shape>
+struct Row {
+  int head_dim;
+  Shape large, little;
+};
+
 // --- forward -------------------------------------------------------------------------------------
 
 struct ForwardShape {
-  int queries;       // of a block
-  int keys;          // of a tile
-  int warps;         // each has queries / warps queries, 16 or 32
-  int slots;         // tiles of keys or values in shared memory
-  int held;          // of the queries, columns that stay in registers; the others are read again
-  int blocks;        // on a multiprocessor
-  int shared_bytes;  // of a block
-  int registers;     // of a thread
+  int queries;  // of a block
+  int keys;     // of a tile
+  int warps;    // each has queries / warps queries, 16 or 32
+  int slots;    // tiles of keys or values in shared memory
+  int held;     // of the queries, columns that stay in registers; the others are read again
+  int blocks;   // on a multiprocessor
+  int shared_bytes;
+  Registers registers;
 
   constexpr int threads() const { return warps * warp_size; }
+  constexpr int layout(int head_dim) const { return 2 * head_dim * (queries + slots * keys); }
 };
 
-constexpr int forward_bytes(const ForwardShape& s, int head_dim) {
-  return 2 * head_dim * (s.queries + s.slots * s.keys);
+// Up to 128, 32 queries of a warp and two blocks, so that one computes while the other waits at a
+// barrier; above, out takes the registers of 32 queries and a warp has 16. What registers are left
+// decides keys and held, shared memory decides slots and the keys of `little`.
+constexpr Row<ForwardShape> forward_rows[] = {
+    {64,
+     {128, 64, 4, 3, 64, 2, 40960, large(223, 229, 237)},
+     {128, 64, 4, 3, 64, 2, 40960, little(223, 225)}},
+    {96,
+     {128, 64, 4, 3, 32, 2, 61440, large(255, 255, 255)},
+     {128, 64, 4, 2, 16, 2, 49152, little(249, 244)}},
+    {128,
+     {128, 48, 4, 3, 0, 2, 69632, large(251, 252, 251)},
+     {128, 32, 4, 2, 0, 2, 49152, little(236, 242)}},
+    {192,
+     {128, 64, 8, 3, 192, 1, 122880, large(244, 246, 247)},
+     {128, 64, 8, 2, 192, 1, 98304, little(243, 240)}},
+    {256,
+     {128, 64, 8, 3, 0, 1, 163840, large(240, 242, 242)},
+     {128, 32, 8, 2, 0, 1, 98304, little(236, 234)}},
+};
+
+// --- backward: dK and dV -------------------------------------------------------------------------
+
+struct KeysShape {
+  int keys;     // of a tile, which stay
+  int queries;  // of the tiles that pass by
+  int warps;
+  int column_warps;  // that share keys, each with its columns of dK and dV
+  int step;          // queries whose scores a warp has at a time
+  int stages;        // tiles of queries in shared memory
+  int blocks;        // on a multiprocessor
+  int shared_bytes;
+  Registers registers;
+
+  constexpr int threads() const { return warps * warp_size; }
+  constexpr int layout(int head_dim) const {
+    const int scores = 2 * keys * queries * (column_warps > 1 ? 2 : 1);
+    return 4 * keys * head_dim + scores + stages * queries * (4 * head_dim + 8);
+  }
+};
+
+// dK and dV of a warp take at most 128 registers: 32 keys at 64 columns, or 16 at 128; from 192 on
+// warps share keys to stay there. `little` gives up the second stage, then keys or queries.
+constexpr Row<KeysShape> keys_rows[] = {
+    {64,
+     {128, 64, 4, 1, 32, 2, 2, 82944, large(255, 255, 255)},
+     {64, 64, 4, 1, 32, 1, 2, 41472, little(174, 173)}},
+    {96,
+     {128, 64, 8, 1, 64, 2, 1, 115712, large(245, 253, 255)},
+     {128, 64, 8, 1, 32, 1, 1, 90624, little(217, 208)}},
+    {128,
+     {128, 64, 8, 1, 32, 2, 1, 148480, large(248, 250, 249)},
+     {128, 32, 8, 1, 32, 1, 1, 90368, little(238, 239)}},
+    {192,
+     {64, 64, 8, 4, 16, 2, 1, 164864, large(217, 243, 245)},
+     {64, 32, 8, 2, 16, 1, 1, 82176, little(207, 204)}},
+    {256,
+     {64, 64, 8, 4, 16, 1, 1, 147968, large(251, 255, 255)},
+     {32, 32, 4, 2, 16, 1, 1, 69888, little(239, 253)}},
+};
+
+// --- backward: dQ where it must be the same each time --------------------------------------------
+
+struct QueriesShape {
+  int queries;  // of a tile, which stay
+  int keys;     // of the tiles that pass by
+  int warps;
+  int step;    // keys whose scores a warp has at a time
+  int stages;  // tiles of keys in shared memory
+  int blocks;  // on a multiprocessor with much shared memory; one on the others
+  int shared_bytes;
+  Registers registers;
+
+  constexpr int threads() const { return warps * warp_size; }
+  constexpr int layout(int head_dim) const { return 4 * head_dim * (queries + stages * keys); }
+};
+
+struct QueriesRow {
+  int head_dim;
+  QueriesShape shape;
+};
+
+// One row for both classes, within 99 KB: dQ takes half the registers that dK and dV take, shared
+// memory decides.
+constexpr QueriesRow queries_rows[] = {
+    {64, {128, 64, 4, 32, 2, 2, 65536, {210, 210, 214, 221, 210}}},
+    {96, {128, 64, 8, 64, 2, 1, 98304, {189, 189, 199, 210, 194}}},
+    {128, {128, 32, 8, 32, 2, 1, 98304, {169, 169, 175, 188, 184}}},
+    {192, {64, 32, 4, 32, 2, 1, 98304, {215, 215, 214, 235, 233}}},
+    {256, {64, 32, 4, 32, 1, 1, 98304, {242, 242, 250, 249, 240}}},
+};
+
+// --- rows by head dim ----------------------------------------------------------------------------
+
+template <class Shape, int n>
+constexpr Shape shape_in(const Row<Shape> (&rows)[n], int head_dim, Memory memory) {
+  for (const Row<Shape>& row : rows)
+    if (row.head_dim == head_dim) return memory == Memory::large ? row.large : row.little;
+  return {};
 }
 
-struct ForwardRow {
-  int head_dim;
-  ForwardShape large, little;
-};
-
-constexpr ForwardRow forward_rows[] = {
-    {64, {128, 64, 4, 3, 64, 2, 40960, 255}, {128, 64, 4, 3, 64, 2, 40960, 255}},
-    {96, {128, 64, 4, 3, 32, 2, 61440, 255}, {128, 64, 4, 2, 32, 2, 49152, 255}},
-    {128, {128, 48, 4, 3, 0, 2, 69632, 255}, {128, 32, 4, 2, 0, 2, 49152, 255}},
-    {192, {128, 64, 8, 3, 192, 1, 122880, 255}, {128, 64, 8, 2, 192, 1, 98304, 255}},
-    {256, {128, 64, 8, 3, 0, 1, 163840, 255}, {128, 32, 8, 2, 0, 1, 98304, 255}},
-};
-
 constexpr ForwardShape forward_shape(int head_dim, Memory memory) {
-  for (const ForwardRow& row : forward_rows)
-    if (row.head_dim == head_dim) return memory == Memory::large ? row.large : row.little;
+  return shape_in(forward_rows, head_dim, memory);
+}
+
+constexpr KeysShape keys_shape(int head_dim, Memory memory) {
+  return shape_in(keys_rows, head_dim, memory);
+}
+
+constexpr QueriesShape queries_shape(int head_dim) {
+  for (const QueriesRow& row : queries_rows)
+    if (row.head_dim == head_dim) return row.shape;
   return {};
 }
 
 // The narrowest row for these head dims; 0 where there is none.
 constexpr int row_for(int64_t head_dim, int64_t head_dim_v) {
   const int64_t wider = head_dim > head_dim_v ? head_dim : head_dim_v;
-  for (const ForwardRow& row : forward_rows)
+  for (const Row<ForwardShape>& row : forward_rows)
     if (wider <= row.head_dim) return row.head_dim;
   return 0;
 }
 
-constexpr bool forward_rows_hold() {
-  for (const ForwardRow& row : forward_rows)
-    for (const Memory memory : {Memory::large, Memory::little}) {
-      const ForwardShape s = forward_shape(row.head_dim, memory);
-      const int per_block = memory == Memory::large ? 163 * 1024 : 99 * 1024;
-      if (s.shared_bytes != forward_bytes(s, row.head_dim) || s.shared_bytes > per_block ||
-          (s.shared_bytes + 1024) * s.blocks > per_block + 1024 ||
-          s.registers * s.threads() * s.blocks > 65536)
-        return false;
-    }
+// --- what a row says holds -----------------------------------------------------------------------
+
+template <class Shape>
+constexpr bool holds(const Shape& s, int head_dim, int blocks, int per_block) {
+  const Registers& r = s.registers;
+  for (const int each : {r.sm80, r.sm86, r.sm90, r.sm100, r.sm120})
+    if (each > 255 || (each + 7) / 8 * 8 * s.threads() * s.blocks > 65536) return false;
+  return s.shared_bytes == s.layout(head_dim) && s.shared_bytes <= per_block &&
+         (s.shared_bytes + 1024) * blocks <= per_block + 1024;
+}
+
+constexpr bool rows_hold() {
+  constexpr int large = 163 * 1024, little = 99 * 1024;
+  for (const Row<ForwardShape>& row : forward_rows)
+    if (!holds(row.large, row.head_dim, row.large.blocks, large) ||
+        !holds(row.little, row.head_dim, row.little.blocks, little))
+      return false;
+  for (const Row<KeysShape>& row : keys_rows)
+    if (!holds(row.large, row.head_dim, row.large.blocks, large) ||
+        !holds(row.little, row.head_dim, row.little.blocks, little))
+      return false;
+  for (const QueriesRow& row : queries_rows)
+    if (!holds(row.shape, row.head_dim, row.shape.blocks, large) ||
+        !holds(row.shape, row.head_dim, 1, little))
+      return false;
   return true;
 }
-static_assert(forward_rows_hold());
+static_assert(rows_hold());
 
 }  // namespace fusedattn::cuda

@@ -18,7 +18,6 @@
 // comes after it; sequences of a varlen batch would change where rows begin.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "attention_common.cuh"
@@ -214,6 +213,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
   constexpr int m = shape.queries / shape.warps / 16, n = shape.keys / 8, w = head_dim / 8;
   using QueryTile = Tile<shape.queries, head_dim>;
   using KeyTile = Tile<shape.keys, head_dim>;
+  static_assert(QueryTile::bytes + shape.slots * KeyTile::bytes == shape.shared_bytes);
 
   const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
   const int b = work.head / int(p.heads()), h = work.head % int(p.heads());
@@ -259,11 +259,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
 template <class T, int head_dim, Memory memory>
 void launch_forward(Forward f, Launch launch) {
   constexpr ForwardShape shape = forward_shape(head_dim, memory);
-  // What the heads that run at the same time read stays in a small second-level cache.
-  constexpr int64_t section_bytes = 8 << 20;
   const int64_t head_bytes = 2 * f.seq_k() * (f.head_dim() + f.head_dim_v());
-  const int64_t together = std::max<int64_t>(section_bytes / head_bytes, 1) * f.group();
-  f.section = uint32_t(std::min(together, f.batch() * f.heads()));
+  f.section = uint32_t(f.group() * section_of(f.batch() * f.heads_kv(), head_bytes));
   f.tiles = uint32_t(ceil_div(f.seq_q(), shape.queries));
   launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
   launch.block = shape.threads();

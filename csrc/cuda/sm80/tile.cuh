@@ -66,7 +66,8 @@ FUSEDATTN_DEVICE void copy_tile(const Tile& tile, const Rows& matrix, int first,
   // of memory; the others take the rows below.
   constexpr int rows = threads / Tile::group;
   static_assert(threads % Tile::group == 0 && rows % 8 == 0 && Tile::rows % rows == 0);
-  const int row = thread() / Tile::group, chunk = thread() % Tile::group;
+  // Addresses are worked out anew for each tile; they would fill the registers of the loop around.
+  const int rank = anew(thread()), row = rank / Tile::group, chunk = rank % Tile::group;
   const uint16_t* from = static_cast<const uint16_t*>(matrix.data) + (first + row) * matrix.stride +
                          chunk * chunk_size;
   char* to = tile.at(row, chunk);
@@ -116,8 +117,10 @@ class Pieces {
  public:
   // Pieces are counted from `row`, a multiple of 8.
   FUSEDATTN_DEVICE Pieces(const Tile& tile, int row) {
-    const int i = lane();
-    const int below = down ? i % 16 : i % 8 + i / 16 * 8, right = down ? i / 16 : i / 8 % 2;
+    // Of the widest tiles the addresses would fill the registers of a loop around the products.
+    const unsigned i = unsigned(Tile::width > 192 ? anew(lane()) : lane());
+    const int below = int(down ? i % 16 : i % 8 + i / 16 * 8);
+    const int right = int(down ? i / 16 : i / 8 % 2);
     row_ = tile.data + (row + below) * Tile::row_bytes;
     swizzle_ = right ^ Tile::swizzle(below);
   }

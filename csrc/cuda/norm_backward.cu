@@ -200,9 +200,10 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 1)
   const int64_t part = block() / cluster_size(), step = grid_size() / cluster_size() * teams;
   Inputs<T, Z, N, K> now, next;
   ColumnSums<N, K> columns;
-  int64_t number = part * teams + team.index;
-  if constexpr (ahead) now.read(b, number, chunks);
-  for (int64_t first = part * teams; first < b.rows; first += step, number += step) {
+  int64_t first = part * teams;
+  if constexpr (ahead) now.read(b, first + team.index, chunks);
+  for (; first < b.rows; first += step) {
+    const int64_t number = first + team.index;
     if constexpr (ahead)
       next.read(b, number + step, chunks);
     else

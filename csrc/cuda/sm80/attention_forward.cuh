@@ -172,15 +172,14 @@ struct Queries {
   HeldA<T, m, held == 0 ? 1 : held / 16> first;
 
   FUSEDATTN_DEVICE Queries(const Tile& tile, int row) : stored(tile, row) {}
-  FUSEDATTN_DEVICE void load() {
-    if constexpr (held > 0) first.load(stored);
-  }
+  FUSEDATTN_DEVICE void load() { first.load(stored); }
   FUSEDATTN_DEVICE Pack<uint32_t, 4> fragment(int i, int s) const {
     return 16 * s < held ? first.fragment(i, s) : stored.fragment(i, s);
   }
 };
 
-// out / l and lse, by way of the tile of queries: its rows are the warp's own.
+// out / l and lse, by way of the tile of queries: its rows are the warp's own, and were last read
+// before a barrier of the ring.
 template <class T, class Tile, int m, int w>
 FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, const Tile& tile,
                             int row, Softmax<m>& softmax, Pack<float, 4> (&out)[m][w]) {
@@ -198,7 +197,6 @@ FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, c
       if (column_of(0) == 0 && query < p.seq_q())
         store(p.lse.at<float>(b, h, query), (shift + log2(sum)) * ln_2);
     }
-  sync_warp();
   round_to<T>(tile, row, out);
   sync_warp();
   write_rows<16 * m>(tile, row, p.out.at<uint16_t>(b, h), p.out.stride[2], first + row,
@@ -232,9 +230,11 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
     copy_tile<shape.threads()>(query_tile, rows_of(p.q, b, h), first, int(p.seq_q()),
                                width_of(p.q));
     ring.start();
-    wait_copies<shape.slots - 2>();
-    sync_block();
-    queries.load();
+    if constexpr (shape.held > 0) {
+      wait_copies<shape.slots - 2>();
+      sync_block();
+      queries.load();
+    }
   }
 #pragma unroll 1
   for (int t = 0; t < tiles.end; ++t) {

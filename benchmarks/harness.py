@@ -198,7 +198,7 @@ class Contestant:
         return time.perf_counter() - start
 
     def warm_up(self, clock: CpuClock | CudaClock, device: torch.device, share: float) -> None:
-        """The first call builds what is built lazily, the second measures memory, the next two time.
+        """The first call builds what is built lazily, the second measures memory, two more time.
 
         An engine with an arena of its own keeps it, so its memory shows in the first call only.
         What measures memory returns free memory to the system before, so that such a call takes

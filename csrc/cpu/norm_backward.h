@@ -50,7 +50,8 @@ struct ColumnSums {
   int64_t pending = 0;  // rows in the recent sums
 
   FUSEDATTN_MEMBER ColumnSums(const NormBackward& p, int64_t width, Arena& arena)
-      : weight(p.dweight, width, arena), bias(p.dbias, width, arena) {}
+      // There is no case for dbias alone.
+      : weight(p.dweight ? p.dweight : p.dbias, width, arena), bias(p.dbias, width, arena) {}
 
   void clear(Range columns) {
     weight.clear(columns);
@@ -168,8 +169,6 @@ struct NormBackwardRows {
         sum_chunk<Rows, true, true>(row, c, n, here, chunks, dweight + c, dbias + c);
       else if (dweight)
         sum_chunk<Rows, true, false>(row, c, n, here, chunks, dweight + c, nullptr);
-      else if (dbias)
-        sum_chunk<Rows, false, true>(row, c, n, here, chunks, nullptr, dbias + c);
       else
         sum_chunk<Rows, false, false>(row, c, n, here, chunks, nullptr, nullptr);
     });

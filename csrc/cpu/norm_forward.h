@@ -238,8 +238,6 @@ struct NormForwardRows {
       scale_and_shift<true, true>(z, out, n, mean, rstd, w, b);
     else if (w)
       scale_and_shift<true, false>(z, out, n, mean, rstd, w, b);
-    else if (b)
-      scale_and_shift<false, true>(z, out, n, mean, rstd, w, b);
     else
       scale_and_shift<false, false>(z, out, n, mean, rstd, w, b);
   }
@@ -277,7 +275,8 @@ struct NormForwardShared {
   Parameter<S> weight, bias;
 
   FUSEDATTN_MEMBER NormForwardShared(const NormForward& p, const Division& d, Arena& arena)
-      : weight(p.weight, p.options.weight_offset, false, d.width, arena),
+      // There is no case for a bias alone.
+      : weight(p.weight, p.options.weight_offset, bool(p.bias), d.width, arena),
         bias(p.bias, 0, false, d.width, arena) {}
 };
 

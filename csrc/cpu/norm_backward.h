@@ -128,7 +128,7 @@ struct NormBackwardRows {
       mean[r] = splat(of.mean);
       rstd[r] = splat(of.rstd);
     }
-    const auto add = [&](int64_t i, int way, auto lanes) {
+    const auto add = [&](int64_t i, int way, auto lanes) __attribute__((always_inline)) {
       const vec<S> weights = get<S>(w + i, lanes);
       vec<S> to_weight, to_bias;
       if constexpr (Weight) to_weight = get<S>(dweight + i, lanes);
@@ -179,8 +179,8 @@ struct NormBackwardRows {
   // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`;
   // what does not depend on g is slope · (z − mean) + constant.
   template <bool Dz, class To>
-  void gradient(int64_t row, int64_t column, int64_t n, double mean_g, double mean_gn,
-                To* total) const {
+  [[gnu::flatten]] void gradient(int64_t row, int64_t column, int64_t n, double mean_g,
+                                 double mean_gn, To* total) const {
     const S* w = weight.data() + column;
     const T* dout = dout_row(row, column);
     const Z* z = z_row(row, column);

@@ -50,8 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The backends of `backend`; those of attention's tests and of no others are one more."""
-    if "backend" not in metafunc.fixturenames or hasattr(metafunc.module, "backend"):
-        return  # hasattr: a fixture of its own
+    own = hasattr(metafunc.module, "backend") or any(
+        "backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    )
+    if "backend" not in metafunc.fixturenames or own:
+        return
     of_attention = metafunc.module.__name__.startswith("test_attention")
     emulated = ["cuda_emulated"] if of_attention and _native.cuda_emulated() else []
     metafunc.parametrize("backend", [*_backends(), *emulated], indirect=True, scope="session")

@@ -21,7 +21,7 @@ import torch
 from .accuracy import expected_attention
 from .figures import figures_of, ratios, times_as_fast
 from .harness import DTYPES, Limits, Version, measure
-from .peers import COMPILED, FLASH, Problem, builders, called_once, ours_on, peers_on
+from .peers import COMPILED, FLASH, Problem, build_versions, builders, ours_on, peers_on
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 # What is compiled anew for every length may run out of time: the most telling lengths come first.
@@ -191,30 +191,6 @@ def make_problem(
     return Problem(case, sets, score_bytes)
 
 
-def build_versions(
-    problem: Problem, names: Sequence[str], skipped: dict[str, str]
-) -> tuple[dict[str, Version], dict[str, float]]:
-    """fusedattn and the named peers, and the seconds that preparing each took.
-
-    `skipped` receives name → reason for those that cannot run. On a GPU each is called once here:
-    whatever a compiler or a driver raises at the first call, the others run.
-    """
-    versions, seconds = {}, {}
-    for name, build in builders(problem.device, names).items():
-        start = time.perf_counter()
-        try:
-            version = build(problem)
-            if problem.device.type == "cuda":
-                called_once(version)
-                torch.cuda.synchronize()
-        except Exception as reason:
-            skipped[name] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
-        else:
-            versions[name] = version
-        seconds[name] = time.perf_counter() - start
-    return versions, seconds
-
-
 def run_case(
     problem: Problem,
     *,
@@ -233,7 +209,7 @@ def run_case(
     prepared: dict[str, float] = {}
     if versions is None:
         names = peers_on(problem.device) if peers is None else peers
-        versions, prepared = build_versions(problem, names, skipped)
+        versions, prepared = build_versions(problem, builders(problem.device, names), skipped)
     measured = measure(
         versions, device=problem.device, budget=budget, sets=len(problem.sets), failed=skipped
     )

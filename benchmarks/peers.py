@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +213,30 @@ def flex(problem: Problem) -> Version:
         return run(q, k, v, block_mask=blocks)
 
     return _compiled_now(formula, problem)
+
+
+def build_versions(
+    problem: Any, known: Mapping[str, Callable[[Any], Version]], skipped: dict[str, str]
+) -> tuple[dict[str, Version], dict[str, float]]:
+    """What the builders make of the problem, and the seconds that preparing each took.
+
+    `skipped` receives name → reason for those that cannot run. On a GPU each is called once here:
+    whatever a compiler or a driver raises at the first call, the others run.
+    """
+    versions, seconds = {}, {}
+    for name, build in known.items():
+        start = time.perf_counter()
+        try:
+            version = build(problem)
+            if problem.device.type == "cuda":
+                called_once(version)
+                torch.cuda.synchronize()
+        except Exception as reason:
+            skipped[name] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
+        else:
+            versions[name] = version
+        seconds[name] = time.perf_counter() - start
+    return versions, seconds
 
 
 def called_once(version: Version) -> Version:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .accuracy import ExpectedRows, expected_rows
 from .figures import figures_of, ratios
 from .harness import DTYPES, Version, measure
-from .peers import called_once, ours_on
+from .peers import build_versions, ours_on
 from .rowwise_peers import COMPILED, OPS, PEERS, Problem, builders
 
 INPUT_SETS = 2
@@ -179,8 +179,10 @@ def run_case(
     skipped: dict[str, str] = {}
     prepared: dict[str, float] = {}
     if versions is None:
+        all_of = builders(case, device)
         names = [*ours_on(device), *(PEERS if peers is None else peers)]
-        versions = _build(problem, names, skipped, prepared)
+        known = {name: all_of[name] for name in names if name in all_of}
+        versions, prepared = build_versions(problem, known, skipped)
     measured = measure(
         {COPY: copy_of(case, device), **versions},
         device=device,
@@ -210,32 +212,6 @@ def run_case(
         "prepared_s": prepared,
         **ratios(rows, ours_on(device)),
     }
-
-
-def _build(
-    problem: Problem, names: Sequence[str], skipped: dict[str, str], prepared: dict[str, float]
-) -> dict[str, Version]:
-    """The versions; `skipped` receives why others cannot run, `prepared` seconds, by their names.
-
-    On a GPU each is called once here, whatever a compiler or a driver raises at the first call.
-    """
-    versions = {}
-    known = builders(problem.case, problem.device)
-    for name in names:
-        if name not in known:
-            continue
-        start = time.perf_counter()
-        try:
-            version = known[name](problem)
-            if problem.device.type == "cuda":
-                called_once(version)
-                torch.cuda.synchronize()
-        except Exception as reason:
-            skipped[name] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
-        else:
-            versions[name] = version
-        prepared[name] = time.perf_counter() - start
-    return versions
 
 
 def expected_of(problem: Problem, index: int, seed: int) -> ExpectedRows:

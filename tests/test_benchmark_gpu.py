@@ -160,7 +160,7 @@ def test_on_a_gpu_each_version_is_called_once_before_it_is_timed(monkeypatch):
     problem = attention.make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
     object.__setattr__(problem, "device", GPU)
     skipped: dict[str, str] = {}
-    versions, seconds = attention.build_versions(problem, ["eager"], skipped)
+    versions, seconds = peers.build_versions(problem, peers.builders(GPU, ["eager"]), skipped)
     assert skipped == dict.fromkeys(OURS, "out of registers")
     assert list(versions) == ["eager"]
     assert set(seconds) == {*OURS, "eager"}

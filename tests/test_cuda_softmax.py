@@ -122,3 +122,12 @@ def test_softmax_nonfinite(backend: str) -> None:
     ref = reference.softmax(x.double())
     assert out[:2].isnan().all()
     check(out[2:], ref[2:], reference.softmax(x)[2:], what="out")
+
+
+def test_softmax_of_too_many_heads_is_refused() -> None:
+    emulated = _native.cuda_emulated()
+    if emulated is None:
+        pytest.skip("needs setup.py build_emulator")
+    many = torch.zeros(1, 1, 1, 1).expand(1, 2**31, 1, 1)
+    with pytest.raises(ValueError, match=r"2\^31 or more"):
+        emulated.softmax_forward(many, None, None, many, (0, 1.0), 0)

@@ -4,6 +4,8 @@
 // warp, a warp, several warps); too wide for that, in the shared memory of a block or of a cluster,
 // which then sums as it reads (Milakov and Gimelshein 2018); what does not fit there is read again.
 // Keys past the diagonal are not read at all.
+#include <stdexcept>
+
 #include "kernels.h"
 #include "rowwise.cuh"
 
@@ -46,13 +48,13 @@ struct Backward : Rows {
 
 // Where a row lies.
 struct Row {
-  int64_t b, h, i;
-  int end;  // keys that it may see
+  int64_t b, i;
+  int h, end;  // end: of the keys that it may see
 
   FUSEDATTN_DEVICE Row(const Rows& rows, int64_t number) {
     const int64_t matrix = number / rows.queries;
     b = matrix / rows.heads;
-    h = matrix - b * rows.heads;
+    h = int(matrix - b * rows.heads);
     i = number - matrix * rows.queries;
     const int64_t seen = i + rows.diagonal + 1;
     end = !rows.causal || seen > rows.width ? rows.width : seen > 0 ? int(seen) : 0;
@@ -322,6 +324,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
 
 template <class Params>
 void describe(Rows& rows, Launch& shape, const Params& p, const TensorView& like, Stream stream) {
+  if (like.shape[1] > INT32_MAX || p.width() > INT32_MAX)
+    throw std::invalid_argument("softmax: got a size of 2^31 or more, expected less on CUDA");
   rows.count = p.rows();
   rows.heads = like.shape[1];
   rows.queries = like.shape[2];

@@ -129,5 +129,5 @@ def test_softmax_of_too_many_heads_is_refused() -> None:
     if emulated is None:
         pytest.skip("needs setup.py build_emulator")
     many = torch.zeros(1, 1, 1, 1).expand(1, 2**31, 1, 1)
-    with pytest.raises(ValueError, match=r"2\^31 or more"):
+    with pytest.raises(ValueError, match="got x with 2147483648 heads"):
         emulated.softmax_forward(many, None, None, many, (0, 1.0), 0)

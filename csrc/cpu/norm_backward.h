@@ -10,6 +10,7 @@ namespace fusedattn::FUSEDATTN_ISA {
 // Rows whose sum stays in S; in half a million rows summed in fp32 alone the last digits would go.
 constexpr int64_t rows_per_flush = 128;
 
+// From here on rows go through the first pass alone.
 constexpr int64_t long_row_bytes = 2048;
 
 struct RowSums {

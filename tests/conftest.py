@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import hypothesis
 import pytest
@@ -125,3 +126,18 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.cpu.select_instruction_set(request.param)
     yield request.param
     _native.cpu.select_instruction_set("auto")
+
+
+@pytest.fixture
+def without_caches() -> Callable[[], AbstractContextManager[None]]:
+    """Within it, the native CPU kernels reckon that no tensor fits into the caches."""
+
+    @contextmanager
+    def reckoned() -> Iterator[None]:
+        _native.cpu.assume_cache_bytes(1)
+        try:
+            yield
+        finally:
+            _native.cpu.assume_cache_bytes(0)
+
+    return reckoned

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_sum, device_for
-from norm_case import NormCase, check_norm
+from norm_case import NormCase, check_norm, results
 from torch import Tensor
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -62,6 +62,21 @@ def test_every_instruction_set(op, dtype, instruction_set):
                 weight_offset=1.0,
             )  # fmt: skip
             check_norm(case, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+@pytest.mark.parametrize("op", OPS)
+def test_past_the_caches(op, dtype, instruction_set, without_caches):
+    """Tensors too large for the caches are read ahead and written past them, to the same bits."""
+    for shape in ((1, 1), (9, 77), (130, 96), (5, 2100), (1, 30000)):
+        for residual, dropout_p in ((None, 0.0), (dtype, 0.0), (F32, 0.0), (dtype, 0.3)):
+            case = NormCase(op, shape, dtype=dtype, residual=residual, dropout_p=dropout_p)
+            made = case.inputs()
+            within = results(made, case, fusedattn, backend="cpu")
+            with without_caches():
+                past = results(made, case, fusedattn, backend="cpu")
+            for name, expected in within.items():
+                assert torch.equal(past[name], expected), (name, case)
 
 
 @pytest.mark.parametrize(

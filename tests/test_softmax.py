@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import fusedattn
 import pytest
 import torch
-from softmax_cases import BF16, F16, F32, F64, check_softmax
+from softmax_cases import BF16, F16, F32, F64, check_softmax, results
 
 INF, NAN = float("inf"), float("nan")
 
@@ -42,6 +44,21 @@ def test_instruction_set(shape, dtype, instruction_set):
         check_softmax(x, "cpu", dim, mask=mask, bias=bias, scale=-0.5)
     check_softmax(x, "cpu", causal=True)
     check_softmax(x.t(), "cpu", causal="top_left", mask=mask.t())
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("shape", [(17, 300), (130, 96), (9, 9000)], ids=str)
+def test_past_the_caches(shape, dtype, instruction_set, without_caches):
+    """Tensors too large for the caches are read ahead and written past them, to the same bits."""
+    x, dout = torch.randn(2, *shape, dtype=F64).to(dtype)
+    softmax = functools.partial(fusedattn.softmax, backend="cpu")
+    for options in ({}, {"causal": True}, {"bias": torch.randn(shape[1]).to(dtype)}):
+        run = functools.partial(results, x, -1, dout, softmax, **options)
+        within = run()
+        with without_caches():
+            past = run()
+        for name, expected in within.items():
+            assert torch.equal(past[name], expected), (name, options)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

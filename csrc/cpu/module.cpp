@@ -7,6 +7,7 @@
 #include "bindings/bind_rotary.h"
 #include "bindings/bind_sinusoidal.h"
 #include "bindings/bind_softmax.h"
+#include "cache.h"
 #include "dispatch.h"
 
 namespace fusedattn {
@@ -33,5 +34,9 @@ PYBIND11_MODULE(_cpu, m) {
         "Names of the instruction sets usable on this processor, simplest first.");
   m.def("select_instruction_set", &select_instruction_set, pybind11::arg("name"),
         "Use no better instruction set than this; 'auto' lifts the limit. For tests.");
+  m.def("cache_bytes", &cache_bytes, pybind11::arg("threads"),
+        "Bytes of the last level of cache that so many threads have between them.");
+  m.def("assume_cache_bytes", &assume_cache_bytes, pybind11::arg("bytes"),
+        "Reckon with so many bytes of cache; 0 lifts that. For tests.");
   m.def("openmp_threads", &omp_get_max_threads, "Threads that a kernel uses.");
 }

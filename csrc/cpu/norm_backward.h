@@ -76,6 +76,7 @@ struct NormBackwardRows {
   const Dropout dropout;
   const T* const no_dout;           // a row of zeros in place of an absent dout
   Z *const z_rows, *const dz_rows;  // z and dz as S, if they are stored otherwise
+  const bool large;  // reads are fetched ahead, and gradients written past the caches
 
   const T* dout_row(int64_t row, int64_t column) const {
     if (!p.dout) return no_dout + column;
@@ -146,10 +147,19 @@ struct NormBackwardRows {
       if constexpr (Weight) set<S>(dweight + i, to_weight, lanes);
       if constexpr (Bias) set<S>(dbias + i, to_bias, lanes);
     };
+    const bool ahead = large;
     int64_t i = 0;
-    for (; i + ways * width<S> <= n; i += ways * width<S>)
+    for (; i + ways * width<S> <= n; i += ways * width<S>) {
+      if (ahead) [[unlikely]] {
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          fetch_ahead(dout[r] + i, ways * width<S>);
+          fetch_ahead(z[r] + i, ways * width<S>);
+        }
+      }
 #pragma GCC unroll 2
       for (int way = 0; way < ways; ++way) add(i + way * width<S>, way, Whole{});
+    }
     for_vectors<S>(n - i, [&](int64_t j, auto lanes) { add(i + j, 0, lanes); });
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
@@ -181,7 +191,7 @@ struct NormBackwardRows {
   // what does not depend on g is slope · (z − mean) + constant.
   template <bool Dz, class To>
   [[gnu::flatten]] void gradient(int64_t row, int64_t column, int64_t n, double mean_g,
-                                 double mean_gn, To* total) const {
+                                 double mean_gn, bool streamed, To* total) const {
     const S* w = weight.data() + column;
     const T* dout = dout_row(row, column);
     const Z* z = z_row(row, column);
@@ -189,7 +199,7 @@ struct NormBackwardRows {
     const Normalise of(p, row);
     const S slope = S(-double(of.rstd) * mean_gn);
     const S constant = S(-mean_g);
-    write_vectors<S>(total, n, [&](int64_t i, auto lanes) {
+    write_vectors<S>(total, n, streamed, [&](int64_t i, auto lanes) {
       // Rounded as in the first pass: where a row has one element the difference is 0.
       const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
       vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
@@ -200,11 +210,11 @@ struct NormBackwardRows {
 
   template <class To>
   void gradient_of_z(int64_t row, int64_t column, int64_t n, double mean_g, double mean_gn,
-                     To* to) const {
+                     bool streamed, To* to) const {
     if (p.dz)
-      gradient<true>(row, column, n, mean_g, mean_gn, to);
+      gradient<true>(row, column, n, mean_g, mean_gn, streamed, to);
     else
-      gradient<false>(row, column, n, mean_g, mean_gn, to);
+      gradient<false>(row, column, n, mean_g, mean_gn, streamed, to);
   }
 
   void second_pass(int64_t row, Range columns, const RowSums* sums) const {
@@ -217,9 +227,9 @@ struct NormBackwardRows {
     const double mean_gn = total.gn / double(division.width);
     T* dx = static_cast<T*>(p.dx.data) + row * p.dx.stride[0];
     for_chunks(columns, [&](int64_t c, int64_t n) {
-      if (!dropout && !p.dresidual) return gradient_of_z(row, c, n, mean_g, mean_gn, dx + c);
+      if (!dropout && !p.dresidual) return gradient_of_z(row, c, n, mean_g, mean_gn, large, dx + c);
       alignas(64) S chunk[norm_chunk];
-      gradient_of_z(row, c, n, mean_g, mean_gn, chunk);
+      gradient_of_z(row, c, n, mean_g, mean_gn, false, chunk);
       if (p.dresidual) write_row(p.dresidual, row, c, n, chunk);
       through_dropout(row, c, n, chunk, dx + c);
     });
@@ -228,10 +238,10 @@ struct NormBackwardRows {
   void through_dropout(int64_t row, int64_t column, int64_t n, const S* total, T* dx) const {
     alignas(64) uint8_t keep[norm_chunk];
     if (dropout) keep_mask(dropout, row, column, n, keep);
-    for_vectors<S>(n, [&](int64_t i, auto lanes) {
+    write_vectors<S>(dx, n, large, [&](int64_t i, auto lanes) {
       vec<S> value = get<S>(total + i, lanes);
       if (dropout) value = select_bytes<S>(keep + i, value * S(dropout.factor), vec<S>{});
-      set<S>(dx + i, value, lanes);
+      return value;
     });
   }
 };
@@ -320,6 +330,8 @@ static bool norm_backward_of(const NormBackward& p) {
   typedef NormBackwardOwn<T, Z> Own;
   const Division division(p.rows(), p.width());
   const int64_t width = division.width, copies = division.copies();
+  const bool large =
+      CacheUse(division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual).fetch_ahead;
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division), copies);
   Arena common = workspace.shared();
@@ -337,12 +349,13 @@ static bool norm_backward_of(const NormBackward& p) {
     const Share share = division.share(thread);
     Own own = own_of(division.split ? 0 : thread);
     const NormBackwardRows<T, Z> rows{p,     division, shared.weight, dropout, shared.no_dout,
-                                      own.z, own.dz};
+                                      own.z, own.dz,   large};
     own.columns.clear(share.columns);
     if (division.split)
       norm_backward_columns(rows, share, own.sums, own.columns);
     else
       norm_backward_rows(rows, share, own.sums, own.columns);
+    if (large) drain();
     own.columns.flush(share.columns);
 #pragma omp barrier
     const Range columns = part_of(width, thread, division.threads, norm_chunk);

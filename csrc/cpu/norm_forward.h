@@ -14,11 +14,13 @@ struct Moments {
 // Σ d and Σ d² with d = scale · x − centre, over a chunk. The order of the elements is free, so
 // pairs of vectors are read as is cheapest.
 template <bool Centre, class S, class P>
-static Moments deviations(const P* x, int64_t n, S scale, S centre) {
+static Moments deviations(const P* x, int64_t n, S scale, S centre, bool ahead) {
   constexpr int w = width<S>, ways = 4;  // additions in flight
   vec<S> first[ways] = {}, second[ways] = {};
   int64_t i = 0;
   for (; i + ways * w <= n; i += ways * w) {
+    if (ahead) [[unlikely]]
+      fetch_ahead(x + i, ways * w);
 #pragma GCC unroll 2
     for (int k = 0; k < ways; k += 2) {
       vec<S> d[2];
@@ -44,16 +46,16 @@ static Moments deviations(const P* x, int64_t n, S scale, S centre) {
 // away that the sum of squares loses more than a digit of two, one correction makes up for it;
 // else a second pass follows.
 template <class S, class P>
-static Moments centred_moments(const P* x, int64_t n, S scale) {
+static Moments centred_moments(const P* x, int64_t n, S scale, bool ahead) {
   const int64_t few = n < 4 * width<S> ? n : 4 * width<S>;
   vec<S> sum{};
   for_vectors<S>(few, [&](int64_t i, auto lanes) { sum += get<S>(x + i, lanes) * scale; });
   S centre = reduce_add(sum) / S(few);
-  Moments d = deviations<true>(x, n, scale, centre);
+  Moments d = deviations<true>(x, n, scale, centre, ahead);
   double correction = d.mean * d.mean / double(n);
   if (!(correction <= d.squares / 2)) {
     centre = S(double(centre) + d.mean / double(n));
-    d = deviations<true>(x, n, scale, centre);
+    d = deviations<true>(x, n, scale, centre, false);
     correction = d.mean * d.mean / double(n);
   }
   const double squares = d.squares - correction;
@@ -61,40 +63,45 @@ static Moments centred_moments(const P* x, int64_t n, S scale) {
 }
 
 #if defined(__AVX512BF16__)
-// Σ x and Σ x² by the dot product of pairs.
-FUSEDATTN_INLINE Moments plain_sums(const bf16* x, int64_t n) {
+// Σ x, where there is a centre, and Σ x² by the dot product of pairs.
+template <bool Centre>
+FUSEDATTN_INLINE Moments plain_sums(const bf16* x, int64_t n, bool ahead) {
   constexpr int w = width<float>, ways = 4;
   vec<float> first[ways] = {}, second[ways] = {};
   int64_t i = 0;
-  for (; i + 2 * ways * w <= n; i += 2 * ways * w)
+  for (; i + 2 * ways * w <= n; i += 2 * ways * w) {
+    if (ahead) [[unlikely]]
+      fetch_ahead(x + i, 2 * ways * w);
 #pragma GCC unroll 4
-    for (int k = 0; k < ways; ++k) add_squares_and_sums(x + i + 2 * k * w, second[k], first[k]);
+    for (int k = 0; k < ways; ++k)
+      add_squares_and_sums<Centre>(x + i + 2 * k * w, second[k], first[k]);
+  }
   for_vectors<float>(n - i, [&](int64_t j, auto lanes) {
     const vec<float> d = get<float>(x + i + j, lanes);
-    first[0] += d;
+    if constexpr (Centre) first[0] += d;
     second[0] += d * d;
   });
-  return {reduce_add((first[0] + first[1]) + (first[2] + first[3])),
+  return {Centre ? reduce_add((first[0] + first[1]) + (first[2] + first[3])) : 0.0f,
           reduce_add((second[0] + second[1]) + (second[2] + second[3]))};
 }
 #endif
 
-// The moments of a chunk of scale · x; without a centre 0 and Σ x².
+// The moments of a chunk of scale · x; without a centre 0 and Σ x². `ahead`: x comes from memory.
 template <class S, class P>
-static Moments moments_of(const P* x, int64_t n, S scale, bool centre) {
+static Moments moments_of(const P* x, int64_t n, S scale, bool centre, bool ahead) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<P, bf16>) {
     if (scale == S(1)) {
-      const auto [sum, squares] = plain_sums(x, n);
-      if (!centre) return {0, squares};
+      if (!centre) return plain_sums<false>(x, n, ahead);
+      const auto [sum, squares] = plain_sums<true>(x, n, ahead);
       // At most five bits of 24 are lost; a result has eight.
       const double about_mean = squares - sum * sum / double(n);
       if (about_mean * 32 >= squares) return {sum / double(n), about_mean};
     }
   }
 #endif
-  if (centre) return centred_moments<S>(x, n, scale);
-  return {0, deviations<false>(x, n, scale, S(0)).squares};
+  if (centre) return centred_moments<S>(x, n, scale, ahead);
+  return {0, deviations<false>(x, n, scale, S(0), ahead).squares};
 }
 
 struct RowStatistics {
@@ -111,7 +118,8 @@ struct NormForwardRows {
   const Parameter<S>& weight;
   const Parameter<S>& bias;
   const Dropout dropout;
-  P* const buffer;  // z as S where it is stored otherwise: one row, or all of them if split
+  P* const buffer;  // z where it is stored otherwise or past the caches: a row, or all if split
+  const CacheUse use;
 
   const T* x_row(int64_t row, int64_t column) const {
     return static_cast<const T*>(p.x.data) + row * p.x.stride[0] + column;
@@ -132,27 +140,42 @@ struct NormForwardRows {
     P* z = z_row(row, column);
     alignas(64) uint8_t keep[norm_chunk];
     if (dropout) keep_mask(dropout, row, column, n, keep);
+    P* const past = buffer && p.z.dtype == dtype_of<P>
+                        ? static_cast<P*>(p.z.data) + row * p.z.stride[0] + column
+                        : nullptr;
     const auto write = [&](const auto* residual) {
-      for_vectors<S>(n, [&](int64_t i, auto lanes) {
-        vec<S> value = get<S>(x + i, lanes);
-        if (dropout) value = select_bytes<S>(keep + i, value * S(dropout.factor), vec<S>{});
-        if (residual) value += get<S>(residual + i, lanes);
-        set<S>(z + i, value, lanes);
-      });
+      const int64_t strip = use.fetch_ahead ? 256 / sizeof(T) : n;  // reads and writes take turns
+      for (int64_t first = 0; first < n; first += strip) {
+        if (use.fetch_ahead) {
+          fetch_ahead(x + first, strip);
+          if (residual) fetch_ahead(residual + first, strip);
+        }
+        const int64_t left = n - first < strip ? n - first : strip;
+        write_vectors<S>(z + first, left, false, [&](int64_t j, auto lanes) {
+          const int64_t i = first + j;
+          vec<S> value = get<S>(x + i, lanes);
+          if (dropout) value = select_bytes<S>(keep + i, value * S(dropout.factor), vec<S>{});
+          if (residual) value += get<S>(residual + i, lanes);
+          return value;
+        });
+        if (past)
+          write_vectors<S>(past + first, left, true,
+                           [&](int64_t j, auto lanes) { return get<S>(z + first + j, lanes); });
+      }
     };
     if (p.residual)
       typed(p.residual, row, column, write);
     else
       write(static_cast<const S*>(nullptr));
-    if (!buffer) return;
     if constexpr (std::is_same_v<S, P>) {
+      if (!buffer || past) return;
       write_row<S>(p.z, row, column, n, z);
       read_row<S>(p.z, row, column, n, z);
     }
   }
 
   Moments moments(int64_t row, int64_t column, int64_t n, S scale) const {
-    return moments_of<S>(source(row, column), n, scale, p.options.centre);
+    return moments_of<S>(source(row, column), n, scale, p.options.centre, use.fetch_ahead && !p.z);
   }
 
   void first_pass(int64_t row, Range columns, Moments* chunks) const {
@@ -212,9 +235,9 @@ struct NormForwardRows {
   // out = (z − mean) · rstd · weight + bias; the difference first, so that a row of equal elements
   // gives the bias itself.
   template <bool Weight, bool Bias>
-  FUSEDATTN_INLINE void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
-                                        const S* weight, const S* bias) {
-    write_vectors<S>(out, n, [&](int64_t i, auto lanes) {
+  FUSEDATTN_MEMBER void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
+                                        const S* weight, const S* bias) const {
+    write_vectors<S>(out, n, use.stream_output, [&](int64_t i, auto lanes) {
       vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
       if constexpr (Weight) value *= get<S>(weight + i, lanes);
       if constexpr (Bias) value += get<S>(bias + i, lanes);
@@ -286,10 +309,12 @@ struct NormForwardOwn {
   Moments* moments;
   P* z;
 
-  FUSEDATTN_MEMBER NormForwardOwn(const NormForward& p, const Division& d, Arena& arena) {
+  FUSEDATTN_MEMBER NormForwardOwn(const NormForward& p, const Division& d, const CacheUse& use,
+                                  Arena& arena) {
     const int64_t rows = d.split ? d.rows : norm_block;
     moments = arena.take<Moments>(rows * chunks_of(d.width));
-    z = p.z && p.z.dtype != dtype_of<P> ? arena.take<P>(rows * d.width) : nullptr;
+    const bool buffered = p.z && (use.fetch_ahead || p.z.dtype != dtype_of<P>);
+    z = buffered ? arena.take<P>(rows * d.width) : nullptr;
   }
 };
 
@@ -298,8 +323,9 @@ static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
+  const CacheUse use(division.threads, p.work(), p.x, p.residual, p.out, p.z);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
-                            bytes_of_scratch<Own>(p, division), division.copies());
+                            bytes_of_scratch<Own>(p, division, use), division.copies());
   Arena common = workspace.shared();
   const Shared shared(p, division, common);
   const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
@@ -311,12 +337,13 @@ static bool norm_forward_of(const NormForward& p) {
   {
     const int thread = omp_get_thread_num();
     Arena arena = workspace.own(division.split ? 0 : thread);
-    const Own own(p, division, arena);
-    const NormForwardRows<T, P> rows{p, division, shared.weight, shared.bias, dropout, own.z};
+    const Own own(p, division, use, arena);
+    const NormForwardRows<T, P> rows{p, division, shared.weight, shared.bias, dropout, own.z, use};
     if (division.split)
       norm_forward_columns(rows, division.share(thread), own.moments);
     else
       norm_forward_rows(rows, division.share(thread), own.moments);
+    if (use.fetch_ahead) drain();
   }
   return true;
 }

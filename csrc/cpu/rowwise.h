@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "cache.h"
 #include "vec.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
@@ -12,6 +13,33 @@ namespace fusedattn::FUSEDATTN_ISA {
 // Threads worth waking: none for work that is over before they are.
 FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
   return elements < 24576 || omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+// How a call treats the caches, by how its tensors' bytes compare with theirs.
+struct CacheUse {
+  // What is read once is fetched ahead, without a place in the caches. The norms also write past
+  // them what the next op does not read (a residual stream) or what would be fetched only to be
+  // overwritten while they read two other tensors (a gradient).
+  bool fetch_ahead = false;
+  // Every result goes past the caches: most of it would have left them before anybody reads it.
+  bool stream_output = false;
+
+  // The tensors have so many elements each, or are absent.
+  template <class... Tensors>
+  FUSEDATTN_MEMBER CacheUse(int threads, int64_t elements, const Tensors&... tensors) {
+    const int64_t bytes = (0 + ... + (tensors ? elements * bytes_of(tensors.dtype) : 0));
+    const int64_t cache = cache_bytes(threads);
+    fetch_ahead = bytes >= cache / 4 * 3;
+    stream_output = bytes >= 2 * cache;
+  }
+};
+
+// Fetches what a row-wise loop reads a page later; the processor's own prefetch ends with the page.
+template <class P>
+FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements) {
+  constexpr int ahead = 5120, line = 64;
+  for (int i = 0; i < elements * int(sizeof(P)); i += line)
+    prefetch_once(reinterpret_cast<const char*>(p) + ahead + i);
 }
 
 // Part `index` of `parts` of [0, count), in multiples of `grain`.
@@ -123,11 +151,38 @@ FUSEDATTN_INLINE void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, Some{int(n - i)});
 }
 
-// value(i, lanes) for the vectors of n elements, rounded to P at to + i.
+// The same past the caches; p is aligned to a vector.
+template <class S, class P>
+FUSEDATTN_INLINE void stream_pair(P* p, vec<S> x, vec<S> y) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<P, bf16> && std::is_same_v<S, float>)
+    return stream(p, _mm512_cvtne2ps_pbh(y, x));
+#endif
+  typedef char rounded __attribute__((vector_size(width<S> * sizeof(P)), may_alias));
+  rounded parts[2];
+  set<S>(reinterpret_cast<P*>(&parts[0]), x, Whole{});
+  set<S>(reinterpret_cast<P*>(&parts[1]), y, Whole{});
+  stream(p, parts[0]);
+  stream(p + width<S>, parts[1]);
+}
+
+// value(i, lanes) past the caches, at to + i, for as many of n elements as can be; returns how
+// many.
 template <class S, class P, class Value>
-FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, const Value& value) {
+FUSEDATTN_INLINE int64_t stream_vectors(P* to, int64_t n, const Value& value) {
   constexpr int w = width<S>;
   int64_t i = 0;
+  if (reinterpret_cast<uintptr_t>(to) % vector_bytes) return i;
+  for (; i + 2 * w <= n; i += 2 * w)
+    stream_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+  return i;
+}
+
+// value(i, lanes) for the vectors of n elements, rounded to P at to + i.
+template <class S, class P, class Value>
+FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, bool streamed, const Value& value) {
+  constexpr int w = width<S>;
+  int64_t i = streamed ? stream_vectors<S>(to, n, value) : 0;
   for (; i + 2 * w <= n; i += 2 * w) set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
   for_vectors<S>(n - i,
                  [&](int64_t j, auto lanes) { set<S>(to + i + j, value(i + j, lanes), lanes); });

@@ -356,13 +356,47 @@ FUSEDATTN_INLINE void store_as(f16* p, vec<float> x) {
 }
 
 #if defined(__AVX512BF16__)
-// Σ x² and Σ x over pairs of elements, products exact; subnormal elements count as 0.
+// Σ x², and Σ x if wanted, over pairs of elements, products exact; subnormal elements count as 0.
+template <bool Sums>
 FUSEDATTN_INLINE void add_squares_and_sums(const bf16* p, vec<float>& squares, vec<float>& sums) {
   const __m512bh x = (__m512bh)_mm512_loadu_si512(p);
   squares = _mm512_dpbf16_ps(squares, x, x);
-  sums = _mm512_dpbf16_ps(sums, x, (__m512bh)_mm512_set1_epi16(0x3f80));
+  if constexpr (Sums) sums = _mm512_dpbf16_ps(sums, x, (__m512bh)_mm512_set1_epi16(0x3f80));
 }
 #endif
+
+// --- past the caches -----------------------------------------------------------------------------
+
+// Asks for a line that is read once, so that it pushes out nothing that is read again.
+FUSEDATTN_INLINE void prefetch_once(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchnta (%0)" : : "r"(p));  // the builtin's would be dropped from some loops
+#else
+  __builtin_prefetch(p, 0, 0);
+#endif
+}
+
+// Writes x past the caches where the set can; p is aligned to x. `drain` orders such stores before
+// whatever tells another thread of them.
+template <class V>
+FUSEDATTN_INLINE void stream(void* p, V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x);
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x);
+#endif
+  memcpy(p, &x, sizeof(V));
+}
+
+FUSEDATTN_INLINE void drain() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // Whether a set has kernels of its own for a dtype: to AVX-512, AVX-512-BF16 adds those of bf16.
 #if defined(__AVX512BF16__)

@@ -17,7 +17,7 @@ constexpr int64_t chunk = 8192;
 
 // The largest of n numbers; a NaN is passed over, and shows in the sum.
 template <class T>
-FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n) {
+FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   typedef compute_t<T> S;
   constexpr int w = width<S>;
   vec<S> high[unroll];
@@ -25,6 +25,8 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, bf16>) {
     for (; i + unroll * w <= n; i += unroll * w) {
+      if (ahead) [[unlikely]]
+        fetch_ahead(x + i, unroll * w);
 #pragma GCC unroll 2
       for (int v = 0; v < unroll; v += 2) {
         vec<S> a, b;
@@ -35,6 +37,8 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n) {
     }
   }
   for_vectors<S>(n - i, [&](int v, int64_t j, auto left) {
+    if (v == 0 && ahead) [[unlikely]]
+      fetch_ahead(x + i + j, unroll * w);
     high[v] = maximum(load_some(x + i + j, left, -infinity<S>), high[v]);
   });
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
@@ -56,9 +60,10 @@ FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, compute_t<T> o
 
 // out = inverse · e.
 template <class T, class S = compute_t<T>>
-FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, T* out) {
+FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, bool streamed, T* out) {
   constexpr int w = width<S>;
-  int64_t i = 0;
+  const auto value = [=](int64_t j, Whole) { return load(e + j) * inverse; };
+  int64_t i = streamed ? stream_vectors<S>(out, n, value) : 0;
   if constexpr (std::is_same_v<T, bf16>) {
     for (; i + 2 * w <= n; i += 2 * w)
       set_pair<S>(out + i, load(e + i) * inverse, load(e + i + w) * inverse);
@@ -92,6 +97,7 @@ struct ForwardRows {
   const Scores<T> scores{p};
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
                       p.x.stride[3] == 1;  // the scores are x as it lies
+  const CacheUse use{threads_for_elements(p.work()), p.work(), p.x, p.out};
 
   // Columns that the row may see; what is masked in between is no less computed.
   int64_t visible(const Index& at) const {
@@ -110,7 +116,7 @@ struct ForwardRows {
   // e = their exponentials relative to their own maximum.
   Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e) const {
     return with_scores(at, j0, n, e, [&](auto* x) -> Part<S> {
-      const S high = highest(x, n);
+      const S high = highest(x, n, direct && use.fetch_ahead);
       return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e)};
     });
   }
@@ -121,7 +127,7 @@ struct ForwardRows {
       store_row(out, p.out.stride[3], n, e, inverse);
       return;
     }
-    scaled<T>(e, n, inverse, out);
+    scaled<T>(e, n, inverse, use.stream_output, out);
   }
 
   void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
@@ -137,8 +143,9 @@ struct ForwardRows {
     const int64_t n = p.width();
     const T* x = p.x.at<const T>(at.b, at.h, at.i);
     T* out = p.out.at<T>(at.b, at.h, at.i);
-    const S sum = exponentials<degree>(x, n, finite_origin(highest(x, n)), scores.factor, e);
-    scaled<T>(e, n, reciprocal(sum), out);
+    const S sum =
+        exponentials<degree>(x, n, finite_origin(highest(x, n, use.fetch_ahead)), scores.factor, e);
+    scaled<T>(e, n, reciprocal(sum), use.stream_output, out);
   }
 
   void narrow(const Index& at, S* e) const {
@@ -209,10 +216,14 @@ struct ForwardRows {
 // --- backward ------------------------------------------------------------------------------------
 
 template <class T>
-FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n) {
+FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n, bool ahead) {
   typedef compute_t<T> S;
   vec<S> sums[unroll] = {};
   for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    if (v == 0 && ahead) [[unlikely]] {
+      fetch_ahead(x + j, unroll * width<S>);
+      fetch_ahead(y + j, unroll * width<S>);
+    }
     sums[v] += load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
   });
   return reduce_add(sum_of(sums));
@@ -220,16 +231,19 @@ FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n) {
 
 // d = scale · out ∘ (dout − row).
 template <class T, class Out, class S>
-FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S scale, Out* d) {
-  for_vectors<S>(n, [=](int, int64_t j, auto left) {
-    const vec<S> y = load_some(out + j, left, S(0));
-    store_some(d + j, left, y * (load_some(dout + j, left, S(0)) * scale - row * scale));
-  });
+FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S scale,
+                               bool streamed, Out* d) {
+  const auto value = [=](int64_t j, auto left) {
+    return load_some(out + j, left, S(0)) * (load_some(dout + j, left, S(0)) * scale - row * scale);
+  };
+  const int64_t i = streamed ? stream_vectors<S>(d, n, value) : 0;
+  for_vectors<S>(
+      n - i, [=](int, int64_t j, auto left) { store_some(d + i + j, left, value(i + j, left)); });
 }
 
 #if defined(__AVX512BF16__)
 // The same in products of pairs, which add to float.
-FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n) {
+FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n, bool ahead) {
   constexpr int64_t pairs = 2 * width<float>;
   vec<float> sums[unroll] = {};
   const auto step = [&](int v, __m512i a, __m512i b) {
@@ -237,6 +251,10 @@ FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n) {
   };
   int64_t j = 0;
   for (; j + unroll * pairs <= n; j += unroll * pairs) {
+    if (ahead) [[unlikely]] {
+      fetch_ahead(x + j, unroll * pairs);
+      fetch_ahead(y + j, unroll * pairs);
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < unroll; ++v)
       step(v, _mm512_loadu_si512(x + j + v * pairs), _mm512_loadu_si512(y + j + v * pairs));
@@ -257,6 +275,7 @@ struct BackwardRows {
   const SoftmaxBackward& p;
   const S scale = S(p.options.scale);
   const bool direct = p.dout.stride[3] == 1 && p.out.stride[3] == 1;
+  const CacheUse use{threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx, p.ds};
 
   int64_t visible(const Index& at) const { return seen_columns(p, at.i); }
 
@@ -273,22 +292,24 @@ struct BackwardRows {
   }
 
   S sum(const Index& at, int64_t j0, int64_t n, S* space) const {
-    return with_columns(at, j0, n, space,
-                        [&](const T* dout, const T* out) { return dot(dout, out, n); });
+    return with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
+      return dot(dout, out, n, direct && use.fetch_ahead);
+    });
   }
 
   // ds = out ∘ (dout − row) and dx = scale · ds.
   void write(const Index& at, int64_t j0, int64_t n, S row, S* space) const {
     T* dx = p.dx ? p.dx.at<T>(at.b, at.h, at.i, j0) : nullptr;
     with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
-      if (p.ds) gradient(dout, out, n, row, S(1), p.ds.at<S>(at.b, at.h, at.i, j0));
+      if (p.ds)
+        gradient(dout, out, n, row, S(1), use.stream_output, p.ds.at<S>(at.b, at.h, at.i, j0));
       if (!dx) return;
       if (p.dx.stride[3] == 1) {
-        gradient(dout, out, n, row, scale, dx);
+        gradient(dout, out, n, row, scale, use.stream_output, dx);
         return;
       }
       alignas(64) T apart[chunk];
-      gradient(dout, out, n, row, scale, apart);
+      gradient(dout, out, n, row, scale, false, apart);
       scatter(apart, n, dx, p.dx.stride[3]);
     });
   }
@@ -307,7 +328,8 @@ struct BackwardRows {
     const int64_t n = p.width();
     const T* dout = p.dout.at<const T>(at.b, at.h, at.i);
     const T* out = p.out.at<const T>(at.b, at.h, at.i);
-    gradient(dout, out, n, dot(dout, out, n), scale, p.dx.at<T>(at.b, at.h, at.i));
+    gradient(dout, out, n, dot(dout, out, n, use.fetch_ahead), scale, use.stream_output,
+             p.dx.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* copy) const {
@@ -355,6 +377,7 @@ void run_narrow(const Params& p, int threads) {
         at.next(p);
       }
     }
+    drain();
   }
 }
 
@@ -388,6 +411,7 @@ void run_wide(const Params& p, int threads) {
       for (int64_t c = c0; c < c1; ++c) rows.finish(at, c, row, copy);
       at.next(p);
     }
+    drain();
   }
 }
 

@@ -1,0 +1,14 @@
+// What a call's tensors are measured against: the processor's last level of cache.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedattn {
+
+// Bytes that so many threads have between them.
+int64_t cache_bytes(int threads);
+
+// Reckon with so many bytes, however many threads; 0 lifts that. For tests.
+void assume_cache_bytes(int64_t bytes);
+
+}  // namespace fusedattn

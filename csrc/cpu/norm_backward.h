@@ -76,7 +76,7 @@ struct NormBackwardRows {
   const Dropout dropout;
   const T* const no_dout;           // a row of zeros in place of an absent dout
   Z *const z_rows, *const dz_rows;  // z and dz as S, if they are stored otherwise
-  const bool large;  // reads are fetched ahead, and gradients written past the caches
+  const bool large;                 // past the caches
 
   const T* dout_row(int64_t row, int64_t column) const {
     if (!p.dout) return no_dout + column;
@@ -331,7 +331,7 @@ static bool norm_backward_of(const NormBackward& p) {
   const Division division(p.rows(), p.width());
   const int64_t width = division.width, copies = division.copies();
   const bool large =
-      CacheUse(division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual).fetch_ahead;
+      outgrows_caches(division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division), copies);
   Arena common = workspace.shared();

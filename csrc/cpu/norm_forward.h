@@ -118,8 +118,8 @@ struct NormForwardRows {
   const Parameter<S>& weight;
   const Parameter<S>& bias;
   const Dropout dropout;
-  P* const buffer;  // z where it is stored otherwise or past the caches: a row, or all if split
-  const CacheUse use;
+  P* const buffer;   // z where it is stored otherwise or past the caches: a row, or all if split
+  const bool large;  // past the caches
 
   const T* x_row(int64_t row, int64_t column) const {
     return static_cast<const T*>(p.x.data) + row * p.x.stride[0] + column;
@@ -144,9 +144,9 @@ struct NormForwardRows {
                         ? static_cast<P*>(p.z.data) + row * p.z.stride[0] + column
                         : nullptr;
     const auto write = [&](const auto* residual) {
-      const int64_t strip = use.fetch_ahead ? 256 / sizeof(T) : n;  // reads and writes take turns
+      const int64_t strip = large ? 512 / sizeof(T) : n;  // reads and writes take turns
       for (int64_t first = 0; first < n; first += strip) {
-        if (use.fetch_ahead) {
+        if (large) {
           fetch_ahead(x + first, strip);
           if (residual) fetch_ahead(residual + first, strip);
         }
@@ -158,9 +158,7 @@ struct NormForwardRows {
           if (residual) value += get<S>(residual + i, lanes);
           return value;
         });
-        if (past)
-          write_vectors<S>(past + first, left, true,
-                           [&](int64_t j, auto lanes) { return get<S>(z + first + j, lanes); });
+        if (past) stream_copy(past + first, z + first, left);
       }
     };
     if (p.residual)
@@ -175,7 +173,7 @@ struct NormForwardRows {
   }
 
   Moments moments(int64_t row, int64_t column, int64_t n, S scale) const {
-    return moments_of<S>(source(row, column), n, scale, p.options.centre, use.fetch_ahead && !p.z);
+    return moments_of<S>(source(row, column), n, scale, p.options.centre, large && !p.z);
   }
 
   void first_pass(int64_t row, Range columns, Moments* chunks) const {
@@ -237,7 +235,7 @@ struct NormForwardRows {
   template <bool Weight, bool Bias>
   FUSEDATTN_MEMBER void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
                                         const S* weight, const S* bias) const {
-    write_vectors<S>(out, n, use.stream_output, [&](int64_t i, auto lanes) {
+    write_vectors<S>(out, n, large, [&](int64_t i, auto lanes) {
       vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
       if constexpr (Weight) value *= get<S>(weight + i, lanes);
       if constexpr (Bias) value += get<S>(bias + i, lanes);
@@ -309,11 +307,11 @@ struct NormForwardOwn {
   Moments* moments;
   P* z;
 
-  FUSEDATTN_MEMBER NormForwardOwn(const NormForward& p, const Division& d, const CacheUse& use,
+  FUSEDATTN_MEMBER NormForwardOwn(const NormForward& p, const Division& d, bool large,
                                   Arena& arena) {
     const int64_t rows = d.split ? d.rows : norm_block;
     moments = arena.take<Moments>(rows * chunks_of(d.width));
-    const bool buffered = p.z && (use.fetch_ahead || p.z.dtype != dtype_of<P>);
+    const bool buffered = p.z && (large || p.z.dtype != dtype_of<P>);
     z = buffered ? arena.take<P>(rows * d.width) : nullptr;
   }
 };
@@ -323,9 +321,9 @@ static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
-  const CacheUse use(division.threads, p.work(), p.x, p.residual, p.out, p.z);
+  const bool large = outgrows_caches(division.threads, p.work(), p.x, p.residual, p.out, p.z);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
-                            bytes_of_scratch<Own>(p, division, use), division.copies());
+                            bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();
   const Shared shared(p, division, common);
   const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
@@ -337,13 +335,14 @@ static bool norm_forward_of(const NormForward& p) {
   {
     const int thread = omp_get_thread_num();
     Arena arena = workspace.own(division.split ? 0 : thread);
-    const Own own(p, division, use, arena);
-    const NormForwardRows<T, P> rows{p, division, shared.weight, shared.bias, dropout, own.z, use};
+    const Own own(p, division, large, arena);
+    const NormForwardRows<T, P> rows{p,       division, shared.weight, shared.bias,
+                                     dropout, own.z,    large};
     if (division.split)
       norm_forward_columns(rows, division.share(thread), own.moments);
     else
       norm_forward_rows(rows, division.share(thread), own.moments);
-    if (use.fetch_ahead) drain();
+    if (large) drain();
   }
   return true;
 }

@@ -97,7 +97,7 @@ struct ForwardRows {
   const Scores<T> scores{p};
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
                       p.x.stride[3] == 1;  // the scores are x as it lies
-  const CacheUse use{threads_for_elements(p.work()), p.work(), p.x, p.out};
+  const bool large = outgrows_caches(threads_for_elements(p.work()), p.work(), p.x, p.out);
 
   // Columns that the row may see; what is masked in between is no less computed.
   int64_t visible(const Index& at) const {
@@ -116,7 +116,7 @@ struct ForwardRows {
   // e = their exponentials relative to their own maximum.
   Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e) const {
     return with_scores(at, j0, n, e, [&](auto* x) -> Part<S> {
-      const S high = highest(x, n, direct && use.fetch_ahead);
+      const S high = highest(x, n, direct && large);
       return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e)};
     });
   }
@@ -127,7 +127,7 @@ struct ForwardRows {
       store_row(out, p.out.stride[3], n, e, inverse);
       return;
     }
-    scaled<T>(e, n, inverse, use.stream_output, out);
+    scaled<T>(e, n, inverse, large, out);
   }
 
   void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
@@ -143,9 +143,8 @@ struct ForwardRows {
     const int64_t n = p.width();
     const T* x = p.x.at<const T>(at.b, at.h, at.i);
     T* out = p.out.at<T>(at.b, at.h, at.i);
-    const S sum =
-        exponentials<degree>(x, n, finite_origin(highest(x, n, use.fetch_ahead)), scores.factor, e);
-    scaled<T>(e, n, reciprocal(sum), use.stream_output, out);
+    const S sum = exponentials<degree>(x, n, finite_origin(highest(x, n, large)), scores.factor, e);
+    scaled<T>(e, n, reciprocal(sum), large, out);
   }
 
   void narrow(const Index& at, S* e) const {
@@ -275,7 +274,8 @@ struct BackwardRows {
   const SoftmaxBackward& p;
   const S scale = S(p.options.scale);
   const bool direct = p.dout.stride[3] == 1 && p.out.stride[3] == 1;
-  const CacheUse use{threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx, p.ds};
+  const bool large =
+      outgrows_caches(threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx, p.ds);
 
   int64_t visible(const Index& at) const { return seen_columns(p, at.i); }
 
@@ -293,7 +293,7 @@ struct BackwardRows {
 
   S sum(const Index& at, int64_t j0, int64_t n, S* space) const {
     return with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
-      return dot(dout, out, n, direct && use.fetch_ahead);
+      return dot(dout, out, n, direct && large);
     });
   }
 
@@ -301,11 +301,10 @@ struct BackwardRows {
   void write(const Index& at, int64_t j0, int64_t n, S row, S* space) const {
     T* dx = p.dx ? p.dx.at<T>(at.b, at.h, at.i, j0) : nullptr;
     with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
-      if (p.ds)
-        gradient(dout, out, n, row, S(1), use.stream_output, p.ds.at<S>(at.b, at.h, at.i, j0));
+      if (p.ds) gradient(dout, out, n, row, S(1), large, p.ds.at<S>(at.b, at.h, at.i, j0));
       if (!dx) return;
       if (p.dx.stride[3] == 1) {
-        gradient(dout, out, n, row, scale, use.stream_output, dx);
+        gradient(dout, out, n, row, scale, large, dx);
         return;
       }
       alignas(64) T apart[chunk];
@@ -328,8 +327,7 @@ struct BackwardRows {
     const int64_t n = p.width();
     const T* dout = p.dout.at<const T>(at.b, at.h, at.i);
     const T* out = p.out.at<const T>(at.b, at.h, at.i);
-    gradient(dout, out, n, dot(dout, out, n, use.fetch_ahead), scale, use.stream_output,
-             p.dx.at<T>(at.b, at.h, at.i));
+    gradient(dout, out, n, dot(dout, out, n, large), scale, large, p.dx.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* copy) const {

@@ -177,15 +177,18 @@ def norm_forward(
     out: Tensor,
     z: Tensor | None,
     mean: Tensor | None,
-    rstd: Tensor,
+    rstd: Tensor | None,
     config: NormConfig,
 ) -> None:
-    """Write `out`, `z` (where not None), `mean` (None for RMS) and `rstd`.
+    """Write `out` and, where not None, `z`, `mean` (None for RMS) and `rstd`.
 
     Matrices have unit column stride and any row stride, and may each have their own dtype; mean
     and rstd are fp32. z is None only where it is x: no residual, no dropout.
     """
     rows, width = x.shape
+    if rstd is None:  # the kernel tells the two norms apart by their statistics
+        rstd = x.new_empty(rows, dtype=torch.float32)
+        mean = torch.empty_like(rstd) if config.centre else None
     tile = tile_of(rows, width, per_thread=32, most=16384)
     drop = dropout_of(config.dropout_p)
     device = device_of(x)

@@ -31,9 +31,9 @@ class Positions(NamedTuple):
 
 
 def sheets(x: Tensor) -> Sheets:
-    """A 3-D tensor, read again and again along its first dimension where that is 1."""
-    sheet, row, col = x.stride()
-    return Sheets(x, 0 if x.shape[0] == 1 else sheet, row, col)
+    """A 3-D tensor; a 2-D one, or one whose first dimension is 1, is read again and again."""
+    *sheet, row, col = x.stride()
+    return Sheets(x, sheet[0] if sheet and x.shape[0] != 1 else 0, row, col)
 
 
 def positions_view(positions: Tensor | None, offset: Tensor | None) -> Positions:

@@ -215,7 +215,7 @@ def rotary_forward(
     """
     batches, heads, rows, dim = x.shape
     heads2 = 0 if x2 is None else x2.shape[1]
-    length, half = cos.shape[1:]
+    length, half = cos.shape[-2:]
     pairs = BYTES // (2 * x.element_size())  # in a program
     block_c = min(_power_of_two(half), MOST_PAIRS)
     # The rows first: a quarter of the program is one load of 16 bytes of each half per thread.

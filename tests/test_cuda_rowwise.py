@@ -242,3 +242,17 @@ def test_norm_runs_repeat(backend: str) -> None:
         norm_results(case, fusedattn, made, (dout,), backend=backend) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("width", [72, 12000])
+def test_norm_without_a_gradient(backend: str, width: int) -> None:
+    """Where no gradient will need them, the statistics are not kept."""
+    set_device(backend, capability=90, max_shared_bytes=LITTLE)
+    case = Norm(3, width)
+    made = case.inputs(backend)
+    expected = norm_results(case, fusedattn, made, (made["x"],), backend=backend)
+    with torch.no_grad():
+        out = fusedattn.layer_norm(
+            made["x"], width, made["weight"], made["bias"], **case.options(), backend=backend
+        )
+    assert torch.equal(out, expected["out"])

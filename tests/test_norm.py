@@ -64,6 +64,23 @@ def test_every_instruction_set(op, dtype, instruction_set):
             check_norm(case, "cpu")
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_without_a_gradient(op, any_backend):
+    """Where no gradient will need them, the statistics are not kept."""
+    device = device_for(any_backend)
+    for shape, residual in (((5, 40), None), ((3, 130), F32), ((0, 40), F32)):
+        case = NormCase(op, shape, residual=residual)
+        made = case.inputs(device)
+        expected = results(made, case, fusedattn, backend=any_backend)
+        given = {name: made[name] for name in ("residual", "bias") if name in made}
+        with torch.no_grad():
+            found = getattr(fusedattn, op)(
+                made["x"], shape[-1], made["weight"], **given, **case.options, backend=any_backend
+            )
+        for name, x in zip(("out", "z"), found if residual else (found,), strict=False):
+            assert torch.equal(x, expected[name]), name
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("op", OPS)
 def test_past_the_caches(op, dtype, instruction_set, without_caches):

@@ -25,7 +25,7 @@ inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream
         const WithoutGil release;
         forward(params, stream);
       },
-      "Writes out, rstd and, where given, z and mean.");
+      "Writes out and, where given, z, mean and rstd.");
   m.def(
       "norm_backward",
       [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,

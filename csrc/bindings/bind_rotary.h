@@ -6,6 +6,18 @@
 
 namespace fusedattn::bindings {
 
+// cos or sin: (T, R/2) or (1 or B, T, R/2) as the latter.
+inline TensorView table_view(py::handle table) {
+  TensorView result = broadcast_view(table, Align::last);
+  for (int i = 0; i < 3; ++i) {
+    result.shape[i] = result.shape[i + 1];
+    result.stride[i] = result.stride[i + 1];
+  }
+  result.shape[3] = 1;
+  result.stride[3] = 0;
+  return result;
+}
+
 // `config` is RotaryConfig of fusedattn/ops/rotary_config.py.
 inline void bind_rotary(py::module_& m, void (*forward)(const Rotary&, Stream)) {
   m.def(
@@ -16,8 +28,8 @@ inline void bind_rotary(py::module_& m, void (*forward)(const Rotary&, Stream)) 
         Rotary params;
         params.x = view(x);
         params.x2 = view(x2);
-        params.cos = broadcast_view(cos);
-        params.sin = broadcast_view(sin);
+        params.cos = table_view(cos);
+        params.sin = table_view(sin);
         params.positions = broadcast_view(positions);
         params.offset = view(offset);
         params.out = view(out);

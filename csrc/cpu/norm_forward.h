@@ -246,7 +246,7 @@ struct NormForwardRows {
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
     const RowStatistics s = statistics(row, chunks);
     if (columns.begin == 0) {
-      static_cast<S*>(p.rstd.data)[row] = S(s.rstd);
+      if (p.rstd) static_cast<S*>(p.rstd.data)[row] = S(s.rstd);
       if (p.mean) static_cast<S*>(p.mean.data)[row] = S(s.mean);
     }
     T* out = static_cast<T*>(p.out.data) + row * p.out.stride[0] + columns.begin;

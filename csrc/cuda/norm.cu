@@ -118,7 +118,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   if (row >= f.rows) return;
   if (team.rank == 0) {
     if (f.mean != nullptr) store(f.mean + row, mean);
-    store(f.rstd + row, rstd);
+    if (f.rstd != nullptr) store(f.rstd + row, rstd);
   }
   write<T>(z, mean, rstd, f, row, chunks);
 }
@@ -180,7 +180,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   const float rstd = reciprocal(sqrt(variance + f.eps));
   if (thread() == 0 && cluster_rank() == 0) {
     if (f.mean != nullptr) store(f.mean + row, mean);
-    store(f.rstd + row, rstd);
+    if (f.rstd != nullptr) store(f.rstd + row, rstd);
   }
   for (int c = begin + thread(); c < end; c += block_size()) {
     Pack<float, N> z[1];

@@ -21,7 +21,7 @@ struct NormForward {
   TensorView seed;          // one int64; absent without dropout
   TensorView out;           // (rows, width) in the dtype of x
   TensorView z;             // (rows, width), own dtype: what is normalised; absent where z is x
-  TensorView mean, rstd;    // (rows,) float32, float64 for float64; mean absent for RMS
+  TensorView mean, rstd;    // (rows,) float32, float64 for float64; each may be absent
   NormOptions options;
 
   FUSEDATTN_MEMBER DType dtype() const { return x.dtype; }

@@ -221,7 +221,9 @@ def normalise(
         found = NormFunction.apply(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
         out, z = (found, None) if z_dtype is None else found
     else:
-        out, z, _, _ = call_forward(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
+        out, z, _, _ = call_forward(
+            x, residual, weight, bias, seed, dims, z_dtype, config, chosen, statistics=False
+        )
     if out.dtype is not dtype:
         out = out.to(dtype)
     return out if residual is None else (out, z)

@@ -11,7 +11,7 @@ float32, float64 for a float64 x.
 
 forward   z = dropout(x) + residual, rounded to its dtype before anything is computed from it, and
           out = (z − mean) · rstd · (weight_offset + weight) + bias. z is None where it is x itself,
-          mean for RMS norm.
+          mean for RMS norm, both statistics where no gradient will need them.
 backward  the gradient of z plus dz, written to dresidual, and through the dropout to dx; dweight
           and dbias, each (width,) in its own dtype, summed over rows in float32. Outputs but dx
           are None where unwanted, dout and dz where they are zero.
@@ -94,17 +94,18 @@ def _reference_kernels() -> Any:
         return [None if x is None else x.to(dtype) for x in tensors]
 
     def forward(x, residual, weight, bias, seed, out, z, mean, rstd, config: NormConfig):
-        x, residual, weight, bias = in_dtype(rstd.dtype, x, residual, weight, bias)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, residual, weight, bias = in_dtype(wide, x, residual, weight, bias)
         source = reference.dropout(x, config.dropout_p, seed)
         if residual is not None:
             source = source + residual
         if z is not None:
-            source = z.copy_(source).to(rstd.dtype)
+            source = z.copy_(source).to(wide)
         result, average, scale = reference.norm(source, weight, bias, **_options(config))
         out.copy_(result)
-        rstd.copy_(scale.squeeze(-1))
-        if mean is not None:
-            mean.copy_(average.squeeze(-1))
+        for statistic, value in ((mean, average), (rstd, scale)):
+            if statistic is not None:
+                statistic.copy_(value.squeeze(-1))
 
     def backward(
         dout, dz, z, weight, mean, rstd, seed, dx, dresidual, dweight, dbias, config: NormConfig

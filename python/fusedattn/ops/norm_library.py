@@ -45,13 +45,15 @@ def _matrix_shape(x: Tensor, dims: int) -> tuple[int, int]:
 
 
 def _empty_outputs(
-    x: Tensor, rows: int, z_dtype: torch.dtype | None, centre: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    x: Tensor, rows: int, z_dtype: torch.dtype | None, centre: bool, statistics: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """out, z, mean and rstd; out and z are contiguous, in the shape of x."""
     out = torch.empty_like(x, memory_format=_contiguous)
     z = None
     if z_dtype is not None:
         z = torch.empty_like(x, dtype=z_dtype, memory_format=_contiguous)
+    if not statistics:
+        return out, z, None, None
     wide = x.dtype in (torch.float32, torch.float64)
     rstd = x.new_empty(rows) if wide else x.new_empty(rows, dtype=torch.float32)
     return out, z, rstd.new_empty(rows) if centre else None, rstd
@@ -93,9 +95,11 @@ def _vector(x: Tensor, width: int) -> Tensor:
     return x if x.stride(0) == 1 else x.contiguous()
 
 
-def _run_forward(x, residual, weight, bias, seed, dims, z_dtype, config, backend):
+def _run_forward(
+    x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics=True
+):  # fmt: skip
     rows, width = _matrix_shape(x, dims)
-    outputs = out, z, mean, rstd = _empty_outputs(x, rows, z_dtype, config.centre)
+    outputs = out, z, mean, rstd = _empty_outputs(x, rows, z_dtype, config.centre, statistics)
     if rows == 0 or width == 0:
         for statistic in (mean, rstd):
             if statistic is not None:
@@ -193,10 +197,17 @@ norm_bwd = define(
 )  # fmt: skip
 
 
-def call_forward(x, residual, weight, bias, seed, dims, z_dtype, config, backend):
-    """out, z, mean and rstd; z is None where it is x itself, mean for RMS norm."""
+def call_forward(
+    x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics=True
+):  # fmt: skip
+    """out, z, mean and rstd; z is None where it is x itself, mean for RMS norm.
+
+    Without `statistics`, which only a gradient needs, mean and rstd may be None.
+    """
     if plain(x, residual, weight, bias):
-        return _run_forward(x, residual, weight, bias, seed, dims, z_dtype, config, backend)
+        return _run_forward(
+            x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics
+        )
     out, z, mean, rstd = norm_fwd(x, residual, weight, bias, seed, dims, z_dtype, backend, *config)
     return out, z if z_dtype is not None else None, mean if config.centre else None, rstd
 

@@ -31,8 +31,8 @@ class RotaryFunction(torch.autograd.Function):
     """Differentiable rotation on arguments that `fusedattn.apply_rotary` has already checked.
 
     apply(cos, sin, positions, start, config, backend, *xs) -> a tuple of one or two tensors:
-    tables (1 or B, T, R/2), positions (1 or B, S) or None, start a tensor of one offset or None,
-    config a `RotaryConfig`, backend a backend's name. Gradients flow to `xs` alone.
+    tables (T, R/2) or (1 or B, T, R/2), positions (1 or B, S) or None, start a tensor of one offset
+    or None, config a `RotaryConfig`, backend a backend's name. Gradients flow to `xs` alone.
     """
 
     @staticmethod

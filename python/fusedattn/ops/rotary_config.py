@@ -1,7 +1,7 @@
 """The rotary embedding's options and the checks on its arguments, made before anything is launched.
 
-Whatever the shape of x, the kernels see (B, H, S, D); tables become (1 or B, T, R/2) and positions
-(1 or B, S).
+Whatever the shape of x, the kernels see (B, H, S, D), tables (T, R/2) or (1 or B, T, R/2) as they
+came, and positions (1 or B, S).
 """
 
 from __future__ import annotations
@@ -68,39 +68,39 @@ def validate_input(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def validate_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Check cos and sin against x; they come back as (1 or B, T, R/2)."""
+def validate_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> int:
+    """Check cos and sin against x; returns their rows."""
+    device = x.device
     for name, table in (("cos", cos), ("sin", sin)):
         if not isinstance(table, Tensor) or table.dtype not in DTYPES:
             got = table.dtype if isinstance(table, Tensor) else type(table).__name__
             raise TypeError(f"{op}: got {name} of type {got}, expected a floating-point tensor")
-        if table.device != x.device:
+        if table.device != device:
             raise ValueError(
-                f"{op}: got {name} on {table.device}, expected the device of x, {x.device}"
+                f"{op}: got {name} on {table.device}, expected the device of x, {device}"
             )
-    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+    shape, of_x = cos.shape, x.shape
+    if shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(
-            f"{op}: got cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype}, "
+            f"{op}: got cos {tuple(shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype}, "
             "expected one shape and one dtype"
         )
-    rank, batch = cos.dim(), x.shape[0] if x.dim() > 2 else 1
-    if rank == 2:
-        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    elif rank != 3 or (cos.shape[0] != 1 and cos.shape[0] != batch):
+    rank, batch = len(shape), of_x[0] if len(of_x) > 2 else 1
+    if rank != 2 and (rank != 3 or (shape[0] != 1 and shape[0] != batch)):
         raise ValueError(
-            f"{op}: got cos and sin of shape {tuple(cos.shape)}, expected (T, R/2) or "
+            f"{op}: got cos and sin of shape {tuple(shape)}, expected (T, R/2) or "
             f"(B, T, R/2) with B = {batch}"
         )
-    half, features = cos.shape[2], x.shape[-1]
+    (rows, half), features = shape[-2:], of_x[-1]
     if half == 0 or 2 * half > features:
         raise ValueError(
             f"{op}: got a rotary dim of {2 * half} (cos and sin have {half} columns, one per pair) "
             f"for a head dim of {features}, expected 2 to {features}; of tables that repeat the "
             "angles for both halves pass the first half"
         )
-    if cos.shape[1] == 0 and x.shape[-2] != 0:
+    if rows == 0 and of_x[-2] != 0:
         raise ValueError(f"{op}: got empty tables cos and sin, expected a row for each position")
-    return cos, sin
+    return rows
 
 
 def validate_positions(
@@ -188,17 +188,18 @@ def prepare(
                 f"{op}: got q and k of {x.dtype} on {x.device} and {x2.dtype} on {x2.device}, "
                 "expected one dtype and device"
             )
-        batches = [y.shape[0] if y.dim() > 2 else 1 for y in (x, x2)]
-        if batches[0] != batches[1] or x.shape[-2:] != x2.shape[-2:]:
+        shape, shape2 = x.shape, x2.shape
+        batch, batch2 = (s[0] if len(s) > 2 else 1 for s in (shape, shape2))
+        if batch != batch2 or shape[-2:] != shape2[-2:]:
             raise ValueError(
-                f"{op}: got q of shape {tuple(x.shape)} and k of shape {tuple(x2.shape)}, expected "
+                f"{op}: got q of shape {tuple(shape)} and k of shape {tuple(shape2)}, expected "
                 "one batch size, length and head dim"
             )
-    cos, sin = validate_tables(op, x, cos, sin)
+    rows = validate_tables(op, x, cos, sin)
     positions, start, offset = validate_positions(op, x, positions, offset)
     length = x.shape[-2]
     if length != 0 and (positions is None or positions.shape[0] != 0):
-        _validate_range(op, length, cos.shape[1], positions, start, offset)
+        _validate_range(op, length, rows, positions, start, offset)
     return RotaryCall(
         x, x2, cos, sin, positions, start, RotaryConfig(bool(interleaved), False, offset)
     )

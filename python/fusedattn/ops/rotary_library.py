@@ -74,7 +74,7 @@ op = Op(
     ),
 )
 
-# --- library ops: on (B, H, S, D), tables (1 or B, T, R/2), positions (1 or B, S) ----------------
+# --- library ops: on (B, H, S, D), tables (T, R/2) or (1 or B, T, R/2), positions (1 or B, S) ----
 
 _REST = (
     "Tensor cos, Tensor sin, Tensor? positions, Tensor? start, str backend, bool interleaved, "

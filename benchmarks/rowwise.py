@@ -10,6 +10,7 @@ A backward pass is timed by itself, on graphs that were recorded before, for all
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .accuracy import ExpectedRows, expected_rows
 from .figures import figures_of, ratios
-from .harness import DTYPES, Version, measure
+from .harness import DTYPES, Outputs, Version, measure
 from .peers import build_versions, ours_on
 from .rowwise_peers import COMPILED, OPS, PEERS, Problem, builders
 
@@ -139,26 +140,43 @@ def _by_op(cases: Iterable[Case]) -> list[Case]:
 # --- running -------------------------------------------------------------------------------------
 
 
+def windows(buffer: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The input sets' tensors of one kind: windows on one buffer, each a row after the last.
+
+    The values change from call to call, the memory does not: what fits into a processor's caches is
+    measured there, and what does not, is not.
+    """
+    size, row = math.prod(shape), shape[-1]
+    return [buffer[n * row : n * row + size].view(*shape) for n in range(INPUT_SETS)]
+
+
 def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
     """The case with fresh normal random inputs; the same seed gives the same inputs."""
     generator = torch.Generator(device).manual_seed(seed)
+    made: list[list[Tensor]] = []
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(DTYPES[case.dtype])
+    def inputs_of(n: int) -> tuple[Outputs, Outputs]:
+        place = itertools.count()
 
-    sets = []
-    for _ in range(INPUT_SETS):
+        def random(*shape: int) -> Tensor:
+            if (at := next(place)) == len(made):
+                elements = math.prod(shape) + (INPUT_SETS - 1) * shape[-1]
+                values = torch.randn(elements, generator=generator, device=device)
+                made.append(windows(values.to(DTYPES[case.dtype]), shape))
+            return made[at][n]
+
         inputs = OPS[case.op].inputs(case, random)
         outputs = 2 if case.op == "rotary" or case.residual else 1
-        douts = tuple(random(*case.shape) for _ in range(outputs if case.backward else 0))
-        sets.append((inputs, douts))
-    return Problem(case, sets)
+        return inputs, tuple(random(*case.shape) for _ in range(outputs if case.backward else 0))
+
+    return Problem(case, [inputs_of(n) for n in range(INPUT_SETS)])
 
 
 def copy_of(case: Case, device: torch.device) -> Version:
     """A copy that reads and writes as many bytes as the case, between tensors that stand ready."""
-    count = max(1, case.bytes // 8)
-    sources = [torch.rand(count, device=device) for _ in range(INPUT_SETS)]
+    count, row = max(1, case.bytes // 8), 16
+    values = torch.rand(count + (INPUT_SETS - 1) * row, device=device)
+    sources = [values[n * row : n * row + count] for n in range(INPUT_SETS)]
     target = torch.empty_like(sources[0])
     return Version(lambda i: (target.copy_(sources[i % INPUT_SETS]),), torch.no_grad)
 

@@ -233,9 +233,9 @@ class KeysKernel {
   static_assert(shape.keys % (16 * key_warps) == 0 && columns % 16 == 0);
   static_assert(queries_of_warp % step == 0 && step % 16 == 0);
   static_assert(!shared_p || queries_of_warp == step);
-  using Stays = Tile<shape.keys, head_dim>;        // of K, V
-  using Passes = Tile<shape.queries, head_dim>;    // of Q, dout
-  using Passed = Tile<shape.keys, shape.queries>;  // of pᵀ, dsᵀ
+  using Stays = Tile<shape.keys, head_dim>;            // of K, V
+  using Passes = Tile<shape.queries, head_dim>;        // of Q, dout
+  using ScoresTile = Tile<shape.keys, shape.queries>;  // of pᵀ, dsᵀ
   using DqShape = DqFragments<head_dim, shape>;
   using Held = HeldA<T, m, step / 16>;
   using Scores = ScoresOf<true, m, step / 8>;
@@ -243,8 +243,8 @@ class KeysKernel {
   // Shared memory, in this order.
   static constexpr int stage_bytes = 2 * Passes::bytes, v_at = Stays::bytes, passes_at = 2 * v_at;
   static constexpr int ds_at = passes_at + shape.stages * stage_bytes;
-  static constexpr int p_at = ds_at + Passed::bytes;
-  static constexpr int terms_at = p_at + (shared_p ? Passed::bytes : 0);
+  static constexpr int p_at = ds_at + ScoresTile::bytes;
+  static constexpr int terms_at = p_at + (shared_p ? ScoresTile::bytes : 0);
   static_assert(terms_at + shape.stages * 8 * shape.queries == shape.shared_bytes);
 
   // A tile of queries of one head of B · Hq.
@@ -267,8 +267,8 @@ class KeysKernel {
   FUSEDATTN_DEVICE Passes dout_tile(int stage) const {
     return {shared_memory() + passes_at + stage * stage_bytes + Passes::bytes};
   }
-  FUSEDATTN_DEVICE Passed ds_tile() const { return {shared_memory() + ds_at}; }
-  FUSEDATTN_DEVICE Passed p_tile() const { return {shared_memory() + p_at}; }
+  FUSEDATTN_DEVICE ScoresTile ds_tile() const { return {shared_memory() + ds_at}; }
+  FUSEDATTN_DEVICE ScoresTile p_tile() const { return {shared_memory() + p_at}; }
   // The shifts of a tile's queries, then their Δ.
   FUSEDATTN_DEVICE float* terms(int stage) const {
     return reinterpret_cast<float*>(shared_memory() + terms_at) + stage * 2 * shape.queries;
@@ -317,9 +317,9 @@ class KeysKernel {
       put(ds_tile(), anew(row), query / chunk_size, ds);
       sync_block();
       const int skip = part * columns / 16;
-      multiply<T, shape.queries / 16>(dv, OperandA<Passed, Sum::along>(p_tile(), row),
+      multiply<T, shape.queries / 16>(dv, OperandA<ScoresTile, Sum::along>(p_tile(), row),
                                       Skipping{OperandB<Passes, Sum::across>(dout), skip});
-      multiply<T, shape.queries / 16>(dk, OperandA<Passed, Sum::along>(ds_tile(), row),
+      multiply<T, shape.queries / 16>(dk, OperandA<ScoresTile, Sum::along>(ds_tile(), row),
                                       Skipping{OperandB<Passes, Sum::across>(q), skip});
       if (shape.stages == 1) sync_block();
     } else {
@@ -363,7 +363,7 @@ class KeysKernel {
     Pack<float, 4> dq[DqShape::m][DqShape::n];
     clear(dq);
     multiply<T, shape.keys / 16>(
-        dq, Skipping{OperandA<Passed, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
+        dq, Skipping{OperandA<ScoresTile, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
         Skipping{OperandB<Stays, Sum::across>(k_tile(), 0), DqShape::column() / 16});
     float* sum = p.dq_sum + DqShape::at(p, at.head, at.tile);
 #pragma unroll

@@ -246,3 +246,13 @@ def test_after_the_deadline_tests_are_skipped(tmp_path, left, says, workers):
     )
     assert done.returncode == 0
     assert says in done.stdout
+
+
+def test_a_file_that_cannot_be_imported_takes_no_other_with_it(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "test_some.py").write_text(SUITE)
+    command = on_gpu.pytest_command(sys.executable)
+    command[command.index("-m", 3) : command.index("gpu") + 1] = []
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "4 passed, 1 error" in done.stdout

@@ -61,6 +61,8 @@ EMULATOR_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",  # unroll
+    "-Wno-uninitialized",  # where a planted flaw leaves out what gives a value
+    "-Wno-maybe-uninitialized",
     "-DFUSEDATTN_EMULATED=1",
 ]
 

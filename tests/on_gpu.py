@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 import deadline
@@ -83,7 +84,9 @@ def pytest_command(python: str, *arguments: str, workers: int = 0) -> list[str]:
     """pytest on the gpu-marked tests, in so many processes where pytest-xdist is there."""
     spread = ["-n", str(workers), "--dist", "worksteal"]
     there = workers > 1 and importlib.util.find_spec("xdist") is not None
-    return [python, "-m", "pytest", "-q", "-m", "gpu", *(spread if there else []), *arguments]
+    # A file that cannot be imported fails, and takes no other with it.
+    command = [python, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
+    return [*command, *(spread if there else []), *arguments]
 
 
 def sanitizer_parts(python: str, sanitizer: str | None, seconds: float) -> list[Part]:
@@ -132,10 +135,28 @@ def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) 
 # --- running it ----------------------------------------------------------------------------------
 
 
-def run_stage(parts: Sequence[Part], end: float) -> list[Outcome]:
-    """Run the parts side by side, until `end` (seconds of the epoch) at the latest."""
+running: set[subprocess.Popen] = set()
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """At a signal: end what runs, which has sessions of its own, and this."""
+    for process in tuple(running):
+        _kill(process)
+    raise SystemExit(128 + number)
+
+
+def run_stage(
+    parts: Sequence[Part], end: float, tell: Callable[[Outcome], object] = id
+) -> list[Outcome]:
+    """Run the parts side by side, until `end` (seconds of the epoch) at the latest.
+
+    `tell` is called with each outcome as soon as it is there.
+    """
     with ThreadPoolExecutor(len(parts)) as pool:
-        return list(pool.map(lambda part: run_part(part, end), parts))
+        begun = [pool.submit(run_part, part, end) for part in parts]
+        for done in as_completed(begun):
+            tell(done.result())
+        return [done.result() for done in begun]
 
 
 def run_part(part: Part, end: float) -> Outcome:
@@ -145,16 +166,21 @@ def run_part(part: Part, end: float) -> Outcome:
     if seconds < LEAST:
         return Outcome(part, "not run: no time left")
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            part.command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=HERE.parent,
-            env={**os.environ, **_environment(part, start + seconds)},
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                part.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=HERE.parent,
+                env={**os.environ, **_environment(part, start + seconds)},
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(part, "failed: it cannot be begun", text=str(error))
+        running.add(process)
         status = _finish(process, seconds, part.grace)
+        running.discard(process)
         output.seek(0)
         text = output.read().decode(errors="replace").rstrip()
     outcome = Outcome(part, status, time.time() - start, text)
@@ -181,11 +207,15 @@ def _finish(process: subprocess.Popen, seconds: float, grace: float) -> str:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         process.wait()
         return "ended: its time was over"
     return PASSED if code == 0 else f"failed: exit status {code}"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class Both:
@@ -222,6 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    # Also where they were ignored, which the parts would inherit: a part is interrupted to write
+    # what it has.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(
         "/usr/local/cuda/bin/compute-sanitizer"
     )
@@ -229,11 +263,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (output / "gpu.log").open("w") as log:
         say = Both(log)
         say.write(f"built after {time.time() - arguments.started:.0f} s\n")
-        for stage in stages(sys.executable, output, os.cpu_count() or 1, sanitizer):
-            for outcome in run_stage(stage, arguments.started + arguments.seconds):
-                outcomes.append(outcome)
-                say.write(f"\n--- {outcome.part.name} ---\n{outcome.text}\n")
+
+        def tell(outcome: Outcome) -> None:
+            say.write(f"\n--- {outcome.part.name} ---\n{outcome.text}\n")
             say.flush()
+
+        for stage in stages(sys.executable, output, os.cpu_count() or 1, sanitizer):
+            outcomes += run_stage(stage, arguments.started + arguments.seconds, tell)
         say.write(summary(outcomes))
         say.write(f"{time.time() - arguments.started:.0f} s altogether; results in {output}\n")
         say.flush()

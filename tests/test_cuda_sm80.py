@@ -236,6 +236,7 @@ PLANTED = {
     "no commit": NOT_LANDED,
     "no barrier": f"{RACE}|{NOT_LANDED}",
     "copies anyway": "outside every tensor",
+    "next place": f"{RACE}|{NOT_LANDED}|past shared memory|outside shared memory",
 }
 
 

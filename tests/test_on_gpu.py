@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -145,6 +146,66 @@ def test_nothing_is_begun_in_the_last_seconds():
     assert outcome.failed
 
 
+def test_a_part_that_cannot_be_begun_takes_no_other_with_it():
+    missing = Part("missing", ["/nowhere/python"], 60.0)
+    outcomes = run(missing, python("other", "print('ran')"))
+    assert [x.status for x in outcomes] == ["failed: it cannot be begun", "passed"]
+    assert "/nowhere/python" in outcomes[0].text
+
+
+def test_what_a_part_says_is_told_before_the_others_end():
+    told = []
+    slow = python("slow", "import time; time.sleep(1)")
+    on_gpu.run_stage([slow, python("fast", "print(7)")], time.time() + 60, told.append)
+    assert [x.part.name for x in told] == ["fast", "slow"]
+
+
+IGNORING = """
+import signal, sys
+import on_gpu
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+on_gpu.torch.cuda.is_available = lambda: True
+on_gpu.stages = lambda *_: [[on_gpu.Part("one", [sys.executable, "-c", {code}], {seconds})]]
+sys.exit(on_gpu.main(["--output", {output}]))
+"""
+
+
+def on_gpu_alone(tmp_path: Path, code: str, seconds: float) -> subprocess.Popen:
+    """on_gpu's main with one part, where interrupts are ignored, as in a shell's background."""
+    text = IGNORING.format(code=repr(code), seconds=seconds, output=repr(str(tmp_path)))
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.Popen([sys.executable, "-c", text], env=environment)
+
+
+def test_a_part_is_interrupted_where_interrupts_were_ignored(tmp_path):
+    code = f"""
+import pathlib, time
+try: time.sleep(600)
+finally: pathlib.Path({str(tmp_path / "kept")!r}).touch()
+"""
+    assert on_gpu_alone(tmp_path, code, 16.0).wait(60) == 1
+    assert (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_ended_ends_its_parts(tmp_path, number):
+    file = tmp_path / "pid"
+    code = f"""
+import os, pathlib, time
+pathlib.Path({str(file)!r}).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+    whole = on_gpu_alone(tmp_path, code, 600.0)
+    end = time.time() + 60
+    while not (file.exists() and file.read_text()):
+        assert time.time() < end
+        time.sleep(0.05)
+    child = Path(f"/proc/{file.read_text()}/status")
+    whole.send_signal(number)
+    assert whole.wait(30) == 128 + number
+    assert not child.exists() or "zombie" in child.read_text()
+
+
 def test_main_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: False)
     assert on_gpu.main([]) == 2
@@ -185,3 +246,13 @@ def test_after_the_deadline_tests_are_skipped(tmp_path, left, says, workers):
     )
     assert done.returncode == 0
     assert says in done.stdout
+
+
+def test_a_file_that_cannot_be_imported_takes_no_other_with_it(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "test_some.py").write_text(SUITE)
+    command = on_gpu.pytest_command(sys.executable)
+    command[command.index("-m", 3) : command.index("gpu") + 1] = []
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "4 passed, 1 error" in done.stdout

@@ -6,6 +6,7 @@
 //   thread() block_size() block() grid_size()         position, x dimension only
 //   lane() warp()                                     thread() % 32, thread() / 32
 //   anew(x)                  x; what follows from it is computed anew, not kept through a loop
+//   below(i, end)            i < end, where an access depends on it
 //   sync_block() sync_warp()                          barriers; memory before them is seen after
 //   them shuffle_xor(x, mask) shuffle_down(x, n) shuffle(x, from)   by all 32 lanes of a warp
 //   load(p) load<N>(p) load_streaming(p) store(p, x) store_streaming(p, x)      global memory

@@ -86,7 +86,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
     norm_forward_rows(const FUSEDATTN_GRID_CONSTANT Forward f) {
   Team team(f.team);
   const int64_t row = block() * (block_size() / team.size) + team.index;
-  const Chunks chunks{team.rank, team.size, row < f.rows ? f.width / N : 0};
+  const Chunks chunks{team.rank, team.size, below(row, f.rows) ? f.width / N : 0};
   Pack<Held<T>, N> x[K];
   Pack<float, N> z[K];
 #pragma unroll
@@ -115,7 +115,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   });
   const float variance = team.reduce(squares, Add())[0] * scale;
   const float rstd = reciprocal(sqrt(variance + f.eps));
-  if (row >= f.rows) return;
+  if (!below(row, f.rows)) return;
   if (team.rank == 0) {
     if (f.mean != nullptr) store(f.mean + row, mean);
     if (f.rstd != nullptr) store(f.rstd + row, rstd);
@@ -171,7 +171,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
       if (f.z.there()) fuse(z, f, row, chunks);
     chunks.each<K>([&](int k, int c) {
       moments = MergeMoments()(moments, moments_of(z[k]));
-      if (c - begin < f.kept) store_shared(kept + (c - begin), z[k]);
+      if (below(c - begin, f.kept)) store_shared(kept + (c - begin), z[k]);
     });
   }
   moments = Team(block_size()).reduce(moments, MergeMoments());
@@ -182,9 +182,9 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
     if (f.mean != nullptr) store(f.mean + row, mean);
     if (f.rstd != nullptr) store(f.rstd + row, rstd);
   }
-  for (int c = begin + thread(); c < end; c += block_size()) {
+  for (int c = begin + thread(); below(c, end); c += block_size()) {
     Pack<float, N> z[1];
-    if (c - begin < f.kept)
+    if (below(c - begin, f.kept))
       z[0] = load_shared(kept + (c - begin));
     else if (fused && f.z.there())
       z[0] = fetch<Any, N>(f.z, row * f.z.stride + c * int64_t(N));

@@ -103,7 +103,7 @@ struct Inputs {
       z[k] = {};
     }
     row = Row();
-    if (number >= b.rows) return;
+    if (!below(number, b.rows)) return;
     row = statistics(b, number);
     chunks.each<K>([&](int k, int c) {
       z[k] = fetch_once<Z, N>(b.z, number * b.z.stride + c * int64_t(N));
@@ -193,7 +193,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 1)
   const int end = begin + b.run < all ? begin + b.run : all;
   const Chunks chunks{begin + team.rank, team.size, end};
   auto* weight = reinterpret_cast<Pack<float, N>*>(shared_memory() + reduction_bytes) - begin;
-  for (int c = begin + thread(); c < end; c += block_size())
+  for (int c = begin + thread(); below(c, end); c += block_size())
     store_shared(weight + c, weights<N>(b, c * int64_t(N)));
   sync_cluster();  // and all blocks must run before one writes to another
 
@@ -220,7 +220,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 1)
     });
     sums = team.reduce(sums, Add());
     now.row.set_means(b, sums);
-    if (number < b.rows) finish<fused>(b, number, now, weight, columns, chunks);
+    if (below(number, b.rows)) finish<fused>(b, number, now, weight, columns, chunks);
     if constexpr (ahead) now = next;
   }
   if (b.partials == nullptr) return;
@@ -240,9 +240,9 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 1)
   const int begin = int(number % b.slices) * b.run, all = b.width / N;
   const int end = begin + b.run < all ? begin + b.run : all;
   Pack<float, 2> sums = {};
-  if (row < b.rows && b.dout.there()) {
+  if (below(row, b.rows) && b.dout.there()) {
     const Row r = statistics(b, row);
-    for (int c = begin + team.rank; c < end; c += team.size) {
+    for (int c = begin + team.rank; below(c, end); c += team.size) {
       const auto dout = fetch<Any, N>(b.dout, row * b.dout.stride + c * int64_t(N));
       const auto z = fetch<Any, N>(b.z, row * b.z.stride + c * int64_t(N));
       const auto weight = weights<N>(b, c * int64_t(N));
@@ -254,7 +254,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 1)
     }
   }
   sums = team.reduce(sums, Add());
-  if (row < b.rows && team.rank == 0) store(b.sums + number * 2, sums);
+  if (below(row, b.rows) && team.rank == 0) store(b.sums + number * 2, sums);
 }
 
 // A strip of columns, one chunk to a thread, over `share` rows.
@@ -265,15 +265,15 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(strip_threads, 3)
   const int strips = (all + block_size() - 1) / block_size();
   const int64_t part = block() / strips;
   const int c = int(block() % strips) * block_size() + thread();
-  if (c >= all) return;
+  if (!below(c, all)) return;
   const int64_t column = c * int64_t(N), begin = part * b.share;
   const int64_t end = begin + b.share < b.rows ? begin + b.share : b.rows;
   const Pack<float, N> weight = weights<N>(b, column);
   ColumnSums<N, 1> columns;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = begin; below(row, end); ++row) {
     Row r = statistics(b, row);
     Pack<float, 2> sums = {};
-    for (int slice = 0; slice < b.slices; ++slice)
+    for (int slice = 0; below(slice, b.slices); ++slice)
       sums = Add()(sums, load<2>(b.sums + (row * b.slices + slice) * 2));
     r.set_means(b, sums);
     const auto z = fetch<Any, N>(b.z, row * b.z.stride + column);
@@ -303,18 +303,18 @@ struct Columns {
 FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(column_warps* warp_size, 2)
     norm_backward_columns(const FUSEDATTN_GRID_CONSTANT Columns s) {
   const int64_t column = block() * warp_size + lane();
-  const bool there = column < 2 * int64_t(s.width);
+  const bool there = below(column, 2 * int64_t(s.width));
   auto* sums = reinterpret_cast<float*>(shared_memory());
   float sum = 0.0f;
   if (there) {
 #pragma unroll 8
-    for (int64_t part = warp(); part < s.parts; part += column_warps)
+    for (int64_t part = warp(); below(part, s.parts); part += column_warps)
       sum += load(s.partials + part * 2 * s.width + column);
   }
   store_shared(sums + thread(), sum);
   sync_block();
   if (warp() != 0 || !there) return;
-  for (int other = 1; other < column_warps; ++other)
+  for (int other = 1; below(other, column_warps); ++other)
     sum += load_shared(sums + other * warp_size + lane());
   const bool of_weight = column < s.width;
   const Matrix& out = of_weight ? s.dweight : s.dbias;

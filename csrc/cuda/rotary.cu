@@ -71,7 +71,7 @@ FUSEDATTN_DEVICE Pack<float, N> load_numbers(const TensorView& table, int64_t at
 template <int N>
 FUSEDATTN_DEVICE Pack<float, N> load_row(const TensorView& table, int64_t batch, int64_t position,
                                          int64_t first) {
-  if (position < 0 || position >= table.shape[1]) {
+  if (position < 0 || !below(position, table.shape[1])) {
     Pack<float, N> unknown;
 #pragma unroll
     for (int i = 0; i < N; ++i) unknown[i] = NAN;
@@ -103,7 +103,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 2)
   const Rotary& rotary = work.rotary;
   const int64_t rows = rotary.x.shape[2], dim = rotary.x.shape[3];
   int64_t index = block() * block_size() + thread();
-  if (index >= work.total) return;
+  if (!below(index, work.total)) return;
   const int64_t unit = index % work.units;
   index /= work.units;
   const int64_t all_rows = rotary.x.shape[0] * rows;
@@ -118,7 +118,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 2)
   const int64_t from = turns ? 0 : 2 * (work.half - N * work.turned);
   const int64_t left = halves ? unit * N : from + unit * 2 * N;
   const int64_t right = halves ? left + work.half : left + N;
-  const bool has_right = right < dim;  // else a copied unit is cut short
+  const bool has_right = below(right, dim);  // else a copied unit is cut short
   const int64_t head = group * together;
 
   const T* x = reinterpret_cast<const T*>(heads.x) + batch * heads.x_stride[0] +
@@ -126,7 +126,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 2)
   Pack<T, N> packs[together][2] = {};
 #pragma unroll
   for (int i = 0; i < together; ++i) {
-    if (head + i >= heads.count) break;
+    if (!below(head + i, heads.count)) break;
     const T* at = x + i * heads.x_stride[1];
     packs[i][0] = load<N>(at + left * heads.x_stride[3]);
     if (has_right) packs[i][1] = load<N>(at + right * heads.x_stride[3]);
@@ -151,7 +151,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 2)
            head * heads.out_stride[1] + row * heads.out_stride[2];
 #pragma unroll
   for (int i = 0; i < together; ++i) {
-    if (head + i >= heads.count) break;
+    if (!below(head + i, heads.count)) break;
     T* at = out + i * heads.out_stride[1];
     store(at + left * heads.out_stride[3], packs[i][0]);
     if (has_right) store(at + right * heads.out_stride[3], packs[i][1]);

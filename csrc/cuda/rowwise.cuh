@@ -109,7 +109,7 @@ struct Chunks {
   FUSEDATTN_DEVICE void each(const Function& function) const {
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      if (first + k * step < end) function(k, first + k * step);
+      if (below(first + k * step, end)) function(k, first + k * step);
   }
 };
 
@@ -160,7 +160,8 @@ class Team {
     x = merge_slots(slots + index * (size / warp_size), size / warp_size, merge);
     if (cluster_size() == 1) return x;
     slots += max_threads / warp_size;
-    if (thread() < cluster_size()) store_remote(remote_shared(slots + cluster_rank(), thread()), x);
+    if (below(thread(), cluster_size()))
+      store_remote(remote_shared(slots + cluster_rank(), thread()), x);
     sync_cluster();
     return merge_slots(slots, cluster_size(), merge);
   }
@@ -170,7 +171,7 @@ class Team {
   FUSEDATTN_DEVICE static Pack<float, M> merge_slots(const Pack<float, M>* slots, int count,
                                                      const Merge& merge) {
     Pack<float, M> x = load_shared(slots);
-    for (int i = 1; i < count; ++i) x = merge(x, load_shared(slots + i));
+    for (int i = 1; below(i, count); ++i) x = merge(x, load_shared(slots + i));
     return x;
   }
 

@@ -59,7 +59,7 @@ struct Row {
     i = number - matrix * rows.queries;
     const int64_t seen = i + rows.diagonal + 1;
     end = !rows.causal || seen > rows.width ? rows.width : seen > 0 ? int(seen) : 0;
-    if (number >= rows.count) end = 0;
+    if (!below(number, rows.count)) end = 0;
   }
 
   // The index of chunk c of N elements; only single elements lie apart.
@@ -120,7 +120,7 @@ FUSEDATTN_DEVICE void scores(Pack<float, N> (&s)[K], const Forward& f, const Row
     chunks.each<K>([&](int k, int c) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
-        if (c * N + i >= row.end) s[k][i] = -INFINITY;
+        if (!below(c * N + i, row.end)) s[k][i] = -INFINITY;
     });
 }
 
@@ -182,7 +182,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, extras ? 1 : 2)
     sum[0] += sum_of(s[k]);
   }
   const float share = share_of(team.reduce(sum, Add())[0]);
-  if (number >= f.count) return;
+  if (!below(number, f.count)) return;
   Chunks{team.rank, team.size, f.width / N}.template each<K>(
       [&](int k, int c) { put<T>(f.out, row.at<N>(f.out, c), times(s[k], share)); });
 }
@@ -220,18 +220,18 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
     Pack<float, N> s[K];
     scores<Any, extras>(s, f, row, chunks);
     chunks.each<K>([&](int k, int c) {
-      if (c - begin < f.kept) store_shared(kept + (c - begin), s[k]);
+      if (below(c - begin, f.kept)) store_shared(kept + (c - begin), s[k]);
       const float largest = largest_of(s[k]);
       online = MergeOnline()(online, {{largest, sum_of(powers(s[k], largest))}});
     });
   }
   online = Team(block_size()).reduce(online, MergeOnline());
   const float share = share_of(online[1]);
-  for (int c = begin + thread(); c < end; c += block_size()) {
+  for (int c = begin + thread(); below(c, end); c += block_size()) {
     Pack<float, N> s[1] = {filled<float, N>(-INFINITY)};
-    if (c >= last)
+    if (!below(c, last))
       ;
-    else if (c - begin < f.kept)
+    else if (below(c - begin, f.kept))
       s[0] = load_shared(kept + (c - begin));
     else
       scores<Any, extras>(s, f, row, Chunks{c, 1, last});
@@ -278,7 +278,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
 #pragma unroll
   for (int k = 0; k < K; ++k) sum[0] += dot(widen(out[k]), widen(dout[k]));
   sum = team.reduce(sum, Add());
-  if (number >= b.count) return;
+  if (!below(number, b.count)) return;
   Chunks{team.rank, team.size, b.width / N}.template each<K>(
       [&](int k, int c) { write<T>(b, row, c, widen(out[k]), widen(dout[k]), sum[0]); });
 }
@@ -303,20 +303,20 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
   };
   Pack<float, 1> sum = {};
 #pragma unroll 2
-  for (int c = begin + thread(); c < last; c += block_size()) {
+  for (int c = begin + thread(); below(c, last); c += block_size()) {
     const Both both = read(c);
     sum[0] += dot(both.out, both.dout);
-    if (c - begin < b.kept) {
+    if (below(c - begin, b.kept)) {
       store_shared(kept + c, both.out);
       store_shared(kept + b.kept + c, both.dout);
     }
   }
   sum = Team(block_size()).reduce(sum, Add());
-  for (int c = begin + thread(); c < end; c += block_size()) {
+  for (int c = begin + thread(); below(c, end); c += block_size()) {
     Both both;
-    if (c < last)
-      both = c - begin < b.kept ? Both{load_shared(kept + c), load_shared(kept + b.kept + c)}
-                                : read(c);
+    if (below(c, last))
+      both = below(c - begin, b.kept) ? Both{load_shared(kept + c), load_shared(kept + b.kept + c)}
+                                      : read(c);
     write<Any>(b, row, c, both.out, both.dout, sum[0]);
   }
 }

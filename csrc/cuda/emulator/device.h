@@ -24,6 +24,12 @@ inline int warp() { return thread() / warp_size; }
 
 inline int anew(int x) { return x; }
 
+FUSEDATTN_DEVICE bool below(int64_t i, int64_t end, Where where = Where::current()) {
+  if (emulator::flawed(emulator::Flaw::bound_too_high, where)) ++end;
+  if (emulator::flawed(emulator::Flaw::bound_too_low, where)) --end;
+  return i < end;
+}
+
 // --- barriers and shuffles -----------------------------------------------------------------------
 
 inline void sync_block(Where where = Where::current()) {
@@ -36,6 +42,7 @@ inline void sync_warp(Where where = Where::current()) {
 template <class T>
 T shuffle(T x, int from, Where where = Where::current()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if (emulator::flawed(emulator::Flaw::no_shuffle, where)) return x;
   uint64_t bits = 0;
   std::memcpy(&bits, &x, sizeof(T));
   bits = emulator::shuffle(bits, sizeof(T), from, where);
@@ -58,10 +65,13 @@ T shuffle_down(T x, int n, Where where = Where::current()) {
 inline char* shared_memory() { return emulator::position().shared; }
 inline int cluster_rank() { return emulator::position().cluster_rank; }
 inline int cluster_size() { return emulator::position().cluster_size; }
-inline void sync_cluster(Where where = Where::current()) { emulator::sync_cluster(where); }
+inline void sync_cluster(Where where = Where::current()) {
+  if (!emulator::flawed(emulator::Flaw::no_barrier, where)) emulator::sync_cluster(where);
+}
 
 template <class T>
-T* remote_shared(T* at, int rank) {
+T* remote_shared(T* at, int rank, Where where = Where::current()) {
+  if (emulator::flawed(emulator::Flaw::own_block, where)) rank = cluster_rank();
   return reinterpret_cast<T*>(emulator::remote_shared(reinterpret_cast<char*>(at), rank));
 }
 
@@ -71,7 +81,8 @@ namespace machine {
 
 template <Space space, class T>
 FUSEDATTN_DEVICE T load(const T* from) {
-  if constexpr (space == Space::shared) from = emulator::swizzled(from, Where::current());
+  if constexpr (space == Space::shared)
+    from += emulator::flawed(emulator::Flaw::next_place, Where::current());
   emulator::note(from, sizeof(T), space, emulator::Access::load);
   T result;
   std::memcpy(&result, from, sizeof(T));
@@ -80,7 +91,8 @@ FUSEDATTN_DEVICE T load(const T* from) {
 
 template <Space space, class T>
 FUSEDATTN_DEVICE void store(T* to, const T& x) {
-  if constexpr (space == Space::shared) to = emulator::swizzled(to, Where::current());
+  if constexpr (space == Space::shared)
+    to += emulator::flawed(emulator::Flaw::next_place, Where::current());
   emulator::note(to, sizeof(T), space, emulator::Access::store);
   std::memcpy(to, &x, sizeof(T));
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <string_view>
 
 namespace fusedattn::emulator {
 
@@ -10,6 +11,22 @@ bool flaws_matter = false;
 
 namespace {
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+bool is_bound(Flaw flaw) { return flaw == Flaw::bound_too_high || flaw == Flaw::bound_too_low; }
+
+// For whom a function that takes another one works: the last name of its scope, from "… [with …
+// Function = fusedattn::cuda::scope<…>::<lambda…".
+std::string_view scope(const Where& where) {
+  std::string_view name = where.function_name();
+  const size_t begin = name.find("Function = ");
+  if (begin == name.npos) return "";
+  name = name.substr(begin, name.find_first_of("<(", begin) - begin);
+  return name.substr(name.find_last_of(" :") + 1);
+}
+
+// Bounds are those of the source: in all instantiations at once, for not in each of them a thread
+// comes to the bound.
 struct Place {
   const char* kernel;
   Flaw flaw;
@@ -18,12 +35,10 @@ struct Place {
 
   bool operator==(const Place& other) const {
     return flaw == other.flaw && where.line() == other.where.line() && instance == other.instance &&
-           same(kernel, other.kernel) && same(where.function_name(), other.where.function_name()) &&
-           same(where.file_name(), other.where.file_name());
+           same(kernel, other.kernel) && same(where.file_name(), other.where.file_name()) &&
+           (same(where.function_name(), other.where.function_name()) ||
+            (is_bound(flaw) && scope(where) == scope(other.where)));
   }
-
- private:
-  static bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 };
 
 std::vector<Place> seen;
@@ -32,11 +47,14 @@ int planted = -1;
 const char* running = "";
 
 const char* const names[] = {"no barrier", "no wait",       "wait for one less", "no commit",
-                             "no zeros",   "copies anyway", "wrong swizzle",     "no atomic",
-                             "late begin", "early end",     "early full",        "late full"};
+                             "no zeros",   "copies anyway", "wrong swizzle",     "next place",
+                             "no shuffle", "own block",     "bound too high",    "bound too low",
+                             "no atomic",  "late begin",    "early end",         "early full",
+                             "late full"};
 
 bool counts_instances(Flaw flaw) {
-  return flaw == Flaw::no_zeros || flaw == Flaw::copies_anyway || flaw == Flaw::wrong_swizzle;
+  return flaw == Flaw::no_zeros || flaw == Flaw::copies_anyway || flaw == Flaw::wrong_swizzle ||
+         flaw == Flaw::next_place;
 }
 
 }  // namespace
@@ -57,10 +75,12 @@ std::vector<std::string> flaws() {
       twin.instance = each.instance;
       return twin == each;
     });
-    texts.push_back(std::string(each.kernel) + ": " + names[int(each.flaw)] + ", " +
-                    (slash ? slash + 1 : each.where.file_name()) + ":" +
-                    std::to_string(each.where.line()) +
-                    (before ? " (" + std::to_string(before + 1) + ")" : ""));
+    std::string text = std::string(each.kernel) + ": " + names[int(each.flaw)] + ", " +
+                       (slash ? slash + 1 : each.where.file_name()) + ":" +
+                       std::to_string(each.where.line());
+    if (is_bound(each.flaw) && !scope(each.where).empty())
+      text += " for " + std::string(scope(each.where));
+    texts.push_back(before ? text + " (" + std::to_string(before + 1) + ")" : text);
   }
   return texts;
 }

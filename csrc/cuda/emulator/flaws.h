@@ -23,11 +23,16 @@ enum class Flaw : uint8_t {
   copies_anyway,  // … or what lies there is read
   wrong_swizzle,  // in every other 128 bytes of shared memory, two neighbouring chunks change
                   // places
-  no_atomic,      // addition but a load and a store
-  late_begin,     // of the tiles that are visited: the first one is left out
-  early_end,      // the last one is
-  early_full,     // the last tile before those that need no mask gets none
-  late_full,      // the first one after them gets none
+  next_place,     // in shared memory, for the right one
+  no_shuffle,     // each lane keeps its own
+  own_block,      // in place of another one of the cluster
+  bound_too_high,
+  bound_too_low,
+  no_atomic,   // addition but a load and a store
+  late_begin,  // of the tiles that are visited: the first one is left out
+  early_end,   // the last one is
+  early_full,  // the last tile before those that need no mask gets none
+  late_full,   // the first one after them gets none
 };
 
 // Until the next watch() note which flaws the kernels that run could have.
@@ -43,8 +48,8 @@ void enter_kernel(const char* name);
 extern bool flaws_matter;
 bool has_flaw(Flaw flaw, const Where& where);
 
-// Whether the kernel is to be wrong here. Of copies and addresses each inlined instance in the
-// kernel is a place of its own, so what asks is inlined too.
+// Whether the kernel is to be wrong here. Of copies and addresses each inlined instance in
+// the kernel is a place of its own, so what asks is inlined too.
 [[gnu::always_inline]] inline bool flawed(Flaw flaw, const Where& where) {
   return __builtin_expect(flaws_matter, false) && has_flaw(flaw, where);
 }

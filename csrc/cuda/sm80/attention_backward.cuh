@@ -17,7 +17,7 @@
 // the registers of a warp: then several warps share keys, each has its columns of dK and dV and its
 // queries of the scores, and pᵀ goes through shared memory too.
 //
-// Window, softcap and dropout would change what `probabilities` computes and hides.
+// Window, softcap and dropout would change what `ScoresOf` computes and hides.
 #pragma once
 
 #include "attention_backward_sums.cuh"
@@ -72,20 +72,69 @@ FUSEDATTN_DEVICE void put(const Tile& tile, int row, int chunk, const HeldA<T, m
     }
 }
 
-// The same of floats, times `factor`.
-template <class T, int m, int n, class Tile>
-FUSEDATTN_DEVICE void put(const Tile& tile, int row, int chunk, Pack<float, 4> (&c)[m][n],
-                          float factor) {
+// A warp's scores as fragments: keys × queries (`transposed`) or queries × keys. A lane has two
+// queries of a fragment; `terms(q)` gives its pair for those of fragments q, asked for where it is
+// used: all pairs at once cost registers.
+template <bool transposed, int m, int n>
+struct ScoresOf {
+  using Fragments = Pack<float, 4>[m][n];
+
+  // Scores to probabilities.
+  template <class Terms>
+  FUSEDATTN_DEVICE static void exponentiate(Fragments& s, float scale_log2, const Terms& terms) {
 #pragma unroll
-  for (int i = 0; i < m; ++i)
+    for (int q = 0; q < queries; ++q) {
+      const Pack<float, 2> shift = terms(q);
 #pragma unroll
-    for (int j = 0; j < n; ++j)
+      for (int k = 0; k < keys; ++k)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) c[i][j][e] *= factor;
-  HeldA<T, m, n / 2> rounded;
-  rounded.round(c);
-  put(tile, row, chunk, rounded);
-}
+        for (int e = 0; e < 4; ++e)
+          at(s, q, k)[e] = exp2(fma(at(s, q, k)[e], scale_log2, -shift[query_of(e)]));
+    }
+  }
+
+  // Zeros where a key is hidden; the scores begin at `query` and `key`.
+  FUSEDATTN_DEVICE static void hide(Fragments& s, const Sight& sees, int query, int key) {
+    constexpr int query_step = transposed ? 8 : 16, key_step = transposed ? 16 : 8;
+    query += transposed ? column_of(0) : row_of(0);
+    key += transposed ? row_of(0) : column_of(0);
+#pragma unroll
+    for (int q = 0; q < queries; ++q)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int down = e / 2 * 8, right = e % 2;
+        const int end = sees.end(query + q * query_step + (transposed ? right : down));
+        const int seen = end - key - (transposed ? down : right);
+#pragma unroll
+        for (int k = 0; k < keys; ++k)
+          if (k * key_step >= seen) at(s, q, k)[e] = 0.0f;
+      }
+  }
+
+  // dp to ds.
+  template <class Terms>
+  FUSEDATTN_DEVICE static void differentiate(Fragments& dp, const Fragments& p,
+                                             const Terms& terms) {
+#pragma unroll
+    for (int q = 0; q < queries; ++q) {
+      const Pack<float, 2> delta = terms(q);
+#pragma unroll
+      for (int k = 0; k < keys; ++k)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          at(dp, q, k)[e] = at(p, q, k)[e] * (at(dp, q, k)[e] - delta[query_of(e)]);
+    }
+  }
+
+ private:
+  static constexpr int queries = transposed ? n : m, keys = transposed ? m : n;  // fragments
+
+  template <class Any>
+  FUSEDATTN_DEVICE static auto& at(Any& s, int q, int k) {
+    return transposed ? s[k][q] : s[q][k];
+  }
+  FUSEDATTN_DEVICE static int query_of(int e) { return transposed ? e % 2 : e / 2; }
+};
 
 // An operand whose rows or columns, whichever are not summed over, begin 16 · `skip` later.
 template <class Operand>
@@ -184,17 +233,18 @@ class KeysKernel {
   static_assert(shape.keys % (16 * key_warps) == 0 && columns % 16 == 0);
   static_assert(queries_of_warp % step == 0 && step % 16 == 0);
   static_assert(!shared_p || queries_of_warp == step);
-  using Stays = Tile<shape.keys, head_dim>;        // of K, V
-  using Passes = Tile<shape.queries, head_dim>;    // of Q, dout
-  using Scores = Tile<shape.keys, shape.queries>;  // of pᵀ, dsᵀ
+  using Stays = Tile<shape.keys, head_dim>;            // of K, V
+  using Passes = Tile<shape.queries, head_dim>;        // of Q, dout
+  using ScoresTile = Tile<shape.keys, shape.queries>;  // of pᵀ, dsᵀ
   using DqShape = DqFragments<head_dim, shape>;
   using Held = HeldA<T, m, step / 16>;
+  using Scores = ScoresOf<true, m, step / 8>;
 
   // Shared memory, in this order.
   static constexpr int stage_bytes = 2 * Passes::bytes, v_at = Stays::bytes, passes_at = 2 * v_at;
   static constexpr int ds_at = passes_at + shape.stages * stage_bytes;
-  static constexpr int p_at = ds_at + Scores::bytes;
-  static constexpr int terms_at = p_at + (shared_p ? Scores::bytes : 0);
+  static constexpr int p_at = ds_at + ScoresTile::bytes;
+  static constexpr int terms_at = p_at + (shared_p ? ScoresTile::bytes : 0);
   static_assert(terms_at + shape.stages * 8 * shape.queries == shape.shared_bytes);
 
   // A tile of queries of one head of B · Hq.
@@ -217,8 +267,8 @@ class KeysKernel {
   FUSEDATTN_DEVICE Passes dout_tile(int stage) const {
     return {shared_memory() + passes_at + stage * stage_bytes + Passes::bytes};
   }
-  FUSEDATTN_DEVICE Scores ds_tile() const { return {shared_memory() + ds_at}; }
-  FUSEDATTN_DEVICE Scores p_tile() const { return {shared_memory() + p_at}; }
+  FUSEDATTN_DEVICE ScoresTile ds_tile() const { return {shared_memory() + ds_at}; }
+  FUSEDATTN_DEVICE ScoresTile p_tile() const { return {shared_memory() + p_at}; }
   // The shifts of a tile's queries, then their Δ.
   FUSEDATTN_DEVICE float* terms(int stage) const {
     return reinterpret_cast<float*>(shared_memory() + terms_at) + stage * 2 * shape.queries;
@@ -267,9 +317,9 @@ class KeysKernel {
       put(ds_tile(), anew(row), query / chunk_size, ds);
       sync_block();
       const int skip = part * columns / 16;
-      multiply<T, shape.queries / 16>(dv, OperandA<Scores, Sum::along>(p_tile(), row),
+      multiply<T, shape.queries / 16>(dv, OperandA<ScoresTile, Sum::along>(p_tile(), row),
                                       Skipping{OperandB<Passes, Sum::across>(dout), skip});
-      multiply<T, shape.queries / 16>(dk, OperandA<Scores, Sum::along>(ds_tile(), row),
+      multiply<T, shape.queries / 16>(dk, OperandA<ScoresTile, Sum::along>(ds_tile(), row),
                                       Skipping{OperandB<Passes, Sum::across>(q), skip});
       if (shape.stages == 1) sync_block();
     } else {
@@ -289,49 +339,22 @@ class KeysKernel {
   // pᵀ and dsᵀ of `step` queries of a tile, from `query` on.
   FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, const At& at, int query,
                                   int stage) const {
-    Pack<float, 4> s[m][step / 8], dp[m][step / 8];
+    typename Scores::Fragments s, dp;
     clear(s);
     clear(dp);
     multiply<T, head_dim / 16>(s, OperandA<Stays, Sum::along>(k_tile(), row),
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
     multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
                                OperandB<Passes, Sum::along>(dout_tile(stage), query));
-    probabilities(s, at, query, stage);
-#pragma unroll
-    for (int j = 0; j < step / 8; ++j) {
-      const auto delta =
-          load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
-#pragma unroll
-      for (int i = 0; i < m; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dp[i][j][e] = s[i][j][e] * (dp[i][j][e] - delta[e % 2]);
-    }
+    Scores::exponentiate(s, p.scale_log2, [&](int j) {
+      return load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
+    });
+    if (tiles().masked(at.tile)) Scores::hide(s, sees, at.query() + query, first_key + row);
+    Scores::differentiate(dp, s, [&](int j) {
+      return load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
+    });
     weights.round(s);
     ds.round(dp);
-  }
-
-  // Scores to probabilities; 0 where a key is hidden.
-  FUSEDATTN_DEVICE void probabilities(Pack<float, 4> (&s)[m][step / 8], const At& at, int query,
-                                      int stage) const {
-#pragma unroll
-    for (int j = 0; j < step / 8; ++j) {
-      const auto shift = load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
-#pragma unroll
-      for (int i = 0; i < m; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[i][j][e] = exp2(fma(s[i][j][e], p.scale_log2, -shift[e % 2]));
-    }
-    if (!tiles().masked(at.tile)) return;
-    const int first = at.query() + query + column_of(0), key = first_key + row + row_of(0);
-#pragma unroll
-    for (int j = 0; j < step / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int seen = sees.end(first + 8 * j + e % 2) - key - e / 2 * 8;
-#pragma unroll
-        for (int i = 0; i < m; ++i)
-          if (16 * i >= seen) s[i][j][e] = 0.0f;
-      }
   }
 
   // dQ += ds K. The order of a tile in the workspace is that of fragments: 32 lanes add to 32
@@ -340,7 +363,7 @@ class KeysKernel {
     Pack<float, 4> dq[DqShape::m][DqShape::n];
     clear(dq);
     multiply<T, shape.keys / 16>(
-        dq, Skipping{OperandA<Scores, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
+        dq, Skipping{OperandA<ScoresTile, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
         Skipping{OperandB<Stays, Sum::across>(k_tile(), 0), DqShape::column() / 16});
     float* sum = p.dq_sum + DqShape::at(p, at.head, at.tile);
 #pragma unroll
@@ -354,8 +377,8 @@ class KeysKernel {
 
   // dK and dV, through the tiles of K and V.
   FUSEDATTN_DEVICE void write() {
-    put<T>(k_tile(), row, part * columns / chunk_size, dk, p.scale);
-    put<T>(v_tile(), row, part * columns / chunk_size, dv, 1.0f);
+    round_to<T>(k_tile(), row, part * columns / chunk_size, dk, p.scale);
+    round_to<T>(v_tile(), row, part * columns / chunk_size, dv);
     sync_block();
     constexpr int rows = shape.keys / shape.warps;
     const int r = warp() * rows, keys = int(p.seq_k());
@@ -402,7 +425,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threa
       for (int e = 0; e < 4; ++e)
         dq[i][j][e] = load_streaming(sum + ((i * Shape::n + j) * 4 + e) * warp_size);
   const Tile<shape.queries, head_dim> tile = {shared_memory()};
-  put<T>(tile, Shape::row(), Shape::column() / chunk_size, dq, p.scale);
+  round_to<T>(tile, Shape::row(), Shape::column() / chunk_size, dq, p.scale);
   sync_block();
   constexpr int rows = shape.queries / shape.warps;
   const int r = warp() * rows;

@@ -50,7 +50,7 @@ class QueriesKernel {
     wait_copies<0>();
     sync_block();
     // Every warp writes over its own rows of Q.
-    put<T>(q_tile(), row, 0, dq, p.scale);
+    round_to<T>(q_tile(), row, 0, dq, p.scale);
     sync_warp();
     write_rows<rows_of_warp>(q_tile(), row, p.dq.at<uint16_t>(b, h), p.dq.stride[2],
                              first_query + row, sees.queries, width_of(p.dq));
@@ -62,6 +62,7 @@ class QueriesKernel {
   static_assert(shape.queries % (16 * shape.warps) == 0 && shape.keys % step == 0);
   using Stays = Tile<shape.queries, head_dim>;  // of Q, dout
   using Passes = Tile<shape.keys, head_dim>;    // of K, V
+  using Scores = ScoresOf<false, m, step / 8>;
   static_assert(2 * (Stays::bytes + shape.stages * Passes::bytes) == shape.shared_bytes);
 
   FUSEDATTN_DEVICE Stays q_tile() const { return {shared_memory()}; }
@@ -93,39 +94,17 @@ class QueriesKernel {
   FUSEDATTN_DEVICE void accumulate(int tile, int stage) {
 #pragma unroll 1
     for (int key = 0; key < shape.keys; key += step) {
-      Pack<float, 4> weights[m][step / 8], ds[m][step / 8];
+      typename Scores::Fragments weights, ds;
       clear(weights);
       multiply<T, head_dim / 16>(weights, OperandA<Stays, Sum::along>(q_tile(), row),
                                  OperandB<Passes, Sum::along>(k_tile(stage), key));
-#pragma unroll
-      for (int i = 0; i < m; ++i)
-#pragma unroll
-        for (int j = 0; j < step / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            weights[i][j][e] = exp2(fma(weights[i][j][e], p.scale_log2, -shift[i][e / 2]));
-      if (tiles.masked(tile)) {
-        const int first = first_query + row, hidden = tile * shape.keys + key + column_of(0);
-#pragma unroll
-        for (int i = 0; i < m; ++i)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int seen = sees.end(first + 16 * i + row_of(e)) - hidden - e % 2;
-#pragma unroll
-            for (int j = 0; j < step / 8; ++j)
-              if (8 * j >= seen) weights[i][j][e] = 0.0f;
-          }
-      }
+      Scores::exponentiate(weights, p.scale_log2, [&](int i) { return shift[i]; });
+      if (tiles.masked(tile))
+        Scores::hide(weights, sees, first_query + row, tile * shape.keys + key);
       clear(ds);
       multiply<T, head_dim / 16>(ds, OperandA<Stays, Sum::along>(dout_tile(), row),
                                  OperandB<Passes, Sum::along>(v_tile(stage), key));
-#pragma unroll
-      for (int i = 0; i < m; ++i)
-#pragma unroll
-        for (int j = 0; j < step / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            ds[i][j][e] = weights[i][j][e] * (ds[i][j][e] - delta[i][e / 2]);
+      Scores::differentiate(ds, weights, [&](int i) { return delta[i]; });
       HeldA<T, m, step / 16> held;
       held.round(ds);
       multiply<T, step / 16>(dq, held, OperandB<Passes, Sum::across>(k_tile(stage), key));
@@ -137,7 +116,7 @@ class QueriesKernel {
   int first_query, row;  // of the block; of the warp, in the tile
   Sight sees;
   Tiles tiles;  // of keys
-  float shift[m][2], delta[m][2];
+  Pack<float, 2> shift[m], delta[m];
   Pack<float, 4> dq[m][head_dim / 8];
 };
 

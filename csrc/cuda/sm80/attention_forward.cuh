@@ -197,7 +197,7 @@ FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, c
       if (column_of(0) == 0 && query < p.seq_q())
         store(p.lse.at<float>(b, h, query), (shift + log2(sum)) * ln_2);
     }
-  round_to<T>(tile, row, out);
+  round_to<T>(tile, row, 0, out);
   sync_warp();
   write_rows<16 * m>(tile, row, p.out.at<uint16_t>(b, h), p.out.stride[2], first + row,
                      int(p.seq_q()), width_of(p.out));

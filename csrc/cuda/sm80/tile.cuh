@@ -238,19 +238,22 @@ FUSEDATTN_DEVICE void multiply(Pack<float, 4> (&c)[m][n], const A& a, const B& b
 FUSEDATTN_DEVICE int row_of(int e) { return lane() / 4 + e / 2 * 8; }
 FUSEDATTN_DEVICE int column_of(int e) { return lane() % 4 * 2 + e % 2; }
 
-// Rounds c to rows [row, row + 16 m) of a tile, from column 0 on; its rows land in different
-// eighths of the banks.
+// Rounds c, times `factor`, to rows [row, row + 16 m) of a tile, from chunk `chunk` on; its rows
+// land in different eighths of the banks.
 template <class T, int m, int n, class Tile>
-FUSEDATTN_DEVICE void round_to(const Tile& tile, int row, const Pack<float, 4> (&c)[m][n]) {
+FUSEDATTN_DEVICE void round_to(const Tile& tile, int row, int chunk,
+                               const Pack<float, 4> (&c)[m][n], float factor = 1.0f) {
 #pragma unroll
   for (int i = 0; i < m; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row + 16 * i + row_of(2 * half);
 #pragma unroll
-      for (int j = 0; j < n; ++j)
-        store_shared(reinterpret_cast<uint32_t*>(tile.at(r, j) + 2 * column_of(0)),
-                     pair<T>(c[i][j][2 * half], c[i][j][2 * half + 1]));
+      for (int j = 0; j < n; ++j) {
+        const Pack<float, 4>& x = c[i][j];
+        store_shared(reinterpret_cast<uint32_t*>(tile.at(r, chunk + j) + 2 * column_of(0)),
+                     pair<T>(x[2 * half] * factor, x[2 * half + 1] * factor));
+      }
     }
 }
 

@@ -35,6 +35,7 @@ void bind_schedule(pybind11::module_& m) {
     const cuda::Work work = cuda::work_of(block, tiles, heads, section);
     return std::tuple(work.tile, work.head);
   });
+  m.def("section_of", &cuda::section_of);
 }
 
 }  // namespace fusedattn::emulator

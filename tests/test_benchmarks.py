@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import mmap
 import sys
 import time
 from types import SimpleNamespace
@@ -89,6 +90,25 @@ def test_measure_calls_a_very_slow_version_once():
     assert calls == [0]
     assert measured["slow"].timing.samples == 1
     assert measured["slow"].timing.median >= 0.1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts fresh pages there")
+@pytest.mark.parametrize(("fresh", "calls"), [(0, 1), (1, 2), (9, harness.MOST_TRIES)])
+def test_a_turn_on_fresh_pages_is_taken_again(fresh, calls):
+    """What the system takes to hand out pages is not the version's."""
+
+    def call(i: int) -> tuple:
+        if i < fresh:
+            mmap.mmap(-1, 8 << 20).write(bytes(8 << 20))
+            time.sleep(0.2)
+        time.sleep(0.05)
+        return ()
+
+    contestant = harness.Contestant(Version(call), seconds=1.0)
+    contestant.turn(harness.CpuClock())
+    (sample,) = contestant.samples
+    assert contestant.calls == calls
+    assert (sample < 0.2) == (fresh < harness.MOST_TRIES)
 
 
 def test_measure_reports_a_version_that_raises():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import platform
+from pathlib import Path
 
 import fusedattn
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_sum, device_for
+from fusedattn import _native
 from norm_case import NormCase, check_norm, results
 from torch import Tensor
 
@@ -94,6 +97,16 @@ def test_past_the_caches(op, dtype, instruction_set, without_caches):
                 past = results(made, case, fusedattn, backend="cpu")
             for name, expected in within.items():
                 assert torch.equal(past[name], expected), (name, case)
+
+
+def test_the_size_of_the_cache():
+    """As the system has it."""
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if _native.cpu is None or platform.machine() != "x86_64" or not file.exists():
+        pytest.skip("needs the native kernels, Linux and a cache of the third level")
+    kilobytes = int(file.read_text().strip().removesuffix("K"))
+    assert _native.cpu.cache_bytes(1) == kilobytes << 10
+    assert _native.cpu.cache_bytes(1 << 20) >= 2 * _native.cpu.cache_bytes(1)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ namespace fusedattn {
 namespace {
 
 struct Cache {
-  int64_t bytes = int64_t{32} << 20;  // where the processor does not tell
+  int64_t bytes = int64_t{32} << 20;  // where the processor tells of no third level
   int threads = 16;                   // that share it
 };
 
-// The last level of "deterministic cache parameters": leaf 4 (Intel SDM, CPUID) or 8000001Dh (AMD
-// APM volume 3, E.4.16), which have one layout.
+// The last of the "deterministic cache parameters": leaf 4 (Intel SDM, CPUID) or 8000001Dh (AMD APM
+// volume 3, E.4.16), which have one layout.
 Cache last_cache() {
   Cache last;
 #if defined(__x86_64__)
@@ -24,6 +24,7 @@ Cache last_cache() {
     unsigned a, b, c, d;
     for (unsigned index = 0; index < 16; ++index) {
       if (!__get_cpuid_count(leaf, index, &a, &b, &c, &d) || (a & 31) == 0) break;
+      if ((a >> 5 & 7) < 3) continue;
       const int64_t ways = (b >> 22) + 1, partitions = (b >> 12 & 1023) + 1, line = (b & 4095) + 1;
       last = {ways * partitions * line * (int64_t(c) + 1), int(a >> 14 & 4095) + 1};
     }

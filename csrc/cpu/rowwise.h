@@ -15,11 +15,10 @@ FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
   return elements < 24576 || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 
-// Whether a call's tensors outgrow the caches. Then what is read once is fetched ahead, without a
-// place in them, and results go past them: most would be gone before anybody reads them, and a line
-// that is not fetched to be overwritten spares a fourth to a third of all traffic. Where there is
-// one input and one output, that pays later: twice the caches.
-// The tensors have so many elements each, or are absent.
+// Whether a call's tensors, of so many elements each where present, outgrow the caches. Then what
+// is read once is fetched ahead, without a place in them, and results go past them: most would be
+// gone before anybody reads them, and a line that is not fetched to be overwritten spares a fourth
+// to a third of all traffic. With one input and one output that pays later, at twice the caches.
 template <class... Tensors>
 FUSEDATTN_INLINE bool outgrows_caches(int threads, int64_t elements, const Tensors&... tensors) {
   const int64_t bytes = (0 + ... + (tensors ? elements * bytes_of(tensors.dtype) : 0));

@@ -10,9 +10,6 @@ namespace fusedattn::FUSEDATTN_ISA {
 // Rows whose sum stays in S; in half a million rows summed in fp32 alone the last digits would go.
 constexpr int64_t rows_per_flush = 128;
 
-// From here on rows go through the first pass alone.
-constexpr int64_t long_row_bytes = 2048;
-
 struct RowSums {
   double g, gn;
 };
@@ -252,7 +249,7 @@ template <class T, class Z>
 static void norm_backward_rows(const NormBackwardRows<T, Z>& f, const Share& share, RowSums* sums,
                                ColumnSums<compute_t<T>>& to) {
   const int64_t chunks = chunks_of(f.division.width);
-  const bool alone = f.division.width * int64_t(sizeof(T)) >= long_row_bytes;
+  const bool alone = is_long<T>(f.division);
   // Blocks start at multiples of their size, so that a row's place in the buffers is its own.
   for (int64_t row = share.rows.begin; row < share.rows.end;) {
     const bool block = !alone && row % norm_block == 0 && row + norm_block <= share.rows.end;

@@ -264,13 +264,14 @@ struct NormForwardRows {
   }
 };
 
-// One thread's rows. A few short ones go through the first pass before the second, so that nothing
-// waits for a row's last sums; not where z is written too, so that memory is read in its order.
+// One thread's rows. A few go through the first pass before the second, so that nothing waits for a
+// row's last sums; not long ones where z is written too, so that memory is read in its order.
 template <class T, class P>
 static void norm_forward_rows(const NormForwardRows<T, P>& f, const Share& share,
                               Moments* moments) {
   const int64_t chunks = chunks_of(f.division.width);
-  const int64_t block = chunks == 1 && !f.p.z ? norm_block : 1;
+  const bool alone = chunks > 1 || (f.p.z && is_long<T>(f.division));
+  const int64_t block = alone ? 1 : norm_block;
   for (int64_t row = share.rows.begin; row < share.rows.end; row += block) {
     const int64_t rows = share.rows.end - row < block ? share.rows.end - row : block;
     for (int64_t r = 0; r < rows; ++r) f.first_pass(row + r, share.columns, moments + r * chunks);

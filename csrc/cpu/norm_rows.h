@@ -45,6 +45,12 @@ struct Division {
   }
 };
 
+// Whether rows had better be taken alone, where more than one tensor is read or written.
+template <class T>
+FUSEDATTN_INLINE bool is_long(const Division& division) {
+  return division.width * int64_t(sizeof(T)) >= 2048;
+}
+
 // offset + weight (or the bias) as S: read in place where it is stored so, else from `scratch`.
 template <class S>
 struct Parameter {

@@ -479,6 +479,8 @@ def native_modules() -> list[Extension]:
 FOLDERS = {"": "python", "fusedattn.kernels": "kernels", "fusedattn.benchmarks": "benchmarks"}
 
 setup(
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=[*find_packages("python"), *filter(None, FOLDERS)],
     package_dir=FOLDERS,
     ext_modules=native_modules(),

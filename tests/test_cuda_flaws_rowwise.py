@@ -22,7 +22,10 @@ from test_cuda_softmax import softmax_results
 from torch import Tensor
 
 emulated = _native.cuda_emulated()
-pytestmark = pytest.mark.skipif(emulated is None, reason="needs setup.py build_emulator")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulated is None, reason="needs setup.py build_emulator"),
+]
 
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
 # Of wide rows: two blocks hold one in shared memory; or one block does not, and reads it again.

@@ -15,6 +15,9 @@ import on_gpu
 import pytest
 from on_gpu import Part
 
+# Stages, deadlines, sanitizers: nothing that a fresh tensor full of NaN could show.
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 
@@ -108,7 +111,6 @@ def test_a_part_is_interrupted_with_time_to_write_what_it_has(tmp_path):
     assert outcome.seconds < 16
 
 
-@pytest.mark.slow
 def test_a_part_that_does_not_listen_is_ended_with_its_children():
     code = """
         import signal, subprocess, sys, time
@@ -164,8 +166,10 @@ IGNORING = """
 import signal, sys
 import on_gpu
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+on_gpu.LEAST = 0.0
 on_gpu.torch.cuda.is_available = lambda: True
-on_gpu.stages = lambda *_: [[on_gpu.Part("one", [sys.executable, "-c", {code}], {seconds})]]
+part = on_gpu.Part("one", [sys.executable, "-c", {code}], {seconds}, grace=1.0)
+on_gpu.stages = lambda *_: [[part]]
 sys.exit(on_gpu.main(["--output", {output}]))
 """
 
@@ -183,7 +187,7 @@ import pathlib, time
 try: time.sleep(600)
 finally: pathlib.Path({str(tmp_path / "kept")!r}).touch()
 """
-    assert on_gpu_alone(tmp_path, code, 16.0).wait(60) == 1
+    assert on_gpu_alone(tmp_path, code, 3.0).wait(60) == 1
     assert (tmp_path / "kept").exists()
 
 

@@ -133,6 +133,7 @@ def test_peak_memory_sees_a_buffer_that_is_freed_again():
     assert probe.peak_bytes < 4 * 2**20
 
 
+@pytest.mark.slow
 def test_limits_are_measured_for_every_dtype():
     limits = harness.measure_limits(CPU, budget=0.1, scale=0.05)
     rates = limits.flops_per_second

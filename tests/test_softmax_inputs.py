@@ -59,6 +59,7 @@ def test_mask_and_bias_of_any_layout(dim, backend):
         torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_stride_beyond_int32(fast_backend):
     """Liger-Kernel#803: offsets of 2³¹ elements; pages that nothing touches cost nothing."""
     x = torch.empty(2**31 + 4096, dtype=BF16).as_strided((2, 64), (2**31, 1))

@@ -31,6 +31,7 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
     return huge.as_strided(x.shape, (*[0] * (x.dim() - 2), 2**29, 1)).copy_(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rotary_at_offsets_past_two_billion_elements(backend: str) -> None:
     case = cases.RotaryCase(batch=1, heads=1, seq=5, heads2=1, dtype=torch.bfloat16)
@@ -43,6 +44,7 @@ def test_rotary_at_offsets_past_two_billion_elements(backend: str) -> None:
     assert torch.equal(far, want[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sinusoidal_at_offsets_past_two_billion_elements(backend: str) -> None:
     case = cases.SinusoidalCase(batch=1, seq=5, dtype=torch.bfloat16)

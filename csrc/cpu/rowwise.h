@@ -165,9 +165,11 @@ template <class S, class P, class Value>
 FUSEDATTN_INLINE int64_t stream_vectors(P* to, int64_t n, const Value& value) {
   constexpr int w = width<S>;
   int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(to) % vector_bytes) return i;
-  for (; i + 2 * w <= n; i += 2 * w)
-    stream_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+  if constexpr (vector_bytes >= 32) {  // with shorter ones memory is not what one waits for
+    if (reinterpret_cast<uintptr_t>(to) % vector_bytes) return i;
+    for (; i + 2 * w <= n; i += 2 * w)
+      stream_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+  }
   return i;
 }
 

@@ -360,7 +360,8 @@ def write_ninja_file(path: Path, module: Module, result: Path) -> None:
             f"{quoted(module.linker)} $in -o $out {quoted(module.link_flags)}",
             description="linking $out",
         )
-        for unit in module.units:
+        # Attention's first: they take longest, and the last to be begun should be short.
+        for unit in sorted(module.units, key=lambda unit: not unit.source.stem.startswith("isa_")):
             variables = {"compiler": quoted(unit.compiler), "flags": quoted(unit.flags)}
             ninja.build(str(unit.object), "compile", str(unit.source), variables=variables)
         ninja.build(str(result), "link", [str(unit.object) for unit in module.units])

@@ -6,9 +6,9 @@ output of the last timed call, so a version that hands back a stored result show
 
 Versions take turns in one process, in a new random order every round: who follows whom decides what
 is in the caches. A turn is one untimed call, which refills the caches that the previous version
-emptied, then enough timed calls to fill a few milliseconds. A turn for which the system had to hand
-out memory is taken again. The samples of a version are its turns' means (on a GPU: every call,
-between two events, with L2 flushed before).
+emptied, then enough timed calls to fill a few milliseconds. On a CPU, a turn for which the system
+had to hand out memory is taken again. The samples of a version are its turns' means (on a GPU:
+every call, between two events, with L2 flushed before).
 """
 
 from __future__ import annotations
@@ -233,10 +233,10 @@ class Contestant:
         return max(1, math.ceil(TURN_SECONDS / max(self.seconds, 1e-7)))
 
     def turn(self, clock: CpuClock | CudaClock) -> None:
-        """One turn; again where the memory allocator had to grow, which happens once or twice."""
+        """One turn; on a CPU again where the memory allocator had to grow."""
         if self.seconds < SETTLE_SECONDS:
             self.run(clock)
-        for _ in range(MOST_TRIES):
+        for _ in range(MOST_TRIES if isinstance(clock, CpuClock) else 1):
             self.output = ()
             count, pages = self.calls_per_turn, _fresh_pages()
             samples, self.output = clock.turn(self.version.call, self.calls, count)

@@ -129,12 +129,12 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def without_caches() -> Callable[[], AbstractContextManager[None]]:
-    """Within it, the native CPU kernels reckon that no tensor fits into the caches."""
+def small_caches() -> Callable[..., AbstractContextManager[None]]:
+    """Within it, the native CPU kernels reckon that the caches hold so many bytes."""
 
     @contextmanager
-    def reckoned() -> Iterator[None]:
-        _native.cpu.assume_cache_bytes(1)
+    def reckoned(size: int = 1) -> Iterator[None]:
+        _native.cpu.assume_cache_bytes(size)
         try:
             yield
         finally:

@@ -86,17 +86,37 @@ def test_without_a_gradient(op, any_backend):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("op", OPS)
-def test_past_the_caches(op, dtype, instruction_set, without_caches):
+def test_past_the_caches(op, dtype, instruction_set, small_caches):
     """Tensors too large for the caches are read ahead and written past them, to the same bits."""
     for shape in ((1, 1), (9, 77), (130, 96), (5, 2100), (1, 30000)):
         for residual, dropout_p in ((None, 0.0), (dtype, 0.0), (F32, 0.0), (dtype, 0.3)):
             case = NormCase(op, shape, dtype=dtype, residual=residual, dropout_p=dropout_p)
             made = case.inputs()
             within = results(made, case, fusedattn, backend="cpu")
-            with without_caches():
+            with small_caches():
                 past = results(made, case, fusedattn, backend="cpu")
             for name, expected in within.items():
                 assert torch.equal(past[name], expected), (name, case)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+@pytest.mark.parametrize("op", OPS)
+def test_some_rows_past_the_caches(op, dtype, instruction_set, small_caches):
+    """With a residual the last rows of the output stay, where there is room; to the same bits."""
+    for shape, weight, bias in (
+        ((130, 96), dtype, dtype), ((40, 2048), None, None), ((64, 1001), F32, None),
+        ((1, 70), F32, F32),
+    ):  # fmt: skip
+        for residual in (dtype, F32):
+            case = NormCase(op, shape, 1, dtype, weight, bias, residual)
+            made = case.inputs()
+            for more in (0.0, 1e3):  # then the first elements tell nothing of the others' mean
+                made["x"][..., :64] += more
+                within = results(made, case, fusedattn, backend="cpu")
+                with small_caches(4 * made["x"].nbytes):
+                    past = results(made, case, fusedattn, backend="cpu")
+                for name, expected in within.items():
+                    assert torch.equal(past[name], expected), (name, more, case)
 
 
 def test_the_size_of_the_cache():

@@ -11,12 +11,33 @@ struct Moments {
   double mean, squares;
 };
 
-// Σ d and Σ d² with d = scale · x − centre, over a chunk. The order of the elements is free, so
-// pairs of vectors are read as is cheapest.
-template <bool Centre, class S, class P>
-static Moments deviations(const P* x, int64_t n, S scale, S centre, bool ahead) {
-  constexpr int w = width<S>, ways = 4;  // additions in flight
+// Σ d, or 0 without a centre, and Σ d² with d = x − centre.
+struct Sums {
+  double first, second;
+};
+
+// The same on their way: several additions are in flight.
+template <bool Centre, class S>
+struct SumsInVectors {
+  static constexpr int ways = 4;
   vec<S> first[ways] = {}, second[ways] = {};
+
+  FUSEDATTN_MEMBER void add(int way, vec<S> d) {
+    if constexpr (Centre) first[way] += d;
+    second[way] += d * d;
+  }
+  FUSEDATTN_MEMBER Sums total() const {
+    return {Centre ? reduce_add((first[0] + first[1]) + (first[2] + first[3])) : S(0),
+            reduce_add((second[0] + second[1]) + (second[2] + second[3]))};
+  }
+};
+
+// Those of scale · x. The order of the elements is free, so pairs of vectors are read as is
+// cheapest.
+template <bool Centre, class S, class P>
+static Sums deviations(const P* x, int64_t n, S scale, S centre, bool ahead) {
+  SumsInVectors<Centre, S> sums;
+  constexpr int w = width<S>, ways = sums.ways;
   int64_t i = 0;
   for (; i + ways * w <= n; i += ways * w) {
     if (ahead) [[unlikely]]
@@ -26,63 +47,68 @@ static Moments deviations(const P* x, int64_t n, S scale, S centre, bool ahead) 
       vec<S> d[2];
       get_pair<S>(x + i + k * w, d[0], d[1]);
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        d[j] = d[j] * scale - centre;
-        if constexpr (Centre) first[k + j] += d[j];
-        second[k + j] += d[j] * d[j];
-      }
+      for (int j = 0; j < 2; ++j) sums.add(k + j, d[j] * scale - centre);
     }
   }
   for_vectors<S>(n - i, [&](int64_t j, auto lanes) {
-    const vec<S> d = zero_past(get<S>(x + i + j, lanes) * scale - centre, lanes);
-    if constexpr (Centre) first[0] += d;
-    second[0] += d * d;
+    sums.add(0, zero_past(get<S>(x + i + j, lanes) * scale - centre, lanes));
   });
-  const S sum = Centre ? reduce_add((first[0] + first[1]) + (first[2] + first[3])) : S(0);
-  return {sum, reduce_add((second[0] + second[1]) + (second[2] + second[3]))};
+  return sums.total();
 }
 
-// Two passes in one: the first elements' mean stands in for that of the chunk. Unless it is so far
-// away that the sum of squares loses more than a digit of two, one correction makes up for it;
-// else a second pass follows.
-template <class S, class P>
-static Moments centred_moments(const P* x, int64_t n, S scale, bool ahead) {
+// What the sums over n elements tell of their moments.
+struct Deviations {
+  Sums sums;
+  double centre;
+  int64_t n;
+
+  double correction() const { return sums.first * sums.first / double(n); }
+  // Else the centre is so far from the mean that the squares lose more than a digit of two.
+  bool precise() const { return correction() <= sums.second / 2; }
+  double mean() const { return centre + sums.first / double(n); }
+  Moments moments() const {
+    const double squares = sums.second - correction();
+    return {mean(), squares < 0 ? 0 : squares};
+  }
+};
+
+// The mean of the first of n elements value(i, lanes), which stands in for that of all.
+template <class S, class Value>
+FUSEDATTN_INLINE S mean_of_first(int64_t n, const Value& value) {
   const int64_t few = n < 4 * width<S> ? n : 4 * width<S>;
   vec<S> sum{};
-  for_vectors<S>(few, [&](int64_t i, auto lanes) { sum += get<S>(x + i, lanes) * scale; });
-  S centre = reduce_add(sum) / S(few);
-  Moments d = deviations<true>(x, n, scale, centre, ahead);
-  double correction = d.mean * d.mean / double(n);
-  if (!(correction <= d.squares / 2)) {
-    centre = S(double(centre) + d.mean / double(n));
-    d = deviations<true>(x, n, scale, centre, false);
-    correction = d.mean * d.mean / double(n);
-  }
-  const double squares = d.squares - correction;
-  return {double(centre) + d.mean / double(n), squares < 0 ? 0 : squares};
+  for_vectors<S>(few, [&](int64_t i, auto lanes) { sum += value(i, lanes); });
+  return reduce_add(sum) / S(few);
+}
+
+// Two passes in one, and another where the first elements do not tell enough of the rest.
+template <class S, class P>
+static Moments centred_moments(const P* x, int64_t n, S scale, bool ahead) {
+  const auto value = [&](int64_t i, auto lanes) { return get<S>(x + i, lanes) * scale; };
+  const S centre = mean_of_first<S>(n, value);
+  const Deviations d{deviations<true>(x, n, scale, centre, ahead), centre, n};
+  if (d.precise()) return d.moments();
+  const S mean = S(d.mean());
+  return Deviations{deviations<true>(x, n, scale, mean, false), mean, n}.moments();
 }
 
 #if defined(__AVX512BF16__)
 // Σ x, where there is a centre, and Σ x² by the dot product of pairs.
 template <bool Centre>
-FUSEDATTN_INLINE Moments plain_sums(const bf16* x, int64_t n, bool ahead) {
-  constexpr int w = width<float>, ways = 4;
-  vec<float> first[ways] = {}, second[ways] = {};
+FUSEDATTN_INLINE Sums plain_sums(const bf16* x, int64_t n, bool ahead) {
+  SumsInVectors<Centre, float> sums;
+  constexpr int w = width<float>, ways = sums.ways;
   int64_t i = 0;
   for (; i + 2 * ways * w <= n; i += 2 * ways * w) {
     if (ahead) [[unlikely]]
       fetch_ahead(x + i, 2 * ways * w);
 #pragma GCC unroll 4
     for (int k = 0; k < ways; ++k)
-      add_squares_and_sums<Centre>(x + i + 2 * k * w, second[k], first[k]);
+      add_squares_and_sums<Centre>(x + i + 2 * k * w, sums.second[k], sums.first[k]);
   }
-  for_vectors<float>(n - i, [&](int64_t j, auto lanes) {
-    const vec<float> d = get<float>(x + i + j, lanes);
-    if constexpr (Centre) first[0] += d;
-    second[0] += d * d;
-  });
-  return {Centre ? reduce_add((first[0] + first[1]) + (first[2] + first[3])) : 0.0f,
-          reduce_add((second[0] + second[1]) + (second[2] + second[3]))};
+  for_vectors<float>(n - i,
+                     [&](int64_t j, auto lanes) { sums.add(0, get<float>(x + i + j, lanes)); });
+  return sums.total();
 }
 #endif
 
@@ -92,7 +118,7 @@ static Moments moments_of(const P* x, int64_t n, S scale, bool centre, bool ahea
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<P, bf16>) {
     if (scale == S(1)) {
-      if (!centre) return plain_sums<false>(x, n, ahead);
+      if (!centre) return {0, plain_sums<false>(x, n, ahead).second};
       const auto [sum, squares] = plain_sums<true>(x, n, ahead);
       // At most five bits of 24 are lost; a result has eight.
       const double about_mean = squares - sum * sum / double(n);
@@ -101,7 +127,7 @@ static Moments moments_of(const P* x, int64_t n, S scale, bool centre, bool ahea
   }
 #endif
   if (centre) return centred_moments<S>(x, n, scale, ahead);
-  return {0, deviations<false>(x, n, scale, S(0), ahead).squares};
+  return {0, deviations<false>(x, n, scale, S(0), ahead).second};
 }
 
 struct RowStatistics {
@@ -170,6 +196,80 @@ struct NormForwardRows {
       write_row<S>(p.z, row, column, n, z);
       read_row<S>(p.z, row, column, n, z);
     }
+  }
+
+  // Whether `combine_next` serves: x + residual past the caches, in the dtypes that follow from
+  // theirs, and rows of which several stay close.
+  bool combines_next() const {
+    return large && p.residual && !dropout && division.width <= norm_chunk &&
+           p.z.dtype == dtype_of<P> && p.residual.dtype == dtype_of<P> &&
+           (p.options.centre || !p.bias);
+  }
+
+  // How many of a thread's last rows of out, which is read next, stay in the caches: the way to
+  // memory is too narrow for both results, the caches for one of them.
+  int64_t rows_with_room() const {
+    return cache_bytes(division.threads) / 8 / division.threads /
+           (division.width * int64_t(sizeof(T)));
+  }
+
+  // z = x + residual and its moments for the next row, out for this one, in one loop, so that
+  // memory is read and written all the time. To the same bits as one after the other.
+  template <bool Centre, bool Bias>
+  FUSEDATTN_MEMBER Moments combine_next(int64_t row, S mean, S rstd, bool out_past) const {
+    constexpr bool in_place = std::is_same_v<S, P>;  // else the moments are those of rounded z
+    constexpr int w = width<S>, ways = SumsInVectors<Centre, S>::ways;
+    const int64_t n = division.width, next = row + 1;
+    const T* const x = x_row(next, 0);
+    const P* const residual = static_cast<const P*>(p.residual.data) + next * p.residual.stride[0];
+    P* const past = static_cast<P*>(p.z.data) + next * p.z.stride[0];
+    P* const z = z_row(next, 0);
+    const P* const z_before = z_row(row, 0);
+    T* const out = static_cast<T*>(p.out.data) + row * p.out.stride[0];
+    const S* const scale = weight.data();
+    const S* const shift = bias.data();
+    const auto sum = [&](int64_t i, auto lanes) {
+      return get<S>(x + i, lanes) + get<S>(residual + i, lanes);
+    };
+    const auto scaled = [&](int64_t i, auto lanes) {
+      const vec<S> value = (get<S>(z_before + i, lanes) - mean) * rstd * get<S>(scale + i, lanes);
+      return Bias ? value + get<S>(shift + i, lanes) : value;
+    };
+    const bool stream_z = can_stream(past), stream_out = out_past && can_stream(out);
+    const S centre = Centre && in_place ? mean_of_first<S>(n, sum) : S(0);
+    SumsInVectors<Centre, S> sums;
+    int64_t i = 0;
+    for (; i + ways * w <= n; i += ways * w) {
+      for_lines(x + i, ways * w, p.x.stride[0], prefetch);
+      for_lines(residual + i, ways * w, p.residual.stride[0], prefetch);
+      if (!stream_out) for_lines(out + i, ways * w, p.out.stride[0], prefetch_to_write);
+#pragma GCC unroll 2
+      for (int k = 0; k < ways; k += 2) {
+        const int64_t j = i + k * w;
+        const vec<S> first = sum(j, Whole{}), second = sum(j + w, Whole{});
+        set_pair<S>(z + j, first, second);
+        stream_z ? stream_pair<S>(past + j, first, second) : set_pair<S>(past + j, first, second);
+        if constexpr (in_place) {
+          sums.add(k, first - centre);
+          sums.add(k + 1, second - centre);
+        }
+        const vec<S> a = scaled(j, Whole{}), b = scaled(j + w, Whole{});
+        stream_out ? stream_pair<S>(out + j, a, b) : set_pair<S>(out + j, a, b);
+      }
+    }
+    for_vectors<S>(n - i, [&](int64_t j, auto lanes) {
+      const vec<S> value = sum(i + j, lanes);
+      set<S>(z + i + j, value, lanes);
+      set<S>(past + i + j, value, lanes);
+      if constexpr (in_place) sums.add(0, zero_past(value - centre, lanes));
+      set<S>(out + i + j, scaled(i + j, lanes), lanes);
+    });
+    if constexpr (in_place && !Centre) return {0, sums.total().second};
+    if constexpr (in_place && Centre) {
+      const Deviations d{sums.total(), centre, n};
+      if (d.precise()) return d.moments();
+    }
+    return moments(next, 0, n, S(1));
   }
 
   Moments moments(int64_t row, int64_t column, int64_t n, S scale) const {
@@ -243,12 +343,27 @@ struct NormForwardRows {
     });
   }
 
+  void keep(int64_t row, const RowStatistics& s) const {
+    if (p.rstd) static_cast<S*>(p.rstd.data)[row] = S(s.rstd);
+    if (p.mean) static_cast<S*>(p.mean.data)[row] = S(s.mean);
+  }
+
+  // The second pass over a row with the first over the next.
+  void pass_on(int64_t row, Moments& moments, bool out_past) const {
+    const RowStatistics s = statistics(row, &moments);
+    keep(row, s);
+    const S mean = S(s.mean), rstd = S(s.rstd);
+    if (!p.options.centre)
+      moments = combine_next<false, false>(row, mean, rstd, out_past);
+    else if (bias.data())
+      moments = combine_next<true, true>(row, mean, rstd, out_past);
+    else
+      moments = combine_next<true, false>(row, mean, rstd, out_past);
+  }
+
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
     const RowStatistics s = statistics(row, chunks);
-    if (columns.begin == 0) {
-      if (p.rstd) static_cast<S*>(p.rstd.data)[row] = S(s.rstd);
-      if (p.mean) static_cast<S*>(p.mean.data)[row] = S(s.mean);
-    }
+    if (columns.begin == 0) keep(row, s);
     T* out = static_cast<T*>(p.out.data) + row * p.out.stride[0] + columns.begin;
     const int64_t n = columns.end - columns.begin;
     const P* z = source(row, columns.begin);
@@ -279,6 +394,17 @@ static void norm_forward_rows(const NormForwardRows<T, P>& f, const Share& share
   }
 }
 
+// The same where a row's second pass goes with the first over the next.
+template <class T, class P>
+static void norm_forward_combined(const NormForwardRows<T, P>& f, const Share& share,
+                                  Moments* moments) {
+  const int64_t last = share.rows.end - 1, first_kept = last - f.rows_with_room();
+  f.first_pass(share.rows.begin, share.columns, moments);
+  for (int64_t row = share.rows.begin; row < last; ++row)
+    f.pass_on(row, *moments, row < first_kept);
+  f.second_pass(last, share.columns, moments);
+}
+
 // One thread's columns of all rows; the threads wait for each other's sums.
 template <class T, class P>
 static void norm_forward_columns(const NormForwardRows<T, P>& f, const Share& share,
@@ -297,8 +423,8 @@ struct NormForwardShared {
   Parameter<S> weight, bias;
 
   FUSEDATTN_MEMBER NormForwardShared(const NormForward& p, const Division& d, Arena& arena)
-      // There is no case for a bias alone.
-      : weight(p.weight, p.options.weight_offset, bool(p.bias), d.width, arena),
+      // There is no case for a bias alone, nor for none with z.
+      : weight(p.weight, p.options.weight_offset, p.bias || p.z, d.width, arena),
         bias(p.bias, 0, false, d.width, arena) {}
 };
 
@@ -341,6 +467,8 @@ static bool norm_forward_of(const NormForward& p) {
                                      dropout, own.z,    large};
     if (division.split)
       norm_forward_columns(rows, division.share(thread), own.moments);
+    else if (rows.combines_next())
+      norm_forward_combined(rows, division.share(thread), own.moments);
     else
       norm_forward_rows(rows, division.share(thread), own.moments);
     if (large) drain();

@@ -27,12 +27,18 @@ FUSEDATTN_INLINE bool outgrows_caches(int threads, int64_t elements, const Tenso
   return bytes >= cache_bytes(threads) / 4 * quarters;
 }
 
+// fetch(p) for the lines of so many elements, `ahead` of where they are.
+template <class P, class Fetch>
+FUSEDATTN_INLINE void for_lines(const P* p, int elements, int64_t ahead, const Fetch& fetch) {
+  constexpr int line = 64;
+  const char* const first = reinterpret_cast<const char*>(p + ahead);
+  for (int i = 0; i < elements * int(sizeof(P)); i += line) fetch(first + i);
+}
+
 // Fetches what a row-wise loop reads a page later; the processor's own prefetch ends with the page.
 template <class P>
 FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements) {
-  constexpr int ahead = 5120, line = 64;
-  for (int i = 0; i < elements * int(sizeof(P)); i += line)
-    prefetch_once(reinterpret_cast<const char*>(p) + ahead + i);
+  for_lines(p, elements, 5120 / sizeof(P), [](const char* line) { prefetch_once(line); });
 }
 
 // Part `index` of `parts` of [0, count), in multiples of `grain`.
@@ -159,17 +165,21 @@ FUSEDATTN_INLINE void stream_pair(P* p, vec<S> x, vec<S> y) {
   stream(p + width<S>, parts[1]);
 }
 
+// Whether results from here on can go past the caches; with short vectors memory is not what one
+// waits for.
+FUSEDATTN_INLINE bool can_stream(const void* to) {
+  return vector_bytes >= 32 && reinterpret_cast<uintptr_t>(to) % vector_bytes == 0;
+}
+
 // value(i, lanes) past the caches, at to + i, for as many of n elements as can be; returns how
 // many.
 template <class S, class P, class Value>
 FUSEDATTN_INLINE int64_t stream_vectors(P* to, int64_t n, const Value& value) {
   constexpr int w = width<S>;
   int64_t i = 0;
-  if constexpr (vector_bytes >= 32) {  // with shorter ones memory is not what one waits for
-    if (reinterpret_cast<uintptr_t>(to) % vector_bytes) return i;
+  if (can_stream(to))
     for (; i + 2 * w <= n; i += 2 * w)
       stream_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
-  }
   return i;
 }
 

@@ -365,7 +365,7 @@ FUSEDATTN_INLINE void add_squares_and_sums(const bf16* p, vec<float>& squares, v
 }
 #endif
 
-// --- past the caches -----------------------------------------------------------------------------
+// --- ahead of the caches, and past them ----------------------------------------------------------
 
 // Asks for a line that is read once, so that it pushes out nothing that is read again.
 FUSEDATTN_INLINE void prefetch_once(const void* p) {
@@ -373,6 +373,24 @@ FUSEDATTN_INLINE void prefetch_once(const void* p) {
   asm volatile("prefetchnta (%0)" : : "r"(p));  // the builtin's would be dropped from some loops
 #else
   __builtin_prefetch(p, 0, 0);
+#endif
+}
+
+// Asks for a line that is soon read.
+FUSEDATTN_INLINE void prefetch(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht0 (%0)" : : "r"(p));
+#else
+  __builtin_prefetch(p);
+#endif
+}
+
+// Asks for a line that is soon overwritten.
+FUSEDATTN_INLINE void prefetch_to_write(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw (%0)" : : "r"(p));
+#else
+  __builtin_prefetch(p, 1);
 #endif
 }
 

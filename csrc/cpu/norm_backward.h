@@ -328,7 +328,7 @@ static bool norm_backward_of(const NormBackward& p) {
   const Division division(p.rows(), p.width());
   const int64_t width = division.width, copies = division.copies();
   const bool large =
-      outgrows_caches(division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual);
+      outgrows_caches(3, division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division), copies);
   Arena common = workspace.shared();

@@ -448,7 +448,7 @@ static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
-  const bool large = outgrows_caches(division.threads, p.work(), p.x, p.residual, p.out, p.z);
+  const bool large = outgrows_caches(3, division.threads, p.work(), p.x, p.residual, p.out, p.z);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();

@@ -50,7 +50,7 @@ static Sums deviations(const P* x, int64_t n, S scale, S centre, bool ahead) {
       for (int j = 0; j < 2; ++j) sums.add(k + j, d[j] * scale - centre);
     }
   }
-  for_vectors<S>(n - i, [&](int64_t j, auto lanes) {
+  for_vectors<S>(n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     sums.add(0, zero_past(get<S>(x + i + j, lanes) * scale - centre, lanes));
   });
   return sums.total();
@@ -77,7 +77,8 @@ template <class S, class Value>
 FUSEDATTN_INLINE S mean_of_first(int64_t n, const Value& value) {
   const int64_t few = n < 4 * width<S> ? n : 4 * width<S>;
   vec<S> sum{};
-  for_vectors<S>(few, [&](int64_t i, auto lanes) { sum += value(i, lanes); });
+  for_vectors<S>(
+      few, [&](int64_t i, auto lanes) __attribute__((always_inline)) { sum += value(i, lanes); });
   return reduce_add(sum) / S(few);
 }
 
@@ -228,10 +229,10 @@ struct NormForwardRows {
     T* const out = static_cast<T*>(p.out.data) + row * p.out.stride[0];
     const S* const scale = weight.data();
     const S* const shift = bias.data();
-    const auto sum = [&](int64_t i, auto lanes) {
+    const auto sum = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       return get<S>(x + i, lanes) + get<S>(residual + i, lanes);
     };
-    const auto scaled = [&](int64_t i, auto lanes) {
+    const auto scaled = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const vec<S> value = (get<S>(z_before + i, lanes) - mean) * rstd * get<S>(scale + i, lanes);
       return Bias ? value + get<S>(shift + i, lanes) : value;
     };
@@ -240,9 +241,9 @@ struct NormForwardRows {
     SumsInVectors<Centre, S> sums;
     int64_t i = 0;
     for (; i + ways * w <= n; i += ways * w) {
-      for_lines(x + i, ways * w, p.x.stride[0], prefetch);
-      for_lines(residual + i, ways * w, p.residual.stride[0], prefetch);
-      if (!stream_out) for_lines(out + i, ways * w, p.out.stride[0], prefetch_to_write);
+      fetch_ahead(x + i, ways * w, prefetch);
+      fetch_ahead(residual + i, ways * w, prefetch);
+      if (!stream_out) fetch_ahead(out + i, ways * w, prefetch_to_write);
 #pragma GCC unroll 2
       for (int k = 0; k < ways; k += 2) {
         const int64_t j = i + k * w;
@@ -257,7 +258,7 @@ struct NormForwardRows {
         stream_out ? stream_pair<S>(out + j, a, b) : set_pair<S>(out + j, a, b);
       }
     }
-    for_vectors<S>(n - i, [&](int64_t j, auto lanes) {
+    for_vectors<S>(n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       const vec<S> value = sum(i + j, lanes);
       set<S>(z + i + j, value, lanes);
       set<S>(past + i + j, value, lanes);

@@ -28,18 +28,20 @@ FUSEDATTN_INLINE bool outgrows_caches(int quarters, int threads, int64_t element
   return bytes >= cache_bytes(threads) / 4 * (count > 2 ? quarters : 8);
 }
 
-// fetch(p) for the lines of so many elements, `ahead` of where they are.
+// Fetches what a row-wise loop comes to a page later; the processor's own prefetch ends with the
+// page.
 template <class P, class Fetch>
-FUSEDATTN_INLINE void for_lines(const P* p, int elements, int64_t ahead, const Fetch& fetch) {
-  constexpr int line = 64;
-  const char* const first = reinterpret_cast<const char*>(p + ahead);
-  for (int i = 0; i < elements * int(sizeof(P)); i += line) fetch(first + i);
+FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements, const Fetch& fetch) {
+  constexpr int ahead = 5120, line = 64;
+#pragma GCC unroll 8
+  for (int i = 0; i < elements * int(sizeof(P)); i += line)
+    fetch(reinterpret_cast<const char*>(p) + ahead + i);
 }
 
-// Fetches what a row-wise loop reads a page later; the processor's own prefetch ends with the page.
+// The same for what is read once.
 template <class P>
 FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements) {
-  for_lines(p, elements, 5120 / sizeof(P), [](const char* line) { prefetch_once(line); });
+  fetch_ahead(p, elements, prefetch_once);
 }
 
 // Part `index` of `parts` of [0, count), in multiples of `grain`.

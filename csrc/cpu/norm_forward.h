@@ -145,7 +145,7 @@ struct NormForwardRows {
   const Parameter<S>& weight;
   const Parameter<S>& bias;
   const Dropout dropout;
-  P* const buffer;   // z where it is stored otherwise or past the caches: a row, or all if split
+  P* const buffer;   // z where it is stored otherwise or past the caches: two rows, or all if split
   const bool large;  // past the caches
 
   const T* x_row(int64_t row, int64_t column) const {

@@ -203,8 +203,7 @@ struct NormForwardRows {
   // theirs, and rows of which several stay close.
   bool combines_next() const {
     return large && p.residual && !dropout && division.width <= norm_chunk &&
-           p.z.dtype == dtype_of<P> && p.residual.dtype == dtype_of<P> &&
-           (p.options.centre || !p.bias);
+           p.z.dtype == dtype_of<P> && p.residual.dtype == dtype_of<P>;
   }
 
   // How many of a thread's last rows of out, which is read next, stay in the caches: the way to
@@ -216,10 +215,10 @@ struct NormForwardRows {
 
   // z = x + residual and its moments for the next row, out for this one, in one loop, so that
   // memory is read and written all the time. To the same bits as one after the other.
-  template <bool Centre, bool Bias>
+  template <bool Bias>
   FUSEDATTN_MEMBER Moments combine_next(int64_t row, S mean, S rstd, bool out_past) const {
     constexpr bool in_place = std::is_same_v<S, P>;  // else the moments are those of rounded z
-    constexpr int w = width<S>, ways = SumsInVectors<Centre, S>::ways;
+    constexpr int w = width<S>, ways = SumsInVectors<true, S>::ways;
     const int64_t n = division.width, next = row + 1;
     const T* const x = x_row(next, 0);
     const P* const residual = static_cast<const P*>(p.residual.data) + next * p.residual.stride[0];
@@ -237,8 +236,8 @@ struct NormForwardRows {
       return Bias ? value + get<S>(shift + i, lanes) : value;
     };
     const bool stream_z = can_stream(past), stream_out = out_past && can_stream(out);
-    const S centre = Centre && in_place ? mean_of_first<S>(n, sum) : S(0);
-    SumsInVectors<Centre, S> sums;
+    const S centre = in_place && p.options.centre ? mean_of_first<S>(n, sum) : S(0);
+    SumsInVectors<true, S> sums;
     int64_t i = 0;
     for (; i + ways * w <= n; i += ways * w) {
       fetch_ahead(x + i, ways * w, prefetch);
@@ -265,9 +264,9 @@ struct NormForwardRows {
       if constexpr (in_place) sums.add(0, zero_past(value - centre, lanes));
       set<S>(out + i + j, scaled(i + j, lanes), lanes);
     });
-    if constexpr (in_place && !Centre) return {0, sums.total().second};
-    if constexpr (in_place && Centre) {
+    if constexpr (in_place) {
       const Deviations d{sums.total(), centre, n};
+      if (!p.options.centre) return {0, d.sums.second};
       if (d.precise()) return d.moments();
     }
     return moments(next, 0, n, S(1));
@@ -354,12 +353,8 @@ struct NormForwardRows {
     const RowStatistics s = statistics(row, &moments);
     keep(row, s);
     const S mean = S(s.mean), rstd = S(s.rstd);
-    if (!p.options.centre)
-      moments = combine_next<false, false>(row, mean, rstd, out_past);
-    else if (bias.data())
-      moments = combine_next<true, true>(row, mean, rstd, out_past);
-    else
-      moments = combine_next<true, false>(row, mean, rstd, out_past);
+    moments = bias.data() ? combine_next<true>(row, mean, rstd, out_past)
+                          : combine_next<false>(row, mean, rstd, out_past);
   }
 
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
@@ -449,7 +444,8 @@ static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
-  const bool large = outgrows_caches(3, division.threads, p.work(), p.x, p.residual, p.out, p.z);
+  const bool large =
+      outgrows_caches(p.z ? 3 : 8, division.threads, p.work(), p.x, p.residual, p.out, p.z);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();

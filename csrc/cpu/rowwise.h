@@ -15,17 +15,16 @@ FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
   return elements < 24576 || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 
-// Whether a call's tensors, of so many elements each where present, outgrow the caches, or so many
-// quarters of them. Then what is read once is fetched ahead, without a place in them, and results
-// go past them: most would be gone before anybody reads them, and a line that is not fetched to be
+// Whether a call's tensors, of so many elements each where present, outgrow so many quarters of the
+// caches. Then what is read once is fetched ahead, without a place in them, and results go past
+// them: most would be gone before anybody reads them, and a line that is not fetched to be
 // overwritten spares a fourth to a third of all traffic. Where little else is done than reading and
 // writing that pays later, and with one input and one output at twice the caches.
 template <class... Tensors>
 FUSEDATTN_INLINE bool outgrows_caches(int quarters, int threads, int64_t elements,
                                       const Tensors&... tensors) {
   const int64_t bytes = (0 + ... + (tensors ? elements * bytes_of(tensors.dtype) : 0));
-  const int64_t count = (0 + ... + (tensors ? 1 : 0));
-  return bytes >= cache_bytes(threads) / 4 * (count > 2 ? quarters : 8);
+  return bytes >= cache_bytes(threads) / 4 * quarters;
 }
 
 // Fetches what a row-wise loop comes to a page later; the processor's own prefetch ends with the

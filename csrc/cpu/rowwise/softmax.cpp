@@ -97,7 +97,7 @@ struct ForwardRows {
   const Scores<T> scores{p};
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
                       p.x.stride[3] == 1;  // the scores are x as it lies
-  const bool large = outgrows_caches(4, threads_for_elements(p.work()), p.work(), p.x, p.out);
+  const bool large = outgrows_caches(8, threads_for_elements(p.work()), p.work(), p.x, p.out);
 
   // Columns that the row may see; what is masked in between is no less computed.
   int64_t visible(const Index& at) const {

@@ -52,8 +52,7 @@ class Decode {
     const size_t own = count.used() - shared;
     const Workspace workspace(shared, own, threads);
     S* const partials = workspace.shared().template take<S>(pairs * splits * partial);
-#pragma omp parallel num_threads(threads)
-    {
+    on_threads(threads, [&] {
       Arena arena = workspace.own(omp_get_thread_num());
       S* const q = arena.take<S>(rows * d);
       S* const s = arena.take<S>(2 * block);
@@ -63,7 +62,7 @@ class Decode {
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < pairs * rows; ++task)
         combine(task / rows, task % rows, partials + task / rows * splits * partial, partial);
-    }
+    });
   }
 
  private:

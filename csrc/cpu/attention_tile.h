@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "pack.h"
+#include "team.h"
 #include "workspace.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
@@ -98,11 +99,10 @@ struct Scores {
   }
 };
 
-// Threads worth waking: none for work that is over before they are.
 FUSEDATTN_INLINE int threads_for(const AttentionForward& f) {
   const double work =
       double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() * (f.head_dim() + f.head_dim_v());
-  return work < 1e5 || omp_in_parallel() ? 1 : omp_get_max_threads();
+  return threads_if(work >= 1e5);
 }
 
 // Whether each thread takes whole (batch, key head) pairs, packs them for itself and meets the

@@ -340,8 +340,7 @@ static bool norm_backward_of(const NormBackward& p) {
     Arena arena = workspace.own(thread);
     return Own(p, division, arena);
   };
-#pragma omp parallel num_threads(division.threads) if (division.threads > 1)
-  {
+  on_threads(division.threads, [&] {
     const int thread = omp_get_thread_num();
     const Share share = division.share(thread);
     Own own = own_of(division.split ? 0 : thread);
@@ -360,7 +359,7 @@ static bool norm_backward_of(const NormBackward& p) {
                          [&](int64_t t) { return own_of(t).columns.weight.total; });
     write_column_sums<S>(p.dbias, copies, columns,
                          [&](int64_t t) { return own_of(t).columns.bias.total; });
-  }
+  });
   return true;
 }
 

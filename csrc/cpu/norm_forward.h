@@ -455,8 +455,7 @@ static bool norm_forward_of(const NormForward& p) {
     shared.weight.convert({0, division.width});
     shared.bias.convert({0, division.width});
   }
-#pragma omp parallel num_threads(division.threads) if (division.threads > 1)
-  {
+  on_threads(division.threads, [&] {
     const int thread = omp_get_thread_num();
     Arena arena = workspace.own(division.split ? 0 : thread);
     const Own own(p, division, large, arena);
@@ -469,7 +468,7 @@ static bool norm_forward_of(const NormForward& p) {
     else
       norm_forward_rows(rows, division.share(thread), own.moments);
     if (large) drain();
-  }
+  });
   return true;
 }
 

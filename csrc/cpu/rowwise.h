@@ -1,18 +1,16 @@
 // What the row-wise ops share: whole vectors and tails in one loop body, and the division of work.
 #pragma once
 
-#include <omp.h>
-
 #include <type_traits>
 
 #include "cache.h"
+#include "team.h"
 #include "vec.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
-// Threads worth waking: none for work that is over before they are.
 FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
-  return elements < 24576 || omp_in_parallel() ? 1 : omp_get_max_threads();
+  return threads_if(elements >= 24576);
 }
 
 // Whether a call's tensors, of so many elements each where present, outgrow so many quarters of the

@@ -252,8 +252,7 @@ static bool rotate_all(const Rotary& f) {
   Arena count;
   Task(f, count);
   const Workspace workspace(0, count.used(), threads);
-#pragma omp parallel num_threads(threads)
-  {
+  on_threads(threads, [&] {
     const int own = omp_get_thread_num(), all = omp_get_num_threads();
     Arena arena = workspace.own(own);
     Task task(f, arena);
@@ -266,7 +265,7 @@ static bool rotate_all(const Rotary& f) {
       const int64_t i_end = i + rows < length ? i + rows : length;
       task.run(b, i, i_end, heads * part / parts, heads * (part + 1) / parts);
     }
-  }
+  });
   return true;
 }
 

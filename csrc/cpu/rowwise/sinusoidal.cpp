@@ -131,8 +131,7 @@ static bool sinusoidal(const Sinusoidal& f) {
   const Workspace workspace(table, own_bytes, threads);
   double* frequency = workspace.shared().take<double>(padded);
   fill_frequencies(frequency, f, pairs, padded);
-#pragma omp parallel num_threads(threads)
-  {
+  on_threads(threads, [&] {
     const int own = omp_get_thread_num(), all = omp_get_num_threads();
     S* encoding = workspace.own(own).take<S>(2 * padded);
     int64_t encoded = -1;
@@ -145,7 +144,7 @@ static bool sinusoidal(const Sinusoidal& f) {
       add_row(f.x.at<T>(b, i), f.x.stride[2], f.out.at<T>(b, i), f.out.stride[2], features,
               encoding, S(f.options.scale));
     }
-  }
+  });
   return true;
 }
 

@@ -364,8 +364,7 @@ void run_narrow(const Params& p, int threads) {
   const int64_t count = p.rows();
   const int64_t block = p.options.causal == SoftmaxCausal::none ? ceil_div(count, threads) : 16;
   const bool plain = rows.plain();
-#pragma omp parallel num_threads(threads)
-  {
+  on_threads(threads, [&] {
     alignas(64) typename Rows::S copy[2 * chunk];
 #pragma omp for schedule(static, 1)
     for (int64_t first = 0; first < count; first += block) {
@@ -376,7 +375,7 @@ void run_narrow(const Params& p, int threads) {
       }
     }
     drain();
-  }
+  });
 }
 
 // Rows of several chunks: a thread each, or, where rows are few, all threads on one after another.
@@ -390,8 +389,7 @@ void run_wide(const Params& p, int threads) {
   own_part.take<Piece>(chunks);
   // While some threads still combine one row, others write the parts of the next.
   const Workspace workspace(0, own_part.used(), larger(threads, 2));
-#pragma omp parallel num_threads(threads)
-  {
+  on_threads(threads, [&] {
     alignas(64) typename Rows::S copy[2 * chunk];
     const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t first = shared ? 0 : count * me / team;
@@ -410,7 +408,7 @@ void run_wide(const Params& p, int threads) {
       at.next(p);
     }
     drain();
-  }
+  });
 }
 
 template <class Rows, class Params>

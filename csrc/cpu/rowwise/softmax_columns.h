@@ -85,16 +85,18 @@ void for_blocks(const Params& p, const Columns& columns) {
   const int64_t rows = shape[2], outer = shape[0] * shape[1];
   const int64_t vectors = ceil_div(rows, w), blocks = ceil_div(vectors, n);
   const int threads = threads_for_elements(p.work());
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < outer * blocks; ++t) {
-    const int64_t b = t / blocks / shape[1], h = t / blocks % shape[1], v = t % blocks * n;
-    if ((v + n) * w <= rows) {
-      columns.template block<n>(b, h, v * w);
-    } else {
-      for (int64_t k = v; k < vectors; ++k)
-        columns.template block<1>(b, h, smaller(k * w, rows - w));
+  on_threads(threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < outer * blocks; ++t) {
+      const int64_t b = t / blocks / shape[1], h = t / blocks % shape[1], v = t % blocks * n;
+      if ((v + n) * w <= rows) {
+        columns.template block<n>(b, h, v * w);
+      } else {
+        for (int64_t k = v; k < vectors; ++k)
+          columns.template block<1>(b, h, smaller(k * w, rows - w));
+      }
     }
-  }
+  });
 }
 
 // --- forward -------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ inline void read(AttentionForward& params, py::handle q, py::handle k, py::handl
   params.options.deterministic = config[6].cast<bool>();
 }
 
-// A CPU's kernels are called without a stream: passing one costs more than its default.
 inline void bind_attention(py::module_& m, void (*forward)(const AttentionForward&, Stream),
                            void (*backward)(const AttentionBackward&, Stream)) {
   m.def(

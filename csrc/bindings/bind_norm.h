@@ -25,7 +25,9 @@ inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream
         const WithoutGil release;
         forward(params, stream);
       },
-      "Writes out and, where given, z, mean and rstd.");
+      py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("seed"),
+      py::arg("out"), py::arg("z"), py::arg("mean"), py::arg("rstd"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes out and, where given, z, mean and rstd.");
   m.def(
       "norm_backward",
       [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
@@ -38,6 +40,9 @@ inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream
         const WithoutGil release;
         backward(params, stream);
       },
+      py::arg("dout"), py::arg("dz"), py::arg("z"), py::arg("weight"), py::arg("mean"),
+      py::arg("rstd"), py::arg("seed"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"),
+      py::arg("dbias"), py::arg("config"), py::arg("stream") = Stream(0),
       "Writes dx and, where given, dresidual, dweight and dbias.");
 }
 

@@ -40,7 +40,9 @@ inline void bind_rotary(py::module_& m, void (*forward)(const Rotary&, Stream)) 
         const WithoutGil release;
         forward(params, stream);
       },
-      "Writes out and, where given, out2; out may be x.");
+      py::arg("x"), py::arg("x2"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
+      py::arg("offset"), py::arg("out"), py::arg("out2"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes out and, where given, out2; out may be x.");
 }
 
 }  // namespace fusedattn::bindings

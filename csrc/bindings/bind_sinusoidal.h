@@ -23,7 +23,8 @@ inline void bind_sinusoidal(py::module_& m, void (*forward)(const Sinusoidal&, S
         const WithoutGil release;
         forward(params, stream);
       },
-      "Writes out.");
+      py::arg("x"), py::arg("positions"), py::arg("offset"), py::arg("out"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes out.");
 }
 
 }  // namespace fusedattn::bindings

@@ -26,7 +26,8 @@ inline void bind_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, 
         const WithoutGil release;
         forward(params, stream);
       },
-      "Writes out.");
+      py::arg("x"), py::arg("mask"), py::arg("bias"), py::arg("out"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes out.");
   m.def(
       "softmax_backward",
       [backward](py::handle dout, py::handle out, py::handle dx, py::handle ds,
@@ -36,7 +37,8 @@ inline void bind_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, 
         const WithoutGil release;
         backward(params, stream);
       },
-      "Writes dx and ds, where given.");
+      py::arg("dout"), py::arg("out"), py::arg("dx"), py::arg("ds"), py::arg("config"),
+      py::arg("stream") = Stream(0), "Writes dx and ds, where given.");
 }
 
 }  // namespace fusedattn::bindings

@@ -1,4 +1,6 @@
 // Python's tensors as views, by DLPack's C exchange protocol; shared by every native module.
+//
+// A CPU's kernels are called without a stream: passing one costs more than its default.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -105,6 +105,16 @@ def register_flops() -> None:
                 mode.counter.flop_registry.setdefault(packet, counter.flop_registry[packet])
 
 
+def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """`function` for calls outside torch.func's transforms.
+
+    torch's own `apply` prepares for these on every call, which takes 2 µs; under one it raises,
+    and this one is wrong.
+    """
+    apply = torch._C._FunctionBase.__dict__["apply"]
+    return type(function.__name__, (function,), {"apply": apply, "__doc__": function.__doc__})
+
+
 # Looked up once: what follows runs on every call.
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -116,7 +126,10 @@ def plain(*tensors: Tensor | None) -> bool:
     """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway."""
     if _is_compiling() or _dispatch_modes() != 0 or _profiled():
         return False
-    for x in tensors:  # noqa: SIM110 (a generator takes twice as long)
-        if x is not None and (type(x) not in _PLAIN_TYPES or x.is_meta):
-            return False
+    try:
+        for x in tensors:  # a generator takes twice as long
+            if x is not None and (type(x) not in _PLAIN_TYPES or x.data_ptr() == 0):
+                return False
+    except RuntimeError:  # without storage: left behind by a transform of torch.func
+        return False
     return True

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import functional as reference
+from ._library import direct
 from .attention_config import AttentionCall, configure, validate, validate_extras
 from .attention_library import call_backward, call_forward, op
 
@@ -73,6 +74,9 @@ class AttentionFunction(torch.autograd.Function):
         )  # fmt: skip
         dq, dk, dv, dbias = grads
         return dq, dk, dv, None, dbias if bias_grad else None, None, None, None
+
+
+_Function = direct(AttentionFunction)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -217,7 +221,7 @@ def attention(
         # One tensor passed twice would break the graph under torch.compile.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is call.k else v
-        result = AttentionFunction.apply(q, k, v, mask, bias, kv_lengths, config, chosen)
+        result = _Function.apply(q, k, v, mask, bias, kv_lengths, config, chosen)
     else:
         result = call_forward(q, k, v, mask, bias, kv_lengths, config, chosen)
     return result if return_lse else result[0]

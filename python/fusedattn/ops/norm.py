@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import functional as reference
+from ._library import direct
 from .norm_config import (
     NormCall,
     NormConfig,
@@ -82,13 +83,16 @@ class NormFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x if z is None else z, weight, mean, rstd, seed)
         ctx.set_materialize_grads(False)
-        ctx.dims, ctx.config, ctx.backend = dims, config, backend
-        ctx.dtypes = Gradients(
+        _, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
+        # Without dropout x and a residual of its dtype have one gradient.
+        shared = for_residual and config.dropout_p == 0.0 and residual.dtype is x.dtype
+        wanted = Gradients(
             x.dtype,
-            None if residual is None else residual.dtype,
-            None if weight is None else weight.dtype,
-            None if bias is None else bias.dtype,
+            residual.dtype if for_residual and not shared else None,
+            weight.dtype if for_weight else None,
+            bias.dtype if for_bias else None,
         )
+        ctx.shared, ctx.options = shared, (dims, wanted, config, backend)
         return out if z is None else (out, z)
 
     @staticmethod
@@ -96,25 +100,19 @@ class NormFunction(torch.autograd.Function):
         if dout is None and dz is None:
             return (None,) * 9
         z, weight, mean, rstd, seed = ctx.saved_tensors
-        _, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
-        dtypes = ctx.dtypes
-        # Without dropout x and a residual of its dtype have one gradient.
-        shared = for_residual and ctx.config.dropout_p == 0.0 and dtypes.residual is dtypes.x
-        wanted = Gradients(
-            dtypes.x,
-            dtypes.residual if for_residual and not shared else None,
-            dtypes.weight if for_weight else None,
-            dtypes.bias if for_bias else None,
-        )
         differentiable = _grad_enabled() and not _is_compiling()
         backward = _NormBackward.apply if differentiable else call_backward
         dx, dresidual, dweight, dbias = backward(
-            dout, dz, z, weight, mean, rstd, seed, ctx.dims, wanted, ctx.config, ctx.backend
+            dout, dz, z, weight, mean, rstd, seed, *ctx.options
         )
-        shape = z.shape[z.dim() - ctx.dims :]
-        if ctx.dims > 1:
+        dims = ctx.options[0]
+        if dims > 1:
+            shape = z.shape[z.dim() - dims :]
             dweight, dbias = (None if y is None else y.view(shape) for y in (dweight, dbias))
-        return dx, dx if shared else dresidual, dweight, dbias, None, None, None, None, None
+        return dx, dx if ctx.shared else dresidual, dweight, dbias, None, None, None, None, None
+
+
+_Function = direct(NormFunction)
 
 
 class _NormBackward(torch.autograd.Function):
@@ -218,7 +216,7 @@ def normalise(
         out, z = _formula(x, residual, weight, bias, seed, dims, z_dtype, config)
     elif _grad_enabled() and _requires_grad(x, residual, weight, bias):
         bias = bias.view_as(bias) if bias is not None and bias is weight else bias
-        found = NormFunction.apply(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
+        found = _Function.apply(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
         out, z = (found, None) if z_dtype is None else found
     else:
         out, z, _, _ = call_forward(

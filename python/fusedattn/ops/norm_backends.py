@@ -31,11 +31,19 @@ from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, t
 from ._registry import Backend, Refusal
 from .norm_config import NormCall, NormConfig
 
-# --- cpu and cuda: csrc/cpu/rowwise/norm.cpp, csrc/cuda/norm.cu ----------------------------------
+# --- cpu: csrc/cpu/rowwise/norm.cpp --------------------------------------------------------------
 
 
 def _cpu_refuses(call: NormCall, requested: bool) -> Refusal | None:
     return cpu_refuses(call.x, "x")
+
+
+def _cpu_kernels() -> Any:
+    native = _native.cpu
+    return SimpleNamespace(forward=native.norm_forward, backward=native.norm_backward)
+
+
+# --- cuda: csrc/cuda/norm.cu ---------------------------------------------------------------------
 
 
 def _float64_refused(call: NormCall) -> Refusal | None:
@@ -53,7 +61,7 @@ def _emulated_refuses(call: NormCall, requested: bool) -> Refusal | None:
     return emulated_refuses(call.x, requested) or _float64_refused(call)
 
 
-def _native_kernels(native: Any) -> Any:
+def _cuda_kernels(native: Any) -> Any:
     def forward(x, residual, weight, bias, seed, out, z, mean, rstd, config):
         native.norm_forward(
             x, residual, weight, bias, seed, out, z, mean, rstd, config, stream_of(x)
@@ -131,9 +139,9 @@ def _options(config: NormConfig) -> dict[str, Any]:
 
 
 BACKENDS = (
-    Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
-    Backend("cuda", _cuda_refuses, lambda: _native_kernels(_native.cuda)),
+    Backend("cpu", _cpu_refuses, _cpu_kernels),
+    Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
     Backend("triton", _triton_refuses, _triton_kernels),
-    Backend("cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),
     Backend("reference", _reference_refuses, _reference_kernels),
 )

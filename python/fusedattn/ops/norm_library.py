@@ -8,7 +8,7 @@ through `torch.ops.fusedattn`. Every dtype pair is native, so there is no autoca
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,15 +63,15 @@ def _empty_gradients(
     z: Tensor, width: int, dtypes: Gradients
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight and dbias; all but dx only where they have a dtype."""
-
-    def rows(dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(z, dtype=dtype, memory_format=_contiguous)
-
-    def columns(dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else z.new_empty(width, dtype=dtype)
-
-    dresidual = None if dtypes.residual is None else rows(dtypes.residual)
-    return rows(dtypes.x), dresidual, columns(dtypes.weight), columns(dtypes.bias)
+    dx = torch.empty_like(z, dtype=dtypes.x, memory_format=_contiguous)
+    dresidual = dweight = dbias = None
+    if dtypes.residual is not None:
+        dresidual = torch.empty_like(z, dtype=dtypes.residual, memory_format=_contiguous)
+    if dtypes.weight is not None:
+        dweight = z.new_empty(width, dtype=dtypes.weight)
+    if dtypes.bias is not None:
+        dbias = z.new_empty(width, dtype=dtypes.bias)
+    return dx, dresidual, dweight, dbias
 
 
 def _present(like: Tensor, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -82,17 +82,21 @@ def _present(like: Tensor, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, 
 # --- what runs -----------------------------------------------------------------------------------
 
 
-def _matrix(x: Tensor, rows: int, width: int) -> Tensor:
-    """x as (rows, width) with unit column stride; copied only where its strides allow no view."""
-    if x.dim() != 2 or x.shape[1] != width:
-        x = x.reshape(rows, width)
-    return x if x.stride(1) == 1 else x.contiguous()
+def _matrices(rows: int, width: int, dims: int, *tensors: Tensor | None) -> list[Any]:
+    """As (rows, width) with unit column stride; copied only where their strides allow no view."""
+    found = []
+    for x in tensors:
+        if x is not None:
+            if dims != 1 or x.dim() != 2:
+                x = x.reshape(rows, width)
+            if not x.is_contiguous() and x.stride(1) != 1:
+                x = x.contiguous()
+        found.append(x)
+    return found
 
 
-def _vector(x: Tensor, width: int) -> Tensor:
-    if x.dim() != 1:
-        x = x.reshape(width)
-    return x if x.stride(0) == 1 else x.contiguous()
+def _vector(x: Tensor | None) -> Tensor | None:
+    return x if x is None or (x.dim() == 1 and x.is_contiguous()) else x.reshape(-1).contiguous()
 
 
 def _run_forward(
@@ -106,17 +110,9 @@ def _run_forward(
                 statistic.zero_()
         return outputs
     op = layer_norm_op if config.centre else rms_norm_op
+    x, residual, out, z = _matrices(rows, width, dims, x, residual, out, z)
     op.kernels(backend).forward(
-        _matrix(x, rows, width),
-        None if residual is None else _matrix(residual, rows, width),
-        None if weight is None else _vector(weight, width),
-        None if bias is None else _vector(bias, width),
-        seed,
-        _matrix(out, rows, width),
-        None if z is None else _matrix(z, rows, width),
-        mean,
-        rstd,
-        config,
+        x, residual, _vector(weight), _vector(bias), seed, out, z, mean, rstd, config
     )
     return outputs
 
@@ -130,19 +126,9 @@ def _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, b
                 x.zero_()
         return grads
     op = layer_norm_op if config.centre else rms_norm_op
+    dout, dz, z, dx, dresidual = _matrices(rows, width, dims, dout, dz, z, dx, dresidual)
     op.kernels(backend).backward(
-        None if dout is None else _matrix(dout, rows, width),
-        None if dz is None else _matrix(dz, rows, width),
-        _matrix(z, rows, width),
-        None if weight is None else _vector(weight, width),
-        mean,
-        rstd,
-        seed,
-        _matrix(dx, rows, width),
-        None if dresidual is None else _matrix(dresidual, rows, width),
-        dweight,
-        dbias,
-        config,
+        dout, dz, z, _vector(weight), mean, rstd, seed, dx, dresidual, dweight, dbias, config
     )
     return grads
 

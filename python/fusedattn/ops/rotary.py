@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._library import direct
 from .rotary_config import RotaryConfig, prepare
 from .rotary_library import call, call_in_place, formula, op
 
@@ -94,6 +95,8 @@ class RotaryInPlaceFunction(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
+_Function, _InPlaceFunction = direct(RotaryFunction), direct(RotaryInPlaceFunction)
+
 # --- public functions ----------------------------------------------------------------------------
 
 
@@ -112,7 +115,7 @@ def _apply(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, 
         if x.requires_grad or (x2 is not None and x2.requires_grad):
             # One tensor passed twice would break the graph under torch.compile.
             xs = (x, x.view_as(x)) if x2 is x else xs
-            return RotaryFunction.apply(cos, sin, positions, start, config, backend, *xs)
+            return _Function.apply(cos, sin, positions, start, config, backend, *xs)
     return call(xs, cos, sin, positions, start, config, backend)
 
 
@@ -143,7 +146,7 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
     elif recorded:
         # A Function that changes a view may return one tensor only.
         arguments = (cos, sin, positions, start, config, backend)
-        return tuple(RotaryInPlaceFunction.apply(y, *arguments) for y in xs)
+        return tuple(_InPlaceFunction.apply(y, *arguments) for y in xs)
     else:
         call_in_place(x, x2, cos, sin, positions, start, config, backend)
     return xs

@@ -28,8 +28,7 @@ def _native_kernels(module: Any) -> Any:
 
 
 def _cpu_kernels() -> Any:
-    rotate = _native.cpu.rotary_forward
-    return SimpleNamespace(forward=lambda *args: rotate(*args, 0))
+    return SimpleNamespace(forward=_native.cpu.rotary_forward)
 
 
 def _triton_kernels() -> Any:

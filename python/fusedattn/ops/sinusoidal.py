@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
-from ._library import define, plain
+from ._library import define, direct, plain
 from ._registry import Backend, Op
 from .rotary_config import INDICES, validate_input
 
@@ -104,8 +104,7 @@ def _native_kernels(module: Any) -> Any:
 
 
 def _cpu_kernels() -> Any:
-    add = _native.cpu.sinusoidal_forward
-    return SimpleNamespace(forward=lambda *args: add(*args, 0))
+    return SimpleNamespace(forward=_native.cpu.sinusoidal_forward)
 
 
 def _triton_kernels() -> Any:
@@ -208,6 +207,8 @@ class SinusoidalFunction(torch.autograd.Function):
         return dout if ctx.scale == 1.0 else ctx.scale * dout, None, None, None, None
 
 
+_Function = direct(SinusoidalFunction)
+
 # --- public function -----------------------------------------------------------------------------
 
 
@@ -246,5 +247,5 @@ def add_sinusoidal(
         # vmap, torch.func and forward mode batch and differentiate the formula itself.
         return _formula(_as_rows(x), *checked[1:]).view(x.shape)
     if x.requires_grad and torch.is_grad_enabled():
-        return SinusoidalFunction.apply(*checked, chosen)
+        return _Function.apply(*checked, chosen)
     return call(*checked, chosen)

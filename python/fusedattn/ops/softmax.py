@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import functional as reference
-from ._library import define, plain
+from ._library import define, direct, plain
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
 from .softmax_config import HALVES, SoftmaxConfig, prepare
@@ -159,6 +159,9 @@ class SoftmaxFunction(torch.autograd.Function):
         return dx if x_grad else None, None, dbias if bias_grad else None, None, None, None
 
 
+_Function = direct(SoftmaxFunction)
+
+
 class _SoftmaxBackward(torch.autograd.Function):
     """The backward as a differentiable function; its own gradient is that of the formula.
 
@@ -250,5 +253,5 @@ def softmax(
         # vmap, torch.func and forward mode batch and differentiate the formula itself.
         return _formula(x, mask, bias, dim, config)
     if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
-        return SoftmaxFunction.apply(x, mask, bias, dim, config, chosen)
+        return _Function.apply(x, mask, bias, dim, config, chosen)
     return call_forward(x, mask, bias, dim, config, chosen)

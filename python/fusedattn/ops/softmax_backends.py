@@ -81,15 +81,10 @@ def _emulated_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
 
 
 def _cpu_kernels() -> Any:
-    forward_rows, backward_rows = _native.cpu.softmax_forward, _native.cpu.softmax_backward
-
-    def forward(x, mask, bias, out, config):
-        forward_rows(x, mask, bias, out, config, 0)
-
-    def backward(dout, out, dx, ds, config):
-        backward_rows(dout, out, dx, ds, config, 0)
-
-    return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
+    native = _native.cpu
+    return SimpleNamespace(
+        forward=native.softmax_forward, backward=native.softmax_backward, any_rank=True
+    )
 
 
 def _cuda_kernels(native: Any) -> Any:

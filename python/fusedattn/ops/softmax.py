@@ -26,6 +26,8 @@ op = Op("softmax", BACKENDS)
 
 # Looked up once: what follows runs on every call.
 _transforms = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 
 
 def _formula(x, mask, bias, dim, config) -> Tensor:
@@ -55,7 +57,6 @@ def _run_forward(x, mask, bias, dim, config, backend) -> Tensor:
 
 
 def _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
-    """dx where `x_grad`, and the bias's gradient where there is a `bias_shape`; else None."""
     dx = torch.empty_like(out) if x_grad else None
     dbias = ds = None
     if bias_shape is not None:
@@ -87,7 +88,7 @@ def _forward(x: Tensor, mask: Tensor | None, bias: Tensor | None, backend: str, 
 
 def _backward(dout: Tensor, out: Tensor, bias_shape: Any, bias_dtype: Any, x_grad: bool,
               backend: str, dim: int, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `_run_backward`; a library op returns an empty tensor for an unwanted gradient."""
+    """As `call_backward`; a library op returns an empty tensor for an unwanted gradient."""
     dx, dbias = _run_backward(
         dout, out, bias_shape, bias_dtype, x_grad, dim, SoftmaxConfig(*options), backend
     )
@@ -125,9 +126,11 @@ def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
 
 
 def call_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
+    """dx where `x_grad`, and the bias's gradient where there is a `bias_shape`; else None."""
     if plain(dout, out):
         return _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend)
-    return softmax_bwd(dout, out, bias_shape, bias_dtype, x_grad, backend, dim, *config)
+    dx, dbias = softmax_bwd(dout, out, bias_shape, bias_dtype, x_grad, backend, dim, *config)
+    return dx if x_grad else None, None if bias_shape is None else dbias
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -144,19 +147,18 @@ class SoftmaxFunction(torch.autograd.Function):
     def forward(ctx: Any, x, mask, bias, dim, config, backend):
         out = call_forward(x, mask, bias, dim, config, backend)
         ctx.save_for_backward(out)
-        ctx.bias = (None, None) if bias is None else (bias.shape, bias.dtype)
-        ctx.dim, ctx.config, ctx.backend = dim, config, backend
+        x_grad, _, bias_grad = ctx.needs_input_grad[:3]
+        of_bias = (bias.shape, bias.dtype) if bias_grad else (None, None)
+        ctx.options = (*of_bias, x_grad, dim, config, backend)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout):
         (out,) = ctx.saved_tensors
-        x_grad, _, bias_grad, *_ = ctx.needs_input_grad
-        shape, dtype = ctx.bias if bias_grad else (None, None)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        differentiable = _grad_enabled() and not _is_compiling()
         backward = _SoftmaxBackward.apply if differentiable else call_backward
-        dx, dbias = backward(dout, out, shape, dtype, x_grad, ctx.dim, ctx.config, ctx.backend)
-        return dx if x_grad else None, None, dbias if bias_grad else None, None, None, None
+        dx, dbias = backward(dout, out, *ctx.options)
+        return dx, None, dbias, None, None, None
 
 
 _Function = direct(SoftmaxFunction)

@@ -41,7 +41,7 @@ class Plan:
     rowwise_cases: Sequence[rowwise.Case] = ()
     parts: tuple[str, ...] = PARTS
     seed: int = 0
-    seconds: float = 110.0
+    seconds: float = 100.0
     rowwise_seconds: float = 40.0
     limit_seconds: float = 4.0
     limit_scale: float = 1.0
@@ -76,7 +76,7 @@ def make_plan(
         size=size if full or not on_gpu else replace(size, seconds=GPU_MODEL_SECONDS),
         parts=(only,) if only else PARTS,
         seed=seed,
-        seconds=3600.0 if full else GPU_SECONDS if on_gpu else 110.0,
+        seconds=3600.0 if full else GPU_SECONDS if on_gpu else 100.0,
         rowwise_seconds=1200.0 if full else GPU_ROWWISE_SECONDS if on_gpu else 40.0,
     )
 

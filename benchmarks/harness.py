@@ -225,11 +225,21 @@ class Contestant:
             with probe:
                 self.run(clock)
             self.peak_bytes = self.peak_bytes if self.version.owns_arena else probe.peak_bytes
-            self.seconds = self.run(clock)
+            self.seconds = self.run_on_kept_pages(clock)
         if self.seconds < share:
             self.seconds = min(self.seconds, self.run(clock))
         else:
             self.samples.append(self.seconds)
+
+    def run_on_kept_pages(self, clock: CpuClock | CudaClock) -> float:
+        """As `run`; on a CPU again where the memory allocator had to grow."""
+        seconds = 0.0
+        for _ in range(MOST_TRIES if isinstance(clock, CpuClock) else 1):
+            pages = _fresh_pages()
+            seconds = self.run(clock)
+            if _fresh_pages() - pages < MANY_PAGES:
+                break
+        return seconds
 
     @property
     def calls_per_turn(self) -> int:

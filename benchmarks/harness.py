@@ -40,7 +40,7 @@ TURN_SECONDS = 10e-3
 SETTLE_SECONDS = 20e-3
 SHORT_TURN_SECONDS = 50e-3
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
-MOST_TRIES = 3
+MOST_TRIES = 6
 MANY_PAGES = 256
 FRESH_SECONDS = 2.0  # up to here a first call on fresh pages tells nothing of the calls after it
 

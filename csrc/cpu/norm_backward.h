@@ -74,6 +74,7 @@ struct NormBackwardRows {
   const T* const no_dout;           // a row of zeros in place of an absent dout
   Z *const z_rows, *const dz_rows;  // z and dz as S, if they are stored otherwise
   const bool large;                 // past the caches
+  const int64_t on;                 // how many rows later a second pass fetches; 0: none
 
   const T* dout_row(int64_t row, int64_t column) const {
     if (!p.dout) return no_dout + column;
@@ -196,12 +197,20 @@ struct NormBackwardRows {
     const Normalise of(p, row);
     const S slope = S(-double(of.rstd) * mean_gn);
     const S constant = S(-mean_g);
-    write_vectors<S>(total, n, streamed, [&](int64_t i, auto lanes) {
+    const auto value = [&](int64_t i, auto lanes) {
       // Rounded as in the first pass: where a row has one element the difference is 0.
       const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
       vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
       if constexpr (Dz) value += get<S>(dz + i, lanes);
       return value;
+    };
+    if (!on) return write_vectors<S>(total, n, streamed, value);
+    const int64_t dout_on = on * p.dout.stride[0], z_on = z_rows ? 0 : on * p.z.stride[0];
+    const int64_t dz_on = dz_rows ? 0 : on * p.dz.stride[0];
+    write_vectors<S>(total, n, streamed, value, [&](int64_t i, int count) {
+      fetch_lines(dout + dout_on + i, count, prefetch);
+      fetch_lines(z + z_on + i, count, prefetch);
+      if constexpr (Dz) fetch_lines(dz + dz_on + i, count, prefetch);
     });
   }
 
@@ -327,8 +336,11 @@ static bool norm_backward_of(const NormBackward& p) {
   typedef NormBackwardOwn<T, Z> Own;
   const Division division(p.rows(), p.width());
   const int64_t width = division.width, copies = division.copies();
-  const bool large =
-      outgrows_caches(3, division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual);
+  const auto outgrow = [&](int quarters) {
+    return outgrows_caches(quarters, division.threads, p.work(), p.dout, p.dz, p.z, p.dx,
+                           p.dresidual);
+  };
+  const bool large = outgrow(3);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division), copies);
   Arena common = workspace.shared();
@@ -340,12 +352,14 @@ static bool norm_backward_of(const NormBackward& p) {
     Arena arena = workspace.own(thread);
     return Own(p, division, arena);
   };
+  const int64_t on =
+      rows_on(outgrow(1) && !division.split, division.rows, width * int64_t(sizeof(T)));
   on_threads(division.threads, [&] {
     const int thread = omp_get_thread_num();
     const Share share = division.share(thread);
     Own own = own_of(division.split ? 0 : thread);
     const NormBackwardRows<T, Z> rows{p,     division, shared.weight, dropout, shared.no_dout,
-                                      own.z, own.dz,   large};
+                                      own.z, own.dz,   large,         on};
     own.columns.clear(share.columns);
     if (division.split)
       norm_backward_columns(rows, share, own.sums, own.columns);

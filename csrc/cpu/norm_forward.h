@@ -147,6 +147,7 @@ struct NormForwardRows {
   const Dropout dropout;
   P* const buffer;   // z where it is stored otherwise or past the caches: two rows, or all if split
   const bool large;  // past the caches
+  const int64_t on;  // how many rows later a second pass fetches; 0: none
 
   const T* x_row(int64_t row, int64_t column) const {
     return static_cast<const T*>(p.x.data) + row * p.x.stride[0] + column;
@@ -332,15 +333,16 @@ struct NormForwardRows {
 
   // out = (z − mean) · rstd · weight + bias; the difference first, so that a row of equal elements
   // gives the bias itself.
-  template <bool Weight, bool Bias>
+  template <bool Weight, bool Bias, class Fetch>
   FUSEDATTN_MEMBER void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
-                                        const S* weight, const S* bias) const {
-    write_vectors<S>(out, n, large, [&](int64_t i, auto lanes) {
+                                        const S* weight, const S* bias, const Fetch& fetch) const {
+    const auto value = [&](int64_t i, auto lanes) {
       vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
       if constexpr (Weight) value *= get<S>(weight + i, lanes);
       if constexpr (Bias) value += get<S>(bias + i, lanes);
       return value;
-    });
+    };
+    write_vectors<S>(out, n, large, value, fetch);
   }
 
   void keep(int64_t row, const RowStatistics& s) const {
@@ -366,12 +368,24 @@ struct NormForwardRows {
     const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
     const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
     const S mean = S(s.mean), rstd = S(s.rstd);
-    if (w && b)
-      scale_and_shift<true, true>(z, out, n, mean, rstd, w, b);
-    else if (w)
-      scale_and_shift<true, false>(z, out, n, mean, rstd, w, b);
-    else
-      scale_and_shift<false, false>(z, out, n, mean, rstd, w, b);
+    const auto pass = [&](const auto& fetch) __attribute__((always_inline)) {
+      if (w && b)
+        scale_and_shift<true, true>(z, out, n, mean, rstd, w, b, fetch);
+      else if (w)
+        scale_and_shift<true, false>(z, out, n, mean, rstd, w, b, fetch);
+      else
+        scale_and_shift<false, false>(z, out, n, mean, rstd, w, b, fetch);
+    };
+    if (!on) return pass(FetchNothing{});
+    const T* x = x_row(row + on, columns.begin);
+    if (!p.residual || p.residual.dtype != dtype_of<P>)
+      return pass([=](int64_t i, int count) { fetch_lines(x + i, count, prefetch); });
+    const P* residual =
+        static_cast<const P*>(p.residual.data) + (row + on) * p.residual.stride[0] + columns.begin;
+    pass([=](int64_t i, int count) {
+      fetch_lines(x + i, count, prefetch);
+      fetch_lines(residual + i, count, prefetch);
+    });
   }
 };
 
@@ -444,8 +458,10 @@ static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
-  const bool large =
-      outgrows_caches(p.z ? 3 : 8, division.threads, p.work(), p.x, p.residual, p.out, p.z);
+  const auto outgrow = [&](int quarters) {
+    return outgrows_caches(quarters, division.threads, p.work(), p.x, p.residual, p.out, p.z);
+  };
+  const bool large = outgrow(p.z ? 3 : 8);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();
@@ -455,12 +471,14 @@ static bool norm_forward_of(const NormForward& p) {
     shared.weight.convert({0, division.width});
     shared.bias.convert({0, division.width});
   }
+  const int64_t on =
+      rows_on(outgrow(1) && !division.split, division.rows, division.width * int64_t(sizeof(T)));
   on_threads(division.threads, [&] {
     const int thread = omp_get_thread_num();
     Arena arena = workspace.own(division.split ? 0 : thread);
     const Own own(p, division, large, arena);
     const NormForwardRows<T, P> rows{p,       division, shared.weight, shared.bias,
-                                     dropout, own.z,    large};
+                                     dropout, own.z,    large,         on};
     if (division.split)
       norm_forward_columns(rows, division.share(thread), own.moments);
     else if (rows.combines_next())

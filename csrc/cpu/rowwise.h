@@ -25,20 +25,37 @@ FUSEDATTN_INLINE bool outgrows_caches(int quarters, int threads, int64_t element
   return bytes >= cache_bytes(threads) / 4 * quarters;
 }
 
+// Fetches the lines of so many elements.
+template <class P, class Fetch>
+FUSEDATTN_INLINE void fetch_lines(const P* p, int elements, const Fetch& fetch) {
+  constexpr int line = 64;
+#pragma GCC unroll 8
+  for (int i = 0; i < elements * int(sizeof(P)); i += line)
+    fetch(reinterpret_cast<const char*>(p) + i);
+}
+
 // Fetches what a row-wise loop comes to a page later; the processor's own prefetch ends with the
 // page.
 template <class P, class Fetch>
 FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements, const Fetch& fetch) {
-  constexpr int ahead = 5120, line = 64;
-#pragma GCC unroll 8
-  for (int i = 0; i < elements * int(sizeof(P)); i += line)
-    fetch(reinterpret_cast<const char*>(p) + ahead + i);
+  constexpr int ahead = 5120;
+  fetch_lines(reinterpret_cast<const char*>(p) + ahead, elements * int(sizeof(P)), fetch);
 }
 
 // The same for what is read once.
 template <class P>
 FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements) {
   fetch_ahead(p, elements, prefetch_once);
+}
+
+// How many rows later the row is that a pass fetches which finds its own in the nearest cache, so
+// that memory does not stand idle meanwhile: two, more where those do not fill a page, one where
+// they would push out the row at hand; 0 is none. `far`: the call's tensors are no less than a
+// quarter of the caches; what is smaller is mostly near, and asking for it costs up to a tenth.
+FUSEDATTN_INLINE int64_t rows_on(bool far, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t page = 4096;
+  const int64_t on = 2 * row_bytes < page ? page / row_bytes : row_bytes > 4 * page ? 1 : 2;
+  return far && on < rows ? on : 0;
 }
 
 // Part `index` of `parts` of [0, count), in multiples of `grain`.
@@ -171,15 +188,23 @@ FUSEDATTN_INLINE bool can_stream(const void* to) {
   return vector_bytes >= 32 && reinterpret_cast<uintptr_t>(to) % vector_bytes == 0;
 }
 
+struct FetchNothing {
+  FUSEDATTN_MEMBER void operator()(int64_t, int) const {}
+};
+
 // value(i, lanes) past the caches, at to + i, for as many of n elements as can be; returns how
-// many.
-template <class S, class P, class Value>
-FUSEDATTN_INLINE int64_t stream_vectors(P* to, int64_t n, const Value& value) {
+// many. fetch(i, count) goes before each `count` of them.
+template <class S, class P, class Value, class Fetch = FetchNothing>
+FUSEDATTN_INLINE int64_t stream_vectors(P* to, int64_t n, const Value& value,
+                                        const Fetch& fetch = {}) {
   constexpr int w = width<S>;
   int64_t i = 0;
-  if (can_stream(to))
-    for (; i + 2 * w <= n; i += 2 * w)
+  if (can_stream(to)) {
+    for (; i + 2 * w <= n; i += 2 * w) {
+      fetch(i, 2 * w);
       stream_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+    }
+  }
   return i;
 }
 
@@ -194,12 +219,16 @@ FUSEDATTN_INLINE void stream_copy(P* to, const P* from, int64_t n) {
   memcpy(static_cast<void*>(to + i), from + i, (n - i) * sizeof(P));
 }
 
-// value(i, lanes) for the vectors of n elements, rounded to P at to + i.
-template <class S, class P, class Value>
-FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, bool streamed, const Value& value) {
+// value(i, lanes) for the vectors of n elements, rounded to P at to + i; fetch as there.
+template <class S, class P, class Value, class Fetch = FetchNothing>
+FUSEDATTN_INLINE void write_vectors(P* to, int64_t n, bool streamed, const Value& value,
+                                    const Fetch& fetch = {}) {
   constexpr int w = width<S>;
-  int64_t i = streamed ? stream_vectors<S>(to, n, value) : 0;
-  for (; i + 2 * w <= n; i += 2 * w) set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+  int64_t i = streamed ? stream_vectors<S>(to, n, value, fetch) : 0;
+  for (; i + 2 * w <= n; i += 2 * w) {
+    fetch(i, 2 * w);
+    set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+  }
   for_vectors<S>(n - i,
                  [&](int64_t j, auto lanes) { set<S>(to + i + j, value(i + j, lanes), lanes); });
 }

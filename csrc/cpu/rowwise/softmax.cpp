@@ -44,13 +44,16 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
 }
 
-// e = 2^(factor · (x − origin)), with room for whole vectors; returns their sum.
-template <int Degree, class T>
+// e = 2^(factor · (x − origin)), with room for whole vectors; returns their sum. Fetches the
+// row at `next`.
+template <int Degree, class T, class Next = T>
 FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, compute_t<T> origin,
-                                           compute_t<T> factor, compute_t<T>* e) {
+                                           compute_t<T> factor, compute_t<T>* e,
+                                           const Next* next = nullptr) {
   typedef compute_t<T> S;
   vec<S> sums[unroll] = {};
   for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    if (v == 0 && next) fetch_lines(next + j, unroll * width<S>, prefetch);
     const vec<S> y = exp2<Degree>((load_some(x + j, left, -infinity<S>) - origin) * factor);
     store(e + j, y);
     sums[v] += y;
@@ -97,7 +100,13 @@ struct ForwardRows {
   const Scores<T> scores{p};
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
                       p.x.stride[3] == 1;  // the scores are x as it lies
-  const bool large = outgrows_caches(8, threads_for_elements(p.work()), p.work(), p.x, p.out);
+  const bool large = outgrows(8);
+  const int64_t on = p.x.stride[2] * rows_on(outgrows(1) && p.x.stride[3] == 1, p.rows(),
+                                             p.width() * int64_t(sizeof(T)));
+
+  bool outgrows(int quarters) const {
+    return outgrows_caches(quarters, threads_for_elements(p.work()), p.work(), p.x, p.out);
+  }
 
   // Columns that the row may see; what is masked in between is no less computed.
   int64_t visible(const Index& at) const {
@@ -113,11 +122,12 @@ struct ForwardRows {
     return f(const_cast<const S*>(e));
   }
 
-  // e = their exponentials relative to their own maximum.
-  Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e) const {
+  // e = their exponentials relative to their own maximum; fetches x `on` elements later.
+  Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e, int64_t on) const {
+    const T* const next = on ? p.x.at<const T>(at.b, at.h, at.i, j0) + on : nullptr;
     return with_scores(at, j0, n, e, [&](auto* x) -> Part<S> {
       const S high = highest(x, n, direct && large);
-      return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e)};
+      return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e, next)};
     });
   }
 
@@ -143,20 +153,21 @@ struct ForwardRows {
     const int64_t n = p.width();
     const T* x = p.x.at<const T>(at.b, at.h, at.i);
     T* out = p.out.at<T>(at.b, at.h, at.i);
-    const S sum = exponentials<degree>(x, n, finite_origin(highest(x, n, large)), scores.factor, e);
+    const S origin = finite_origin(highest(x, n, large));
+    const S sum = exponentials<degree>(x, n, origin, scores.factor, e, on ? x + on : nullptr);
     scaled<T>(e, n, reciprocal(sum), large, out);
   }
 
   void narrow(const Index& at, S* e) const {
     const int64_t n = visible(at);
-    const Part<S> row = exponentiate(at, 0, n, e);
+    const Part<S> row = exponentiate(at, 0, n, e, on);
     write(at, 0, n, e, reciprocal(row.sum));
     write_zeros(at, n, p.width());
   }
 
   Part<S> part(const Index& at, int64_t c, S* e) const {
     const int64_t n = smaller(visible(at) - c * chunk, chunk);
-    return n > 0 ? exponentiate(at, c * chunk, n, e) : Part<S>{-infinity<S>, 0};
+    return n > 0 ? exponentiate(at, c * chunk, n, e, 0) : Part<S>{-infinity<S>, 0};
   }
 
   Part<S> combine(const Part<S>* parts, int64_t count) const {
@@ -229,15 +240,33 @@ FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n, bool ahead)
 }
 
 // d = scale · out ∘ (dout − row).
-template <class T, class Out, class S>
-FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S scale,
-                               bool streamed, Out* d) {
+template <class T, class Out, class S, class Fetch>
+FUSEDATTN_INLINE void gradient_of_row(const T* dout, const T* out, int64_t n, S row, S scale,
+                                      bool streamed, const Fetch& fetch, Out* d) {
   const auto value = [=](int64_t j, auto left) {
     return load_some(out + j, left, S(0)) * (load_some(dout + j, left, S(0)) * scale - row * scale);
   };
-  const int64_t i = streamed ? stream_vectors<S>(d, n, value) : 0;
-  for_vectors<S>(
-      n - i, [=](int, int64_t j, auto left) { store_some(d + i + j, left, value(i + j, left)); });
+  const int64_t i = streamed ? stream_vectors<S>(d, n, value, fetch) : 0;
+  for_vectors<S>(n - i, [=](int v, int64_t j, auto left) {
+    if (v == 0) fetch(i + j, unroll * width<S>);
+    store_some(d + i + j, left, value(i + j, left));
+  });
+}
+
+// How many elements later dout and out are fetched, if at all.
+struct On {
+  int64_t dout = 0, out = 0;
+};
+
+template <class T, class Out, class S>
+FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S scale,
+                               bool streamed, On on, Out* d) {
+  if (on.out == 0) return gradient_of_row(dout, out, n, row, scale, streamed, FetchNothing{}, d);
+  const auto fetch = [=](int64_t j, int count) {
+    fetch_lines(dout + on.dout + j, count, prefetch);
+    fetch_lines(out + on.out + j, count, prefetch);
+  };
+  gradient_of_row(dout, out, n, row, scale, streamed, fetch, d);
 }
 
 #if defined(__AVX512BF16__)
@@ -274,8 +303,15 @@ struct BackwardRows {
   const SoftmaxBackward& p;
   const S scale = S(p.options.scale);
   const bool direct = p.dout.stride[3] == 1 && p.out.stride[3] == 1;
-  const bool large =
-      outgrows_caches(4, threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx, p.ds);
+  const bool large = outgrows(4);
+  const int64_t rows = rows_on(outgrows(1) && direct && p.width() <= chunk, p.rows(),
+                               p.width() * int64_t(sizeof(T)));
+  const On on{rows * p.dout.stride[2], rows * p.out.stride[2]};
+
+  bool outgrows(int quarters) const {
+    return outgrows_caches(quarters, threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx,
+                           p.ds);
+  }
 
   int64_t visible(const Index& at) const { return seen_columns(p, at.i); }
 
@@ -301,14 +337,14 @@ struct BackwardRows {
   void write(const Index& at, int64_t j0, int64_t n, S row, S* space) const {
     T* dx = p.dx ? p.dx.at<T>(at.b, at.h, at.i, j0) : nullptr;
     with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
-      if (p.ds) gradient(dout, out, n, row, S(1), large, p.ds.at<S>(at.b, at.h, at.i, j0));
+      if (p.ds) gradient(dout, out, n, row, S(1), large, {}, p.ds.at<S>(at.b, at.h, at.i, j0));
       if (!dx) return;
       if (p.dx.stride[3] == 1) {
-        gradient(dout, out, n, row, scale, large, dx);
+        gradient(dout, out, n, row, scale, large, on, dx);
         return;
       }
       alignas(64) T apart[chunk];
-      gradient(dout, out, n, row, scale, false, apart);
+      gradient(dout, out, n, row, scale, false, {}, apart);
       scatter(apart, n, dx, p.dx.stride[3]);
     });
   }
@@ -327,7 +363,8 @@ struct BackwardRows {
     const int64_t n = p.width();
     const T* dout = p.dout.at<const T>(at.b, at.h, at.i);
     const T* out = p.out.at<const T>(at.b, at.h, at.i);
-    gradient(dout, out, n, dot(dout, out, n, large), scale, large, p.dx.at<T>(at.b, at.h, at.i));
+    const S row = dot(dout, out, n, large);
+    gradient(dout, out, n, row, scale, large, on, p.dx.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* copy) const {

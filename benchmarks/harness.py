@@ -16,12 +16,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import mmap
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 Outputs = tuple[Tensor, ...]
 Call = Callable[[int], Outputs]
 
@@ -225,39 +228,30 @@ class Contestant:
             with probe:
                 self.run(clock)
             self.peak_bytes = self.peak_bytes if self.version.owns_arena else probe.peak_bytes
-            self.seconds = self.run_on_kept_pages(clock)
+            self.seconds = on_kept_pages(clock, lambda: self.run(clock))
         if self.seconds < share:
             self.seconds = min(self.seconds, self.run(clock))
         else:
             self.samples.append(self.seconds)
-
-    def run_on_kept_pages(self, clock: CpuClock | CudaClock) -> float:
-        """As `run`; on a CPU again where the memory allocator had to grow."""
-        seconds = 0.0
-        for _ in range(MOST_TRIES if isinstance(clock, CpuClock) else 1):
-            pages = _fresh_pages()
-            seconds = self.run(clock)
-            if _fresh_pages() - pages < MANY_PAGES:
-                break
-        return seconds
 
     @property
     def calls_per_turn(self) -> int:
         return max(1, math.ceil(TURN_SECONDS / max(self.seconds, 1e-7)))
 
     def turn(self, clock: CpuClock | CudaClock) -> None:
-        """One turn; on a CPU again where the memory allocator had to grow."""
+        """One turn."""
         if self.seconds < SETTLE_SECONDS:
             self.run(clock)
-        for _ in range(MOST_TRIES if isinstance(clock, CpuClock) else 1):
-            self.output = ()
-            count, pages = self.calls_per_turn, _fresh_pages()
-            samples, self.output = clock.turn(self.version.call, self.calls, count)
-            self.calls += count
-            self.seconds = min(self.seconds, *samples)
-            if _fresh_pages() - pages < MANY_PAGES:
-                break
-        self.samples += samples
+        self.samples += on_kept_pages(clock, lambda: self.calls_of_turn(clock))
+
+    def calls_of_turn(self, clock: CpuClock | CudaClock) -> list[float]:
+        """The seconds of one try at a turn."""
+        self.output = ()
+        count = self.calls_per_turn
+        samples, self.output = clock.turn(self.version.call, self.calls, count)
+        self.calls += count
+        self.seconds = min(self.seconds, *samples)
+        return samples
 
     def leave_first_inputs(self, clock: CpuClock | CudaClock, sets: int) -> None:
         """End on other inputs than the first call's, whose stored result would look right."""
@@ -327,6 +321,22 @@ def _first_line(error: BaseException) -> str:
 
 
 # --- memory --------------------------------------------------------------------------------------
+
+
+def on_kept_pages(clock: CpuClock | CudaClock, work: Callable[[], T]) -> T:
+    """What `work` returns; on a CPU again where the memory allocator had to grow.
+
+    Before that it gets twice as much again: glibc seldom finds room for an aligned block where one
+    of the same size has been.
+    """
+    for _ in range(MOST_TRIES):
+        before = _fresh_pages()
+        result = work()
+        grown = _fresh_pages() - before
+        if grown < MANY_PAGES or not isinstance(clock, CpuClock):
+            break
+        torch.empty(2 * grown * mmap.PAGESIZE, dtype=torch.uint8).fill_(0)
+    return result
 
 
 def _fresh_pages() -> int:

@@ -145,7 +145,8 @@ struct NormBackwardRows {
       if constexpr (Weight) set<S>(dweight + i, to_weight, lanes);
       if constexpr (Bias) set<S>(dbias + i, to_bias, lanes);
     };
-    const bool ahead = large;
+    // What lies in a page is fetched two rows before.
+    const bool ahead = large && !(on && division.width * int64_t(sizeof(T)) < 4096);
     int64_t i = 0;
     for (; i + ways * width<S> <= n; i += ways * width<S>) {
       if (ahead) [[unlikely]] {
@@ -336,11 +337,8 @@ static bool norm_backward_of(const NormBackward& p) {
   typedef NormBackwardOwn<T, Z> Own;
   const Division division(p.rows(), p.width());
   const int64_t width = division.width, copies = division.copies();
-  const auto outgrow = [&](int quarters) {
-    return outgrows_caches(quarters, division.threads, p.work(), p.dout, p.dz, p.z, p.dx,
-                           p.dresidual);
-  };
-  const bool large = outgrow(3);
+  const bool large =
+      outgrows_caches(1, division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division), copies);
   Arena common = workspace.shared();
@@ -352,8 +350,7 @@ static bool norm_backward_of(const NormBackward& p) {
     Arena arena = workspace.own(thread);
     return Own(p, division, arena);
   };
-  const int64_t on =
-      rows_on(outgrow(1) && !division.split, division.rows, width * int64_t(sizeof(T)));
+  const int64_t on = rows_on(large && !division.split, division.rows, width * int64_t(sizeof(T)));
   on_threads(division.threads, [&] {
     const int thread = omp_get_thread_num();
     const Share share = division.share(thread);

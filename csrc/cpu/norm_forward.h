@@ -461,7 +461,8 @@ static bool norm_forward_of(const NormForward& p) {
   const auto outgrow = [&](int quarters) {
     return outgrows_caches(quarters, division.threads, p.work(), p.x, p.residual, p.out, p.z);
   };
-  const bool large = outgrow(p.z ? 3 : 8);
+  // Where a backward pass will follow, results lie where nobody has lately been.
+  const bool large = outgrow(p.z || p.rstd ? 2 : 8);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();

@@ -14,10 +14,11 @@ FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
 }
 
 // Whether a call's tensors, of so many elements each where present, outgrow so many quarters of the
-// caches. Then what is read once is fetched ahead, without a place in them, and results go past
-// them: most would be gone before anybody reads them, and a line that is not fetched to be
-// overwritten spares a fourth to a third of all traffic. Where little else is done than reading and
-// writing that pays later, and with one input and one output at twice the caches.
+// caches. Then what is read is fetched ahead and results go past them: in training they lie where
+// nobody has lately been, and a line that is not fetched to be overwritten spares a fourth to a
+// third of all traffic. That pays from a quarter on, with little else to do than reading and
+// writing from two; results that take each other's place, as without a backward pass, at twice the
+// caches.
 template <class... Tensors>
 FUSEDATTN_INLINE bool outgrows_caches(int quarters, int threads, int64_t elements,
                                       const Tensors&... tensors) {

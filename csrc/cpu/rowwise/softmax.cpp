@@ -100,13 +100,9 @@ struct ForwardRows {
   const Scores<T> scores{p};
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
                       p.x.stride[3] == 1;  // the scores are x as it lies
-  const bool large = outgrows(8);
-  const int64_t on = p.x.stride[2] * rows_on(outgrows(1) && p.x.stride[3] == 1, p.rows(),
-                                             p.width() * int64_t(sizeof(T)));
-
-  bool outgrows(int quarters) const {
-    return outgrows_caches(quarters, threads_for_elements(p.work()), p.work(), p.x, p.out);
-  }
+  const bool large = outgrows_caches(1, threads_for_elements(p.work()), p.work(), p.x, p.out);
+  const int64_t on = p.x.stride[2] *
+                     rows_on(large && p.x.stride[3] == 1, p.rows(), p.width() * int64_t(sizeof(T)));
 
   // Columns that the row may see; what is masked in between is no less computed.
   int64_t visible(const Index& at) const {
@@ -126,7 +122,7 @@ struct ForwardRows {
   Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e, int64_t on) const {
     const T* const next = on ? p.x.at<const T>(at.b, at.h, at.i, j0) + on : nullptr;
     return with_scores(at, j0, n, e, [&](auto* x) -> Part<S> {
-      const S high = highest(x, n, direct && large);
+      const S high = highest(x, n, direct && large && !on);
       return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e, next)};
     });
   }
@@ -153,7 +149,7 @@ struct ForwardRows {
     const int64_t n = p.width();
     const T* x = p.x.at<const T>(at.b, at.h, at.i);
     T* out = p.out.at<T>(at.b, at.h, at.i);
-    const S origin = finite_origin(highest(x, n, large));
+    const S origin = finite_origin(highest(x, n, large && !on));
     const S sum = exponentials<degree>(x, n, origin, scores.factor, e, on ? x + on : nullptr);
     scaled<T>(e, n, reciprocal(sum), large, out);
   }
@@ -303,15 +299,11 @@ struct BackwardRows {
   const SoftmaxBackward& p;
   const S scale = S(p.options.scale);
   const bool direct = p.dout.stride[3] == 1 && p.out.stride[3] == 1;
-  const bool large = outgrows(4);
-  const int64_t rows = rows_on(outgrows(1) && direct && p.width() <= chunk, p.rows(),
-                               p.width() * int64_t(sizeof(T)));
+  const bool large =
+      outgrows_caches(1, threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx, p.ds);
+  const int64_t rows =
+      rows_on(large && direct && p.width() <= chunk, p.rows(), p.width() * int64_t(sizeof(T)));
   const On on{rows * p.dout.stride[2], rows * p.out.stride[2]};
-
-  bool outgrows(int quarters) const {
-    return outgrows_caches(quarters, threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx,
-                           p.ds);
-  }
 
   int64_t visible(const Index& at) const { return seen_columns(p, at.i); }
 
@@ -329,7 +321,7 @@ struct BackwardRows {
 
   S sum(const Index& at, int64_t j0, int64_t n, S* space) const {
     return with_columns(at, j0, n, space, [&](const T* dout, const T* out) {
-      return dot(dout, out, n, direct && large);
+      return dot(dout, out, n, direct && large && !rows);
     });
   }
 
@@ -363,7 +355,7 @@ struct BackwardRows {
     const int64_t n = p.width();
     const T* dout = p.dout.at<const T>(at.b, at.h, at.i);
     const T* out = p.out.at<const T>(at.b, at.h, at.i);
-    const S row = dot(dout, out, n, large);
+    const S row = dot(dout, out, n, large && !rows);
     gradient(dout, out, n, row, scale, large, on, p.dx.at<T>(at.b, at.h, at.i));
   }
 

@@ -115,15 +115,16 @@ FUSEDATTN_INLINE Sums plain_sums(const bf16* x, int64_t n, bool ahead) {
 
 // The moments of a chunk of scale · x; without a centre 0 and Σ x². `ahead`: x comes from memory.
 template <class S, class P>
-static Moments moments_of(const P* x, int64_t n, S scale, bool centre, bool ahead) {
+FUSEDATTN_INLINE Moments moments_of(const P* x, int64_t n, S scale, bool centre, bool ahead) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<P, bf16>) {
     if (scale == S(1)) {
       if (!centre) return {0, plain_sums<false>(x, n, ahead).second};
+      const double share = 1 / double(n);  // while the sums are on their way
       const auto [sum, squares] = plain_sums<true>(x, n, ahead);
       // At most five bits of 24 are lost; a result has eight.
-      const double about_mean = squares - sum * sum / double(n);
-      if (about_mean * 32 >= squares) return {sum / double(n), about_mean};
+      const double mean = sum * share, about_mean = squares - sum * mean;
+      if (about_mean * 32 >= squares) return {mean, about_mean};
     }
   }
 #endif
@@ -310,10 +311,10 @@ struct NormForwardRows {
       scale = shrink<S>;
     else if (variance < vanishing<S> && eps < vanishing<S>)
       scale = 1 / shrink<S>;
-    if (scale != 1) {
-      total = rescaled(row, S(scale));
-      variance = total.squares / width;
-    }
+    if (scale == 1) [[likely]]
+      return {total.mean, 1 / __builtin_sqrt(variance + eps)};
+    total = rescaled(row, S(scale));
+    variance = total.squares / width;
     const double rstd = 1 / __builtin_sqrt(variance + eps * scale * scale);
     return {total.mean / scale, rstd * scale};
   }

@@ -301,9 +301,11 @@ FUSEDATTN_INLINE vec<double> load_as(const double* p) { return load(p); }
 
 FUSEDATTN_INLINE vec<float> load_as(const bf16* p) {
 #if defined(__AVX512F__)
-  // GCC 12 converts a vector this wide in halves.
+  // Each to the upper half of its float in one step.
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (vec<float>)((ints<float>)_mm512_cvtepu16_epi32(raw) << 16);
+  const ints<float> order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(order << 16),
+                                                    _mm512_castsi256_si512(raw));
 #else
   const auto raw = *reinterpret_cast<const simd<float>::halves*>(p);
   return (vec<float>)(__builtin_convertvector(raw, ints<float>) << 16);

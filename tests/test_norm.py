@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import platform
 from pathlib import Path
@@ -82,6 +83,28 @@ def test_without_a_gradient(op, any_backend):
             )
         for name, x in zip(("out", "z"), found if residual else (found,), strict=False):
             assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+@pytest.mark.parametrize("op", OPS)
+def test_a_row_among_others(op, dtype, instruction_set, small_caches):
+    """While one row is written the sums of a later one run; to the bits of each row alone."""
+    parameters = ((None, None), (F32, None), (F32, dtype))
+    for width, (weight, bias) in itertools.product((1, 33, 128, 300, 2048), parameters):
+        case = NormCase(op, (7, width), dtype=dtype, weight=weight, bias=bias)
+        made = case.inputs()
+        x = made.pop("x")
+        x[[1, 5], :64] += 1e3  # the first elements tell nothing of the others' mean
+        x[4] *= torch.finfo(dtype).max / 8  # squares leave the range
+        given = {"weight": made.get("weight")} | ({"bias": made["bias"]} if "bias" in made else {})
+        out = functools.partial(
+            getattr(fusedattn, op), normalized_shape=width, **given, eps=1e-6, backend="cpu"
+        )
+        alone = torch.cat([out(row[None]) for row in x])
+        assert torch.equal(out(x), alone), case
+        assert torch.equal(out(x[::2]), alone[::2]), case
+        with small_caches(1):
+            assert torch.equal(out(x), alone), case
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])

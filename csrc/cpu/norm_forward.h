@@ -75,6 +75,20 @@ struct NormForwardRows {
     }
   }
 
+  // The elements of out: (z − mean) · rstd · weight + bias; the difference first, so that a row of
+  // equal elements gives the bias itself. RMS norm has a mean of 0.
+  template <bool Weight, bool Bias, bool Centre = true>
+  static auto scaled(const P* z, S mean, S rstd, const S* weight, const S* bias) {
+    return [=](int64_t i, auto lanes) __attribute__((always_inline)) {
+      vec<S> value = get<S>(z + i, lanes);
+      if constexpr (Centre) value -= mean;
+      value *= rstd;
+      if constexpr (Weight) value *= get<S>(weight + i, lanes);
+      if constexpr (Bias) value += get<S>(bias + i, lanes);
+      return value;
+    };
+  }
+
   // Whether `combine_next` serves: x + residual past the caches, in the dtypes that follow from
   // theirs, and rows of which several stay close.
   bool combines_next() const {
@@ -100,17 +114,11 @@ struct NormForwardRows {
     const P* const residual = static_cast<const P*>(p.residual.data) + next * p.residual.stride[0];
     P* const past = static_cast<P*>(p.z.data) + next * p.z.stride[0];
     P* const z = z_row(next, 0);
-    const P* const z_before = z_row(row, 0);
     T* const out = static_cast<T*>(p.out.data) + row * p.out.stride[0];
-    const S* const scale = weight.data();
-    const S* const shift = bias.data();
     const auto sum = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       return get<S>(x + i, lanes) + get<S>(residual + i, lanes);
     };
-    const auto scaled = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const vec<S> value = (get<S>(z_before + i, lanes) - mean) * rstd * get<S>(scale + i, lanes);
-      return Bias ? value + get<S>(shift + i, lanes) : value;
-    };
+    const auto result = scaled<true, Bias>(z_row(row, 0), mean, rstd, weight.data(), bias.data());
     const bool stream_z = can_stream(past), stream_out = out_past && can_stream(out);
     const S centre = in_place && p.options.centre ? mean_of_first<S>(n, sum) : S(0);
     SumsInVectors<true, S> sums;
@@ -129,7 +137,7 @@ struct NormForwardRows {
           sums.add(k, first - centre);
           sums.add(k + 1, second - centre);
         }
-        const vec<S> a = scaled(j, Whole{}), b = scaled(j + w, Whole{});
+        const vec<S> a = result(j, Whole{}), b = result(j + w, Whole{});
         stream_out ? stream_pair<S>(out + j, a, b) : set_pair<S>(out + j, a, b);
       }
     }
@@ -138,24 +146,58 @@ struct NormForwardRows {
       set<S>(z + i + j, value, lanes);
       set<S>(past + i + j, value, lanes);
       if constexpr (in_place) sums.add(0, zero_past(value - centre, lanes));
-      set<S>(out + i + j, scaled(i + j, lanes), lanes);
+      set<S>(out + i + j, result(i + j, lanes), lanes);
     });
     if constexpr (in_place) {
       const Deviations d{sums.total(), centre, n};
       if (!p.options.centre) return {0, d.sums.second};
       if (d.precise()) return d.moments();
     }
-    return moments(next, 0, n, S(1));
+    return moments(next, 0, n);
   }
 
-  Moments moments(int64_t row, int64_t column, int64_t n, S scale) const {
-    return moments_of<S>(source(row, column), n, scale, p.options.centre, large && !p.z);
+  // Whether `scale_and_sum` serves: what is normalised is x, in one chunk.
+  bool sums_next() const { return !p.z && division.width <= norm_chunk; }
+
+  // out for this row and the moments of one to come in one loop, so that neither memory nor
+  // arithmetic waits for the other. To the same bits as one after the other.
+  template <bool Weight, bool Bias, bool Centre>
+  FUSEDATTN_MEMBER Moments scale_and_sum(int64_t row, int64_t next, S mean, S rstd) const {
+    typedef MomentsInBlocks<Centre, S, P> Next;
+    constexpr int w = width<S>;
+    const int64_t n = division.width;
+    T* const out = static_cast<T*>(p.out.data) + row * p.out.stride[0];
+    const auto result =
+        scaled<Weight, Bias, Centre>(source(row, 0), mean, rstd, weight.data(), bias.data());
+    const bool fetches = on, streamed = large && can_stream(out);
+    const T* const far = x_row(next + on, 0);
+    Next moments(source(next, 0), n);
+    int64_t i = 0;
+    for (; i + Next::block <= n; i += Next::block) {
+      if (fetches) fetch_lines(far + i, Next::block, prefetch);
+      moments.add(i);
+#pragma GCC unroll 4
+      for (int64_t j = i; j < i + Next::block; j += 2 * w) {
+        const vec<S> a = result(j, Whole{}), b = result(j + w, Whole{});
+        streamed ? stream_pair<S>(out + j, a, b) : set_pair<S>(out + j, a, b);
+      }
+    }
+    for_vectors<S>(n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+      set<S>(out + i + j, result(i + j, lanes), lanes);
+    });
+    return moments.finish(i);
+  }
+
+  Moments moments(int64_t row, int64_t column, int64_t n) const {
+    const P* const z = source(row, column);
+    const bool ahead = large && !p.z;
+    return p.options.centre ? moments_of<true, S>(z, n, ahead) : moments_of<false, S>(z, n, ahead);
   }
 
   void first_pass(int64_t row, Range columns, Moments* chunks) const {
     for_chunks(columns, [&](int64_t c, int64_t n) {
       if (p.z) combine(row, c, n);
-      chunks[c / norm_chunk] = moments(row, c, n, S(1));
+      chunks[c / norm_chunk] = moments(row, c, n);
     });
   }
 
@@ -197,7 +239,9 @@ struct NormForwardRows {
     Moments whole{0, 0};
     int64_t before = 0;
     for_chunks({0, division.width}, [&](int64_t c, int64_t n) {
-      const Moments here = moments(row, c, n, scale);
+      const P* const z = source(row, c);
+      const Moments here =
+          p.options.centre ? scaled_moments<true>(z, n, scale) : scaled_moments<false>(z, n, scale);
       const double off = here.mean - whole.mean, share = double(n) / double(before + n);
       whole.squares += here.squares + off * off * double(before) * share;
       whole.mean += off * share;
@@ -206,32 +250,33 @@ struct NormForwardRows {
     return whole;
   }
 
-  // out = (z − mean) · rstd · weight + bias; the difference first, so that a row of equal elements
-  // gives the bias itself.
-  template <bool Weight, bool Bias, class Fetch>
-  FUSEDATTN_MEMBER void scale_and_shift(const P* z, T* out, int64_t n, S mean, S rstd,
-                                        const S* weight, const S* bias, const Fetch& fetch) const {
-    const auto value = [&](int64_t i, auto lanes) {
-      vec<S> value = (get<S>(z + i, lanes) - mean) * rstd;
-      if constexpr (Weight) value *= get<S>(weight + i, lanes);
-      if constexpr (Bias) value += get<S>(bias + i, lanes);
-      return value;
-    };
-    write_vectors<S>(out, n, large, value, fetch);
-  }
-
   void keep(int64_t row, const RowStatistics& s) const {
     if (p.rstd) static_cast<S*>(p.rstd.data)[row] = S(s.rstd);
     if (p.mean) static_cast<S*>(p.mean.data)[row] = S(s.mean);
   }
 
-  // The second pass over a row with the first over the next.
-  void pass_on(int64_t row, Moments& moments, bool out_past) const {
-    const RowStatistics s = statistics(row, &moments);
+  // The second pass over a row with the first over one to come, whose moments take the place of its
+  // own.
+  void pass_on(int64_t row, int64_t next, Moments* chunks, bool out_past) const {
+    const Range columns{0, division.width};
+    if (!sums_next() && !combines_next()) {
+      second_pass(row, columns, chunks);
+      return first_pass(next, columns, chunks);
+    }
+    const RowStatistics s = statistics(row, chunks);
     keep(row, s);
     const S mean = S(s.mean), rstd = S(s.rstd);
-    moments = bias.data() ? combine_next<true>(row, mean, rstd, out_past)
-                          : combine_next<false>(row, mean, rstd, out_past);
+    const bool w = weight.data(), b = bias.data();
+    if (p.z)
+      *chunks = b ? combine_next<true>(row, mean, rstd, out_past)
+                  : combine_next<false>(row, mean, rstd, out_past);
+    else if (p.options.centre)
+      *chunks = w && b ? scale_and_sum<true, true, true>(row, next, mean, rstd)
+                : w    ? scale_and_sum<true, false, true>(row, next, mean, rstd)
+                       : scale_and_sum<false, false, true>(row, next, mean, rstd);
+    else
+      *chunks = w ? scale_and_sum<true, false, false>(row, next, mean, rstd)
+                  : scale_and_sum<false, false, false>(row, next, mean, rstd);
   }
 
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
@@ -245,11 +290,11 @@ struct NormForwardRows {
     const S mean = S(s.mean), rstd = S(s.rstd);
     const auto pass = [&](const auto& fetch) __attribute__((always_inline)) {
       if (w && b)
-        scale_and_shift<true, true>(z, out, n, mean, rstd, w, b, fetch);
+        write_vectors<S>(out, n, large, scaled<true, true>(z, mean, rstd, w, b), fetch);
       else if (w)
-        scale_and_shift<true, false>(z, out, n, mean, rstd, w, b, fetch);
+        write_vectors<S>(out, n, large, scaled<true, false>(z, mean, rstd, w, b), fetch);
       else
-        scale_and_shift<false, false>(z, out, n, mean, rstd, w, b, fetch);
+        write_vectors<S>(out, n, large, scaled<false, false>(z, mean, rstd, w, b), fetch);
     };
     if (!on) return pass(FetchNothing{});
     const T* x = x_row(row + on, columns.begin);
@@ -264,30 +309,25 @@ struct NormForwardRows {
   }
 };
 
-// One thread's rows. A few go through the first pass before the second, so that nothing waits for a
-// row's last sums; not long ones where z is written too, so that memory is read in its order.
+// One thread's rows. The first pass runs a few rows ahead of the second, so that nothing waits for
+// a row's last sums; one row where z is written too and rows are long, so that memory is read in
+// its order.
 template <class T, class P>
 static void norm_forward_rows(const NormForwardRows<T, P>& f, const Share& share,
                               Moments* moments) {
+  const int64_t begin = share.rows.begin, end = share.rows.end;
   const int64_t chunks = chunks_of(f.division.width);
-  const bool alone = chunks > 1 || (f.p.z && is_long<T>(f.division));
-  const int64_t block = alone ? 1 : norm_block;
-  for (int64_t row = share.rows.begin; row < share.rows.end; row += block) {
-    const int64_t rows = share.rows.end - row < block ? share.rows.end - row : block;
-    for (int64_t r = 0; r < rows; ++r) f.first_pass(row + r, share.columns, moments + r * chunks);
-    for (int64_t r = 0; r < rows; ++r) f.second_pass(row + r, share.columns, moments + r * chunks);
-  }
-}
-
-// The same where a row's second pass goes with the first over the next.
-template <class T, class P>
-static void norm_forward_combined(const NormForwardRows<T, P>& f, const Share& share,
-                                  Moments* moments) {
-  const int64_t last = share.rows.end - 1, first_kept = last - f.rows_with_room();
-  f.first_pass(share.rows.begin, share.columns, moments);
-  for (int64_t row = share.rows.begin; row < last; ++row)
-    f.pass_on(row, *moments, row < first_kept);
-  f.second_pass(last, share.columns, moments);
+  const bool combines = f.combines_next();
+  const bool alone = chunks > 1 || combines || (f.p.z && is_long<T>(f.division));
+  const int64_t ahead = alone ? 1 : norm_block;
+  const int64_t first_kept = combines ? end - f.rows_with_room() : end;
+  const auto moments_of_row = [&](int64_t row) { return moments + (row - begin) % ahead * chunks; };
+  int64_t row = begin;
+  for (; row < begin + ahead && row < end; ++row)
+    f.first_pass(row, share.columns, moments_of_row(row));
+  for (; row < end; ++row) f.pass_on(row - ahead, row, moments_of_row(row), row < first_kept);
+  row = end - begin > ahead ? end - ahead : begin;
+  for (; row < end; ++row) f.second_pass(row, share.columns, moments_of_row(row));
 }
 
 // One thread's columns of all rows; the threads wait for each other's sums.
@@ -357,8 +397,6 @@ static bool norm_forward_of(const NormForward& p) {
                                      dropout, own.z,    large,         on};
     if (division.split)
       norm_forward_columns(rows, division.share(thread), own.moments);
-    else if (rows.combines_next())
-      norm_forward_combined(rows, division.share(thread), own.moments);
     else
       norm_forward_rows(rows, division.share(thread), own.moments);
     if (large) drain();

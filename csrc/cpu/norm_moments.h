@@ -32,28 +32,56 @@ struct SumsInVectors {
   }
 };
 
-// Those of scale · x. The order of the elements is free, so pairs of vectors are read as is
-// cheapest.
+// Those of scale · x − centre, block by block. The order of the elements is free, so pairs of
+// vectors are read as is cheapest.
 template <bool Centre, class S, class P>
-static Sums deviations(const P* x, int64_t n, S scale, S centre, bool ahead) {
+struct SumsOfDeviations {
+  static constexpr int w = width<S>, ways = SumsInVectors<Centre, S>::ways, block = ways * w;
+  S scale, centre;
   SumsInVectors<Centre, S> sums;
-  constexpr int w = width<S>, ways = sums.ways;
-  int64_t i = 0;
-  for (; i + ways * w <= n; i += ways * w) {
-    if (ahead) [[unlikely]]
-      fetch_ahead(x + i, ways * w);
+
+  FUSEDATTN_MEMBER void add(const P* x) {
 #pragma GCC unroll 2
     for (int k = 0; k < ways; k += 2) {
       vec<S> d[2];
-      get_pair<S>(x + i + k * w, d[0], d[1]);
+      get_pair<S>(x + k * w, d[0], d[1]);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) sums.add(k + j, d[j] * scale - centre);
     }
   }
-  for_vectors<S>(n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-    sums.add(0, zero_past(get<S>(x + i + j, lanes) * scale - centre, lanes));
-  });
-  return sums.total();
+  FUSEDATTN_MEMBER Sums total(const P* rest, int64_t n) {
+    for_vectors<S>(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      sums.add(0, zero_past(get<S>(rest + i, lanes) * scale - centre, lanes));
+    });
+    return sums.total();
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Σ x, where there is a centre, and Σ x² by the dot product of pairs.
+template <bool Centre>
+struct PlainSums {
+  static constexpr int w = width<float>, ways = SumsInVectors<Centre, float>::ways,
+                       block = 2 * ways * w;
+  SumsInVectors<Centre, float> sums;
+
+  FUSEDATTN_MEMBER void add(const bf16* x) {
+#pragma GCC unroll 4
+    for (int k = 0; k < ways; ++k)
+      add_squares_and_sums<Centre>(x + 2 * k * w, sums.second[k], sums.first[k]);
+  }
+  FUSEDATTN_MEMBER Sums total(const bf16* rest, int64_t n) {
+    for_vectors<float>(n, [&](int64_t i, auto lanes) { sums.add(0, get<float>(rest + i, lanes)); });
+    return sums.total();
+  }
+};
+#endif
+
+template <class Summing, class P>
+FUSEDATTN_INLINE Sums sums_of(Summing summing, const P* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + Summing::block <= n; i += Summing::block) summing.add(x + i);
+  return summing.total(x + i, n - i);
 }
 
 // What the sums over n elements tell of their moments.
@@ -82,54 +110,84 @@ FUSEDATTN_INLINE S mean_of_first(int64_t n, const Value& value) {
   return reduce_add(sum) / S(few);
 }
 
-// Two passes in one, and another where the first elements do not tell enough of the rest.
+// From sums of deviations from a centre; another pass where it does not tell enough of the mean.
 template <class S, class P>
-static Moments centred_moments(const P* x, int64_t n, S scale, bool ahead) {
-  const auto value = [&](int64_t i, auto lanes) { return get<S>(x + i, lanes) * scale; };
-  const S centre = mean_of_first<S>(n, value);
-  const Deviations d{deviations<true>(x, n, scale, centre, ahead), centre, n};
+FUSEDATTN_INLINE Moments moments_about(S centre, const Sums& sums, const P* x, int64_t n, S scale) {
+  const Deviations d{sums, centre, n};
   if (d.precise()) return d.moments();
   const S mean = S(d.mean());
-  return Deviations{deviations<true>(x, n, scale, mean, false), mean, n}.moments();
+  return Deviations{sums_of(SumsOfDeviations<true, S, P>{scale, mean}, x, n), mean, n}.moments();
 }
 
-#if defined(__AVX512BF16__)
-// Σ x, where there is a centre, and Σ x² by the dot product of pairs.
-template <bool Centre>
-FUSEDATTN_INLINE Sums plain_sums(const bf16* x, int64_t n, bool ahead) {
-  SumsInVectors<Centre, float> sums;
-  constexpr int w = width<float>, ways = sums.ways;
-  int64_t i = 0;
-  for (; i + 2 * ways * w <= n; i += 2 * ways * w) {
-    if (ahead) [[unlikely]]
-      fetch_ahead(x + i, 2 * ways * w);
-#pragma GCC unroll 4
-    for (int k = 0; k < ways; ++k)
-      add_squares_and_sums<Centre>(x + i + 2 * k * w, sums.second[k], sums.first[k]);
-  }
-  for_vectors<float>(n - i,
-                     [&](int64_t j, auto lanes) { sums.add(0, get<float>(x + i + j, lanes)); });
-  return sums.total();
+// Those of a chunk of scale · x; without a centre 0 and Σ x².
+template <bool Centre, class S, class P>
+static Moments scaled_moments(const P* x, int64_t n, S scale) {
+  S centre = 0;
+  if constexpr (Centre)
+    centre =
+        mean_of_first<S>(n, [&](int64_t i, auto lanes) { return get<S>(x + i, lanes) * scale; });
+  const Sums sums = sums_of(SumsOfDeviations<Centre, S, P>{scale, centre}, x, n);
+  if constexpr (!Centre) return {0, sums.second};
+  return moments_about(centre, sums, x, n, scale);
 }
+
+// Those of a chunk of x, block by block, so that a loop with other work can take them along.
+template <bool Centre, class S, class P>
+class MomentsInBlocks {
+#if defined(__AVX512BF16__)
+  static constexpr bool plain = std::is_same_v<P, bf16>;
+  typedef std::conditional_t<plain, PlainSums<Centre>, SumsOfDeviations<Centre, S, P>> Summing;
+#else
+  static constexpr bool plain = false;
+  typedef SumsOfDeviations<Centre, S, P> Summing;
 #endif
+  const P* const x;
+  const int64_t n;
+  Summing summing;
 
-// The moments of a chunk of scale · x; without a centre 0 and Σ x². `ahead`: x comes from memory.
-template <class S, class P>
-FUSEDATTN_INLINE Moments moments_of(const P* x, int64_t n, S scale, bool centre, bool ahead) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<P, bf16>) {
-    if (scale == S(1)) {
-      if (!centre) return {0, plain_sums<false>(x, n, ahead).second};
-      const double share = 1 / double(n);  // while the sums are on their way
-      const auto [sum, squares] = plain_sums<true>(x, n, ahead);
-      // At most five bits of 24 are lost; a result has eight.
-      const double mean = sum * share, about_mean = squares - sum * mean;
-      if (about_mean * 32 >= squares) return {mean, about_mean};
+ public:
+  static constexpr int block = Summing::block;
+
+  FUSEDATTN_MEMBER MomentsInBlocks(const P* x, int64_t n) : x(x), n(n) {
+    if constexpr (!plain) {
+      summing.scale = S(1);
+      summing.centre = S(0);
+      if constexpr (Centre)
+        summing.centre =
+            mean_of_first<S>(n, [&](int64_t i, auto lanes) { return get<S>(x + i, lanes); });
     }
   }
-#endif
-  if (centre) return centred_moments<S>(x, n, scale, ahead);
-  return {0, deviations<false>(x, n, scale, S(0), ahead).second};
+  // Takes the block at i.
+  FUSEDATTN_MEMBER void add(int64_t i) { summing.add(x + i); }
+
+  // With what is left from i on.
+  FUSEDATTN_MEMBER Moments finish(int64_t i) {
+    const double share = 1 / double(n);  // while the sums are on their way
+    const Sums sums = summing.total(x + i, n - i);
+    if constexpr (!Centre) {
+      return {0, sums.second};
+    } else if constexpr (plain) {
+      // At most five bits of 24 are lost; a result has eight.
+      const double mean = sums.first * share, about_mean = sums.second - sums.first * mean;
+      if (about_mean * 32 >= sums.second) return {mean, about_mean};
+      return scaled_moments<true>(x, n, S(1));
+    } else {
+      return moments_about(summing.centre, sums, x, n, S(1));
+    }
+  }
+};
+
+// Those of a chunk of x. `ahead`: it comes from memory.
+template <bool Centre, class S, class P>
+static Moments moments_of(const P* x, int64_t n, bool ahead) {
+  MomentsInBlocks<Centre, S, P> moments(x, n);
+  int64_t i = 0;
+  for (; i + moments.block <= n; i += moments.block) {
+    if (ahead) [[unlikely]]
+      fetch_ahead(x + i, moments.block);
+    moments.add(i);
+  }
+  return moments.finish(i);
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -126,7 +126,7 @@ def test_past_the_caches(op, dtype, instruction_set, small_caches):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("op", OPS)
 def test_some_rows_past_the_caches(op, dtype, instruction_set, small_caches):
-    """With a residual the last rows of the output stay, where there is room; to the same bits."""
+    """With a residual half of the output stays, where there is room; to the same bits."""
     for shape, weight, bias in (
         ((130, 96), dtype, dtype), ((40, 2048), None, None), ((64, 1001), F32, None),
         ((1, 70), F32, F32),

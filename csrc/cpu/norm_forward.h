@@ -10,6 +10,9 @@ struct RowStatistics {
   double mean, rstd;
 };
 
+// Which rows of out go past the caches.
+enum class RowsPast { none, half, all };
+
 // P is the type of what is normalised: x itself, or z.
 template <class T, class P>
 struct NormForwardRows {
@@ -21,7 +24,8 @@ struct NormForwardRows {
   const Parameter<S>& bias;
   const Dropout dropout;
   P* const buffer;   // z where it is stored otherwise or past the caches: two rows, or all if split
-  const bool large;  // past the caches
+  const bool large;  // past the caches: z
+  const RowsPast out_past;
   const int64_t on;  // how many rows later a second pass fetches; 0: none
 
   const T* x_row(int64_t row, int64_t column) const {
@@ -96,17 +100,15 @@ struct NormForwardRows {
            p.z.dtype == dtype_of<P> && p.residual.dtype == dtype_of<P>;
   }
 
-  // How many of a thread's last rows of out, which is read next, stay in the caches: the way to
-  // memory is too narrow for both results, the caches for one of them.
-  int64_t rows_with_room() const {
-    return cache_bytes(division.threads) / 8 / division.threads /
-           (division.width * int64_t(sizeof(T)));
+  // Half of them in blocks: every second row alone is slower.
+  bool goes_past(int64_t row) const {
+    return out_past == RowsPast::all || (out_past == RowsPast::half && row / 32 % 2 == 0);
   }
 
   // z = x + residual and its moments for the next row, out for this one, in one loop, so that
   // memory is read and written all the time. To the same bits as one after the other.
   template <bool Bias>
-  FUSEDATTN_MEMBER Moments combine_next(int64_t row, S mean, S rstd, bool out_past) const {
+  FUSEDATTN_MEMBER Moments combine_next(int64_t row, S mean, S rstd) const {
     constexpr bool in_place = std::is_same_v<S, P>;  // else the moments are those of rounded z
     constexpr int w = width<S>, ways = SumsInVectors<true, S>::ways;
     const int64_t n = division.width, next = row + 1;
@@ -119,7 +121,7 @@ struct NormForwardRows {
       return get<S>(x + i, lanes) + get<S>(residual + i, lanes);
     };
     const auto result = scaled<true, Bias>(z_row(row, 0), mean, rstd, weight.data(), bias.data());
-    const bool stream_z = can_stream(past), stream_out = out_past && can_stream(out);
+    const bool stream_z = can_stream(past), stream_out = goes_past(row) && can_stream(out);
     const S centre = in_place && p.options.centre ? mean_of_first<S>(n, sum) : S(0);
     SumsInVectors<true, S> sums;
     int64_t i = 0;
@@ -169,7 +171,7 @@ struct NormForwardRows {
     T* const out = static_cast<T*>(p.out.data) + row * p.out.stride[0];
     const auto result =
         scaled<Weight, Bias, Centre>(source(row, 0), mean, rstd, weight.data(), bias.data());
-    const bool fetches = on, streamed = large && can_stream(out);
+    const bool fetches = on, streamed = goes_past(row) && can_stream(out);
     const T* const far = x_row(next + on, 0);
     Next moments(source(next, 0), n);
     int64_t i = 0;
@@ -190,7 +192,7 @@ struct NormForwardRows {
 
   Moments moments(int64_t row, int64_t column, int64_t n) const {
     const P* const z = source(row, column);
-    const bool ahead = large && !p.z;
+    const bool ahead = large && !p.z && !on;
     return p.options.centre ? moments_of<true, S>(z, n, ahead) : moments_of<false, S>(z, n, ahead);
   }
 
@@ -257,7 +259,7 @@ struct NormForwardRows {
 
   // The second pass over a row with the first over one to come, whose moments take the place of its
   // own.
-  void pass_on(int64_t row, int64_t next, Moments* chunks, bool out_past) const {
+  void pass_on(int64_t row, int64_t next, Moments* chunks) const {
     const Range columns{0, division.width};
     if (!sums_next() && !combines_next()) {
       second_pass(row, columns, chunks);
@@ -268,8 +270,7 @@ struct NormForwardRows {
     const S mean = S(s.mean), rstd = S(s.rstd);
     const bool w = weight.data(), b = bias.data();
     if (p.z)
-      *chunks = b ? combine_next<true>(row, mean, rstd, out_past)
-                  : combine_next<false>(row, mean, rstd, out_past);
+      *chunks = b ? combine_next<true>(row, mean, rstd) : combine_next<false>(row, mean, rstd);
     else if (p.options.centre)
       *chunks = w && b ? scale_and_sum<true, true, true>(row, next, mean, rstd)
                 : w    ? scale_and_sum<true, false, true>(row, next, mean, rstd)
@@ -288,13 +289,14 @@ struct NormForwardRows {
     const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
     const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
     const S mean = S(s.mean), rstd = S(s.rstd);
+    const bool streamed = goes_past(row);
     const auto pass = [&](const auto& fetch) __attribute__((always_inline)) {
       if (w && b)
-        write_vectors<S>(out, n, large, scaled<true, true>(z, mean, rstd, w, b), fetch);
+        write_vectors<S>(out, n, streamed, scaled<true, true>(z, mean, rstd, w, b), fetch);
       else if (w)
-        write_vectors<S>(out, n, large, scaled<true, false>(z, mean, rstd, w, b), fetch);
+        write_vectors<S>(out, n, streamed, scaled<true, false>(z, mean, rstd, w, b), fetch);
       else
-        write_vectors<S>(out, n, large, scaled<false, false>(z, mean, rstd, w, b), fetch);
+        write_vectors<S>(out, n, streamed, scaled<false, false>(z, mean, rstd, w, b), fetch);
     };
     if (!on) return pass(FetchNothing{});
     const T* x = x_row(row + on, columns.begin);
@@ -317,15 +319,13 @@ static void norm_forward_rows(const NormForwardRows<T, P>& f, const Share& share
                               Moments* moments) {
   const int64_t begin = share.rows.begin, end = share.rows.end;
   const int64_t chunks = chunks_of(f.division.width);
-  const bool combines = f.combines_next();
-  const bool alone = chunks > 1 || combines || (f.p.z && is_long<T>(f.division));
+  const bool alone = chunks > 1 || f.combines_next() || (f.p.z && is_long<T>(f.division));
   const int64_t ahead = alone ? 1 : norm_block;
-  const int64_t first_kept = combines ? end - f.rows_with_room() : end;
   const auto moments_of_row = [&](int64_t row) { return moments + (row - begin) % ahead * chunks; };
   int64_t row = begin;
   for (; row < begin + ahead && row < end; ++row)
     f.first_pass(row, share.columns, moments_of_row(row));
-  for (; row < end; ++row) f.pass_on(row - ahead, row, moments_of_row(row), row < first_kept);
+  for (; row < end; ++row) f.pass_on(row - ahead, row, moments_of_row(row));
   row = end - begin > ahead ? end - ahead : begin;
   for (; row < end; ++row) f.second_pass(row, share.columns, moments_of_row(row));
 }
@@ -373,11 +373,15 @@ static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
   const Division division(p.rows(), p.width());
-  const auto outgrow = [&](int quarters) {
-    return outgrows_caches(quarters, division.threads, p.work(), p.x, p.residual, p.out, p.z);
+  const auto outgrow = [&](int quarters, const auto&... tensors) {
+    return outgrows_caches(quarters, division.threads, p.work(), tensors...);
   };
-  // Where a backward pass will follow, results lie where nobody has lately been.
-  const bool large = outgrow(p.z || p.rstd ? 2 : 8);
+  const bool large = outgrow(2, p.x, p.residual, p.out, p.z);
+  // With a backward pass to come out lies where nobody has lately been; without one nobody knows,
+  // and half of it past the caches is nowhere far from the best.
+  const RowsPast out_past = (large && p.rstd && !p.z) || outgrow(2, p.out) ? RowsPast::all
+                            : outgrow(1, p.out)                            ? RowsPast::half
+                                                                           : RowsPast::none;
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();
@@ -387,14 +391,14 @@ static bool norm_forward_of(const NormForward& p) {
     shared.weight.convert({0, division.width});
     shared.bias.convert({0, division.width});
   }
-  const int64_t on =
-      rows_on(outgrow(1) && !division.split, division.rows, division.width * int64_t(sizeof(T)));
+  const int64_t on = rows_on(outgrow(1, p.x, p.residual, p.out, p.z) && !division.split,
+                             division.rows, division.width * int64_t(sizeof(T)));
   on_threads(division.threads, [&] {
     const int thread = omp_get_thread_num();
     Arena arena = workspace.own(division.split ? 0 : thread);
     const Own own(p, division, large, arena);
-    const NormForwardRows<T, P> rows{p,       division, shared.weight, shared.bias,
-                                     dropout, own.z,    large,         on};
+    const NormForwardRows<T, P> rows{p,     division, shared.weight, shared.bias, dropout,
+                                     own.z, large,    out_past,      on};
     if (division.split)
       norm_forward_columns(rows, division.share(thread), own.moments);
     else

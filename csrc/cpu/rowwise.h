@@ -17,8 +17,7 @@ FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
 // caches. Then what is read is fetched ahead and results go past them: in training they lie where
 // nobody has lately been, and a line that is not fetched to be overwritten spares a fourth to a
 // third of all traffic. That pays from a quarter on, with little else to do than reading and
-// writing from two; results that take each other's place, as without a backward pass, at twice the
-// caches.
+// writing from two.
 template <class... Tensors>
 FUSEDATTN_INLINE bool outgrows_caches(int quarters, int threads, int64_t elements,
                                       const Tensors&... tensors) {

@@ -31,6 +31,7 @@ SHAPES = {
     "a chunk and a tail": ((9, 2049), 1),
     "one wide row": ((1, 30000), 1),
     "few wide rows": ((3, 20001), 1),
+    "more wide rows": ((17, 8200), 1),
     "vector": ((50,), 1),
     "batch of sequences": ((2, 3, 5, 48), 1),
     "two dimensions": ((3, 7, 8, 16), 2),
@@ -295,7 +296,7 @@ def test_nan_and_infinity_stay_in_their_rows(op, backend):
 def test_rows_do_not_depend_on_the_batch(op, fast_backend):
     """vllm#48271: one row, some rows, all rows, on one thread and on two: the same bits."""
     x, w = torch.randn(600, 96), torch.randn(96)
-    wide = torch.randn(9, 9000)
+    wide = torch.randn(20, 9000)
 
     def grads(x: Tensor, width: int, *w: Tensor) -> tuple[Tensor, ...]:
         x = x.detach().requires_grad_()
@@ -336,6 +337,18 @@ def test_sums_over_many_rows(rows, fast_backend):
     summands = {"dweight": n * dout.double(), "dbias": dout.double()}
     for (name, s), found in zip(summands.items(), (dw, db), strict=True):
         check_sum(found, s.sum(0), rows=rows, largest_summand=s.abs().max().item(), what=name)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_wide_rows_on_many_threads(dtype, small_caches):
+    """Near enough, they are divided by columns; the sums over rows are flushed on the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        with small_caches(2**30):
+            check_norm(NormCase("layer_norm", (140, 19000), dtype=dtype, weight=dtype), "cpu")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("width", [65535, 65536, 65537, 131072, 2**20 + 1])

@@ -27,6 +27,8 @@ struct ColumnSum {
     total = arena.take<double>(width);
   }
 
+  FUSEDATTN_MEMBER S* from(int64_t column) const { return recent ? recent + column : nullptr; }
+
   void clear(Range columns) const {
     if (!recent) return;
     memset(recent + columns.begin, 0, (columns.end - columns.begin) * sizeof(S));
@@ -59,6 +61,11 @@ struct ColumnSums {
     weight.flush(columns);
     bias.flush(columns);
     pending = 0;
+  }
+  // So many rows went into these columns.
+  void add(int rows, Range columns) {
+    pending += rows;
+    if (pending >= rows_per_flush) flush(columns);
   }
 };
 
@@ -111,11 +118,12 @@ struct NormBackwardRows {
     }
   };
 
-  // Rows row … row + Rows on a chunk; writes each row's sums to sums[r · chunks].
+  // Rows row … row + Rows on a chunk, w, dweight and dbias from its first column on; writes each
+  // row's sums to sums[r · chunks].
   template <int Rows, bool Weight, bool Bias>
-  void sum_chunk(int64_t row, int64_t column, int64_t n, RowSums* sums, int64_t chunks, S* dweight,
+  void sum_chunk(int64_t row, int64_t column, int64_t n, const S* w, RowSums* sums, S* dweight,
                  S* dbias) const {
-    const S* w = weight.data() + column;
+    const int64_t chunks = chunks_of(division.width);
     const T* dout[Rows];
     const Z* z[Rows];
     constexpr int ways = 2;  // additions in flight
@@ -169,35 +177,37 @@ struct NormBackwardRows {
   }
 
   template <int Rows>
+  void sum_rows(int64_t row, int64_t column, int64_t n, const S* w, RowSums* sums, S* dweight,
+                S* dbias) const {
+    if (dweight && dbias)
+      sum_chunk<Rows, true, true>(row, column, n, w, sums, dweight, dbias);
+    else if (dweight)
+      sum_chunk<Rows, true, false>(row, column, n, w, sums, dweight, nullptr);
+    else
+      sum_chunk<Rows, false, false>(row, column, n, w, sums, nullptr, nullptr);
+  }
+
+  template <int Rows>
   void first_pass(int64_t row, Range columns, RowSums* sums, ColumnSums<S>& to) const {
-    const int64_t chunks = chunks_of(division.width);
     for (int r = 0; r < Rows; ++r) fetch(row + r, columns);
     for_chunks(columns, [&](int64_t c, int64_t n) {
-      RowSums* const here = sums + c / norm_chunk;
-      S *const dweight = to.weight.recent, *const dbias = to.bias.recent;
-      if (dweight && dbias)
-        sum_chunk<Rows, true, true>(row, c, n, here, chunks, dweight + c, dbias + c);
-      else if (dweight)
-        sum_chunk<Rows, true, false>(row, c, n, here, chunks, dweight + c, nullptr);
-      else
-        sum_chunk<Rows, false, false>(row, c, n, here, chunks, nullptr, nullptr);
+      sum_rows<Rows>(row, c, n, weight.from(c), sums + c / norm_chunk, to.weight.from(c),
+                     to.bias.from(c));
     });
-    to.pending += Rows;
-    if (to.pending >= rows_per_flush) to.flush(columns);
+    to.add(Rows, columns);
   }
 
   // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`;
   // what does not depend on g is slope · (z − mean) + constant.
   template <bool Dz, class To>
-  [[gnu::flatten]] void gradient(int64_t row, int64_t column, int64_t n, double mean_g,
-                                 double mean_gn, bool streamed, To* total) const {
-    const S* w = weight.data() + column;
+  [[gnu::flatten]] void gradient(int64_t row, int64_t column, int64_t n, const S* w,
+                                 const RowSums& mean, bool streamed, To* total) const {
     const T* dout = dout_row(row, column);
     const Z* z = z_row(row, column);
     const Z* dz = Dz ? dz_row(row, column) : nullptr;
     const Normalise of(p, row);
-    const S slope = S(-double(of.rstd) * mean_gn);
-    const S constant = S(-mean_g);
+    const S slope = S(-double(of.rstd) * mean.gn);
+    const S constant = S(-mean.g);
     const auto value = [&](int64_t i, auto lanes) {
       // Rounded as in the first pass: where a row has one element the difference is 0.
       const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
@@ -216,30 +226,40 @@ struct NormBackwardRows {
   }
 
   template <class To>
-  void gradient_of_z(int64_t row, int64_t column, int64_t n, double mean_g, double mean_gn,
+  void gradient_of_z(int64_t row, int64_t column, int64_t n, const S* w, const RowSums& mean,
                      bool streamed, To* to) const {
     if (p.dz)
-      gradient<true>(row, column, n, mean_g, mean_gn, streamed, to);
+      gradient<true>(row, column, n, w, mean, streamed, to);
     else
-      gradient<false>(row, column, n, mean_g, mean_gn, streamed, to);
+      gradient<false>(row, column, n, w, mean, streamed, to);
   }
 
-  void second_pass(int64_t row, Range columns, const RowSums* sums) const {
+  // Those of g, which a norm without a centre does not need, and of g · n.
+  RowSums means(const RowSums* sums) const {
     RowSums total{0, 0};
     for (int64_t c = 0; c < chunks_of(division.width); ++c) {
       total.g += sums[c].g;
       total.gn += sums[c].gn;
     }
-    const double mean_g = p.options.centre ? total.g / double(division.width) : 0;
-    const double mean_gn = total.gn / double(division.width);
-    T* dx = static_cast<T*>(p.dx.data) + row * p.dx.stride[0];
-    for_chunks(columns, [&](int64_t c, int64_t n) {
-      if (!dropout && !p.dresidual) return gradient_of_z(row, c, n, mean_g, mean_gn, large, dx + c);
-      alignas(64) S chunk[norm_chunk];
-      gradient_of_z(row, c, n, mean_g, mean_gn, false, chunk);
-      if (p.dresidual) write_row(p.dresidual, row, c, n, chunk);
-      through_dropout(row, c, n, chunk, dx + c);
-    });
+    const double width = double(division.width);
+    return {p.options.centre ? total.g / width : 0, total.gn / width};
+  }
+
+  // dx on a chunk, w from its first column on.
+  void gradient_of_chunk(int64_t row, int64_t column, int64_t n, const S* w,
+                         const RowSums& mean) const {
+    T* const dx = static_cast<T*>(p.dx.data) + row * p.dx.stride[0] + column;
+    if (!dropout && !p.dresidual) return gradient_of_z(row, column, n, w, mean, large, dx);
+    alignas(64) S chunk[norm_chunk];
+    gradient_of_z(row, column, n, w, mean, false, chunk);
+    if (p.dresidual) write_row(p.dresidual, row, column, n, chunk);
+    through_dropout(row, column, n, chunk, dx);
+  }
+
+  void second_pass(int64_t row, Range columns, const RowSums* sums) const {
+    const RowSums mean = means(sums);
+    for_chunks(columns,
+               [&](int64_t c, int64_t n) { gradient_of_chunk(row, c, n, weight.from(c), mean); });
   }
 
   void through_dropout(int64_t row, int64_t column, int64_t n, const S* total, T* dx) const {
@@ -273,18 +293,55 @@ static void norm_backward_rows(const NormBackwardRows<T, Z>& f, const Share& sha
   }
 }
 
-// One thread's columns of all rows; the threads wait for each other's sums.
+// Sums over rows, in the dtype of the gradient.
+template <class S>
+static void write_column_sum(const TensorView& to, int64_t column, int64_t n, const double* sum) {
+  if (!to) return;
+  alignas(64) S chunk[norm_chunk];
+  for (int64_t i = 0; i < n; ++i) chunk[i] = S(sum[i]);
+  write_row(to, 0, column, n, chunk);
+}
+
+// One thread's columns of all rows, chunk by chunk; the threads wait for each other's sums.
 template <class T, class Z>
 static void norm_backward_columns(const NormBackwardRows<T, Z>& f, const Share& share,
-                                  RowSums* sums, ColumnSums<compute_t<T>>& to) {
+                                  RowSums* sums) {
+  typedef compute_t<T> S;
   const int64_t rows = f.division.rows, chunks = chunks_of(f.division.width);
-  f.weight.convert(share.columns);
-  int64_t row = 0;
-  for (; row + norm_block <= rows; row += norm_block)
-    f.template first_pass<norm_block>(row, share.columns, sums + row * chunks, to);
-  for (; row < rows; ++row) f.template first_pass<1>(row, share.columns, sums + row * chunks, to);
+  alignas(64) S weight[norm_chunk];
+  alignas(64) char memory[2 * norm_chunk * (sizeof(S) + sizeof(double))];
+  Arena arena(memory);
+  ColumnSums<S> to(f.p, norm_chunk, arena);
+  for (int64_t row = 0; row < rows; ++row) f.fetch(row, share.columns);
+  for_chunks(share.columns, [&](int64_t c, int64_t n) {
+    const Range here{0, n};
+    const S* const w = f.weight.chunk({c, c + n}, weight);
+    RowSums* const of_chunk = sums + c / norm_chunk;
+    S *const dweight = to.weight.recent, *const dbias = to.bias.recent;
+    to.clear(here);
+    int64_t row = 0;
+    for (; row + norm_block <= rows; row += norm_block) {
+      f.template sum_rows<norm_block>(row, c, n, w, of_chunk + row * chunks, dweight, dbias);
+      to.add(norm_block, here);
+    }
+    for (; row < rows; ++row) {
+      f.template sum_rows<1>(row, c, n, w, of_chunk + row * chunks, dweight, dbias);
+      to.add(1, here);
+    }
+    to.flush(here);
+    write_column_sum<S>(f.p.dweight, c, n, to.weight.total);
+    write_column_sum<S>(f.p.dbias, c, n, to.bias.total);
+  });
 #pragma omp barrier
-  for (row = 0; row < rows; ++row) f.second_pass(row, share.columns, sums + row * chunks);
+  for (int64_t first = 0; first < rows; first += rows_at_once) {
+    const int64_t count = rows - first < rows_at_once ? rows - first : rows_at_once;
+    RowSums means[rows_at_once];
+    for (int64_t r = 0; r < count; ++r) means[r] = f.means(sums + (first + r) * chunks);
+    for_chunks(share.columns, [&](int64_t c, int64_t n) {
+      const S* const w = f.weight.chunk({c, c + n}, weight);
+      for (int64_t r = 0; r < count; ++r) f.gradient_of_chunk(first + r, c, n, w, means[r]);
+    });
+  }
 }
 
 template <class T>
@@ -293,7 +350,7 @@ struct NormBackwardShared {
   T* no_dout;
 
   FUSEDATTN_MEMBER NormBackwardShared(const NormBackward& p, const Division& d, Arena& arena)
-      : weight(p.weight, p.options.weight_offset, true, d.width, arena),
+      : weight(p.weight, p.options.weight_offset, true, d, arena),
         no_dout(p.dout ? nullptr : arena.take<T>(d.width)) {}
 };
 
@@ -305,28 +362,28 @@ struct NormBackwardOwn {
   Z *z = nullptr, *dz = nullptr;
 
   FUSEDATTN_MEMBER NormBackwardOwn(const NormBackward& p, const Division& d, Arena& arena)
-      : sums(arena.take<RowSums>(rows(d) * chunks_of(d.width))), columns(p, d.width, arena) {
+      // Where threads divide the columns, each has its sums for a chunk at a time.
+      : sums(arena.take<RowSums>(rows(d) * chunks_of(d.width))),
+        columns(p, d.split ? 0 : d.width, arena) {
     if (p.z.dtype != dtype_of<Z>) z = arena.take<Z>(rows(d) * d.width);
     if (p.dz && p.dz.dtype != dtype_of<Z>) dz = arena.take<Z>(rows(d) * d.width);
   }
   FUSEDATTN_MEMBER static int64_t rows(const Division& d) { return d.split ? d.rows : norm_block; }
 };
 
-// The threads' sums, added in the threads' order, in the dtype of the gradient.
+// The threads' sums, added in the threads' order.
 template <class S, class Total>
 static void write_column_sums(const TensorView& to, int64_t copies, Range columns,
                               const Total& total) {
   if (!to) return;
   for_chunks(columns, [&](int64_t c, int64_t n) {
     alignas(64) double sum[norm_chunk];
-    alignas(64) S chunk[norm_chunk];
     memcpy(sum, total(0) + c, n * sizeof(double));
     for (int64_t t = 1; t < copies; ++t) {
       const double* const from = total(t) + c;
       for (int64_t i = 0; i < n; ++i) sum[i] += from[i];
     }
-    for (int64_t i = 0; i < n; ++i) chunk[i] = S(sum[i]);
-    write_row(to, 0, c, n, chunk);
+    write_column_sum<S>(to, c, n, sum);
   });
 }
 
@@ -335,16 +392,19 @@ static bool norm_backward_of(const NormBackward& p) {
   typedef compute_t<T> S;
   typedef NormBackwardShared<T> Shared;
   typedef NormBackwardOwn<T, Z> Own;
-  const Division division(p.rows(), p.width());
+  const auto outgrow = [&](int quarters) {
+    return outgrows_caches(quarters, threads_for_elements(p.work()), p.work(), p.dout, p.dz, p.z,
+                           p.dx, p.dresidual);
+  };
+  const bool large = outgrow(1);
+  const Division division(p.rows(), p.width(), !outgrow(4));
   const int64_t width = division.width, copies = division.copies();
-  const bool large =
-      outgrows_caches(1, division.threads, p.work(), p.dout, p.dz, p.z, p.dx, p.dresidual);
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division), copies);
   Arena common = workspace.shared();
   const Shared shared(p, division, common);
   const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
-  if (!division.split) shared.weight.convert({0, width});
+  shared.weight.convert_all(width);
   if (shared.no_dout) memset(static_cast<void*>(shared.no_dout), 0, width * sizeof(T));
   const auto own_of = [&](int64_t thread) {
     Arena arena = workspace.own(thread);
@@ -357,11 +417,13 @@ static bool norm_backward_of(const NormBackward& p) {
     Own own = own_of(division.split ? 0 : thread);
     const NormBackwardRows<T, Z> rows{p,     division, shared.weight, dropout, shared.no_dout,
                                       own.z, own.dz,   large,         on};
+    if (division.split) {
+      norm_backward_columns(rows, share, own.sums);
+      if (large) drain();
+      return;
+    }
     own.columns.clear(share.columns);
-    if (division.split)
-      norm_backward_columns(rows, share, own.sums, own.columns);
-    else
-      norm_backward_rows(rows, share, own.sums, own.columns);
+    norm_backward_rows(rows, share, own.sums, own.columns);
     if (large) drain();
     own.columns.flush(share.columns);
 #pragma omp barrier

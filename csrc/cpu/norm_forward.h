@@ -120,7 +120,7 @@ struct NormForwardRows {
     const auto sum = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       return get<S>(x + i, lanes) + get<S>(residual + i, lanes);
     };
-    const auto result = scaled<true, Bias>(z_row(row, 0), mean, rstd, weight.data(), bias.data());
+    const auto result = scaled<true, Bias>(z_row(row, 0), mean, rstd, weight.from(0), bias.from(0));
     const bool stream_z = can_stream(past), stream_out = goes_past(row) && can_stream(out);
     const S centre = in_place && p.options.centre ? mean_of_first<S>(n, sum) : S(0);
     SumsInVectors<true, S> sums;
@@ -170,7 +170,7 @@ struct NormForwardRows {
     const int64_t n = division.width;
     T* const out = static_cast<T*>(p.out.data) + row * p.out.stride[0];
     const auto result =
-        scaled<Weight, Bias, Centre>(source(row, 0), mean, rstd, weight.data(), bias.data());
+        scaled<Weight, Bias, Centre>(source(row, 0), mean, rstd, weight.from(0), bias.from(0));
     const bool fetches = on, streamed = goes_past(row) && can_stream(out);
     const T* const far = x_row(next + on, 0);
     Next moments(source(next, 0), n);
@@ -268,7 +268,7 @@ struct NormForwardRows {
     const RowStatistics s = statistics(row, chunks);
     keep(row, s);
     const S mean = S(s.mean), rstd = S(s.rstd);
-    const bool w = weight.data(), b = bias.data();
+    const bool w = weight.from(0), b = bias.from(0);
     if (p.z)
       *chunks = b ? combine_next<true>(row, mean, rstd) : combine_next<false>(row, mean, rstd);
     else if (p.options.centre)
@@ -282,12 +282,15 @@ struct NormForwardRows {
 
   void second_pass(int64_t row, Range columns, const Moments* chunks) const {
     const RowStatistics s = statistics(row, chunks);
-    if (columns.begin == 0) keep(row, s);
+    keep(row, s);
+    scale_row(row, columns, s, weight.from(columns.begin), bias.from(columns.begin));
+  }
+
+  // With the weight and bias of these columns.
+  void scale_row(int64_t row, Range columns, const RowStatistics& s, const S* w, const S* b) const {
     T* out = static_cast<T*>(p.out.data) + row * p.out.stride[0] + columns.begin;
     const int64_t n = columns.end - columns.begin;
     const P* z = source(row, columns.begin);
-    const S* w = weight.data() ? weight.data() + columns.begin : nullptr;
-    const S* b = bias.data() ? bias.data() + columns.begin : nullptr;
     const S mean = S(s.mean), rstd = S(s.rstd);
     const bool streamed = goes_past(row);
     const auto pass = [&](const auto& fetch) __attribute__((always_inline)) {
@@ -334,13 +337,25 @@ static void norm_forward_rows(const NormForwardRows<T, P>& f, const Share& share
 template <class T, class P>
 static void norm_forward_columns(const NormForwardRows<T, P>& f, const Share& share,
                                  Moments* moments) {
+  typedef compute_t<T> S;
   const int64_t rows = f.division.rows, chunks = chunks_of(f.division.width);
-  f.weight.convert(share.columns);
-  f.bias.convert(share.columns);
   for (int64_t row = 0; row < rows; ++row) f.first_pass(row, share.columns, moments + row * chunks);
 #pragma omp barrier
-  for (int64_t row = 0; row < rows; ++row)
-    f.second_pass(row, share.columns, moments + row * chunks);
+  alignas(64) S weight[norm_chunk], bias[norm_chunk];
+  for (int64_t first = 0; first < rows; first += rows_at_once) {
+    const int64_t n = rows - first < rows_at_once ? rows - first : rows_at_once;
+    RowStatistics s[rows_at_once];
+    for (int64_t r = 0; r < n; ++r) {
+      s[r] = f.statistics(first + r, moments + (first + r) * chunks);
+      if (share.columns.begin == 0) f.keep(first + r, s[r]);
+    }
+    for_chunks(share.columns, [&](int64_t c, int64_t width) {
+      const Range columns{c, c + width};
+      const S* const w = f.weight.chunk(columns, weight);
+      const S* const b = f.bias.chunk(columns, bias);
+      for (int64_t r = 0; r < n; ++r) f.scale_row(first + r, columns, s[r], w, b);
+    });
+  }
 }
 
 template <class S>
@@ -349,8 +364,8 @@ struct NormForwardShared {
 
   FUSEDATTN_MEMBER NormForwardShared(const NormForward& p, const Division& d, Arena& arena)
       // There is no case for a bias alone, nor for none with z.
-      : weight(p.weight, p.options.weight_offset, p.bias || p.z, d.width, arena),
-        bias(p.bias, 0, false, d.width, arena) {}
+      : weight(p.weight, p.options.weight_offset, p.bias || p.z, d, arena),
+        bias(p.bias, 0, false, d, arena) {}
 };
 
 // Of one thread, or of all if split.
@@ -372,11 +387,11 @@ template <class T, class P>
 static bool norm_forward_of(const NormForward& p) {
   typedef NormForwardShared<compute_t<T>> Shared;
   typedef NormForwardOwn<P> Own;
-  const Division division(p.rows(), p.width());
   const auto outgrow = [&](int quarters, const auto&... tensors) {
-    return outgrows_caches(quarters, division.threads, p.work(), tensors...);
+    return outgrows_caches(quarters, threads_for_elements(p.work()), p.work(), tensors...);
   };
   const bool large = outgrow(2, p.x, p.residual, p.out, p.z);
+  const Division division(p.rows(), p.width(), !large);
   // With a backward pass to come out lies where nobody has lately been; without one nobody knows,
   // and half of it past the caches is nowhere far from the best.
   const RowsPast out_past = (large && p.rstd && !p.z) || outgrow(2, p.out) ? RowsPast::all
@@ -387,10 +402,8 @@ static bool norm_forward_of(const NormForward& p) {
   Arena common = workspace.shared();
   const Shared shared(p, division, common);
   const Dropout dropout = p.seed ? Dropout(p.seed, p.options.dropout_p) : Dropout();
-  if (!division.split) {
-    shared.weight.convert({0, division.width});
-    shared.bias.convert({0, division.width});
-  }
+  shared.weight.convert_all(division.width);
+  shared.bias.convert_all(division.width);
   const int64_t on = rows_on(outgrow(1, p.x, p.residual, p.out, p.z) && !division.split,
                              division.rows, division.width * int64_t(sizeof(T)));
   on_threads(division.threads, [&] {

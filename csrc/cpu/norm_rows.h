@@ -19,7 +19,8 @@ FUSEDATTN_INLINE int64_t chunks_of(int64_t width) { return (width + norm_chunk -
 constexpr int norm_block = 2;  // short rows that a thread takes together
 
 // What one thread does: rows by columns. Few wide rows are split by columns (`split`): the threads
-// then meet after each sum.
+// then meet after each sum, but no thread converts weights or sums over rows for more than a chunk
+// at a time. The second pass comes after all of the first, so more rows only while they are `near`.
 struct Share {
   Range rows, columns;
 };
@@ -29,9 +30,11 @@ struct Division {
   int threads;
   bool split;
 
-  FUSEDATTN_MEMBER Division(int64_t rows, int64_t width)
+  FUSEDATTN_MEMBER Division(int64_t rows, int64_t width, bool near)
       : rows(rows), width(width), threads(threads_for_elements(rows * width)) {
-    split = threads > 1 && rows < 4 * threads && chunks_of(width) >= threads;
+    const int64_t share = chunks_of(width) / threads;
+    const int64_t few = share == 0 ? 0 : share == 1 ? 4 : near ? 32 : 8;
+    split = threads > 1 && rows < few * threads;
     if (!split && threads > rows) threads = int(rows);
   }
 
@@ -51,29 +54,41 @@ FUSEDATTN_INLINE bool is_long(const Division& division) {
   return division.width * int64_t(sizeof(T)) >= 2048;
 }
 
-// offset + weight (or the bias) as S: read in place where it is stored so, else from `scratch`.
+// offset + weight (or the bias) as S: read in place where it is stored so, else converted, whole
+// and once for all rows, or a chunk at a time for a few wide ones.
 template <class S>
 struct Parameter {
   const TensorView* tensor = nullptr;
   S offset = 0;
+  bool converts = false;
   S* scratch = nullptr;
 
   // Absent ones are 1 where the caller has no other case for them.
-  FUSEDATTN_MEMBER Parameter(const TensorView& tensor, double offset, bool or_ones, int64_t width,
-                             Arena& arena)
+  FUSEDATTN_MEMBER Parameter(const TensorView& tensor, double offset, bool or_ones,
+                             const Division& division, Arena& arena)
       : tensor(&tensor), offset(S(offset)) {
     const bool in_place = tensor.dtype == dtype_of<S> && offset == 0;
-    if (tensor ? !in_place : or_ones) scratch = arena.take<S>(width);
+    converts = tensor ? !in_place : or_ones;
+    if (converts && !division.split) scratch = arena.take<S>(division.width);
   }
 
-  FUSEDATTN_MEMBER const S* data() const {
-    return scratch ? scratch : static_cast<const S*>(tensor->data);
+  void convert_all(int64_t width) const {
+    if (scratch) convert({0, width}, scratch);
+  }
+  // From a column on, after `convert_all`; null where there is none.
+  FUSEDATTN_MEMBER const S* from(int64_t column) const {
+    const S* const whole = scratch ? scratch : static_cast<const S*>(tensor->data);
+    return whole ? whole + column : nullptr;
+  }
+  // Those columns; `here` has room for them.
+  const S* chunk(Range columns, S* here) const {
+    if (!converts) return from(columns.begin);
+    convert(columns, here);
+    return here;
   }
 
-  // Fills columns of the scratch.
-  void convert(Range columns) const {
-    if (!scratch) return;
-    S* const to = scratch + columns.begin;
+ private:
+  void convert(Range columns, S* to) const {
     const int64_t n = columns.end - columns.begin;
     if (*tensor) read_row(*tensor, 0, columns.begin, n, to);
     for_vectors<S>(n, [&](int64_t i, auto lanes) {
@@ -81,6 +96,8 @@ struct Parameter {
     });
   }
 };
+
+constexpr int64_t rows_at_once = 8;  // of few wide ones, over each chunk
 
 // f(first column, columns) over the chunks of a range.
 template <class F>

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fusedattn import _native
+from processes import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {"fusedattn": "python/fusedattn", "fusedattn/kernels": "kernels",
@@ -27,7 +28,7 @@ needs_native = pytest.mark.skipif(_native.cpu is None, reason="needs fusedattn._
 
 
 def run(
-    *command: object, cwd: Path, check: bool = True, timeout: int = 300, **environment: str
+    *command: object, cwd: Path, check: bool = True, timeout: int = PATIENCE, **environment: str
 ) -> str:
     """Both outputs of a command; with `check` it has to succeed, without it has to fail."""
     done = subprocess.run(
@@ -157,7 +158,7 @@ def test_simultaneous_builds_compile_once(tree: Path) -> None:
     builds = [
         subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    logs = [process.communicate(timeout=120)[0] for process in builds]
+    logs = [process.communicate(timeout=PATIENCE)[0] for process in builds]
     assert [process.returncode for process in builds] == [0, 0, 0]
     assert "".join(logs).count("compiling csrc/cpu/module.cpp") == 1
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PATIENCE
 
 # Which tiles spill depends on the compiler: attention_tiles.py was made with this one.
 pytest.importorskip("triton", minversion="3.9")
@@ -155,25 +156,32 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     return records
 
 
+def start_compiling(file: str, target: str) -> subprocess.Popen[str]:
+    """This script, or one like it, which prints the records of a target."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, file, target]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe)
+
+
+def records_of(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What a process started so has printed at its end."""
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    return json.loads(output)
+
+
 # --- the tests -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list[dict[str, Any]]]:
     """The records of every target, two compiling at a time."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     waiting, found = list(TARGETS), {}
     while waiting:
-        pair = [
-            (name, subprocess.Popen([sys.executable, __file__, name], env=environment, text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-            for name in (waiting.pop(), waiting.pop())
-        ]  # fmt: skip
-        for name, process in pair:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            found[name] = json.loads(output)
+        pair = [(name, start_compiling(__file__, name)) for name in (waiting.pop(), waiting.pop())]
+        found |= {name: records_of(process) for name, process in pair}
     return found
 
 

@@ -7,14 +7,12 @@ Run as a script with the name of a target, this file prints what `cuobjdump` fin
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
-from test_triton_compile import CompileOnly, disassemble
+from test_triton_compile import CompileOnly, disassemble, records_of, start_compiling
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 CASES = ("halves", "interleaved", "sinusoidal")
@@ -66,12 +64,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__, request.param]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return records_of(start_compiling(__file__, request.param))
 
 
 @pytest.mark.slow

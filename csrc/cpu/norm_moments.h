@@ -38,7 +38,7 @@ template <bool Centre, class S, class P>
 struct SumsOfDeviations {
   static constexpr int w = width<S>, ways = SumsInVectors<Centre, S>::ways, block = ways * w;
   S scale, centre;
-  SumsInVectors<Centre, S> sums;
+  SumsInVectors<Centre, S> sums = {};
 
   FUSEDATTN_MEMBER void add(const P* x) {
 #pragma GCC unroll 2

@@ -45,7 +45,8 @@ SHORT_TURN_SECONDS = 50e-3
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 MOST_TRIES = 6
 MANY_PAGES = 256
-FRESH_SECONDS = 2.0  # up to here a first call on fresh pages tells nothing of the calls after it
+FIRST_SECONDS = 1.0  # up to here a first call tells nothing of the calls after it
+FEWEST_TURNS = 5
 
 
 class Unavailable(RuntimeError):
@@ -214,21 +215,24 @@ class Contestant:
 
         An engine with an arena of its own keeps it, so its memory shows in the first call only.
         What measures memory returns free memory to the system before, so that such a call takes
-        longer. A call that outlasts the version's share of the time is a sample itself, and the
-        calls after it are left out: all of them where it is the first and far too long, unless it
-        is the system's pages that took so long.
+        longer. A version whose calls outlast its share of the time has the shortest as a sample,
+        and those after it are left out: all but the first where that is very long, the third where
+        two were far too long and it was not the system's pages that took so long. One call tells
+        nothing: a shared machine can stand still for half a second.
         """
-        probe, pages = PeakMemory(device), _fresh_pages()
+        probe, pages, far_too_long = PeakMemory(device), _fresh_pages(), 3 * share
         with probe:
-            self.seconds = self.run(clock)
+            first = self.seconds = self.run(clock)
         self.peak_bytes = probe.peak_bytes
-        fresh = _fresh_pages() - pages >= MANY_PAGES and self.seconds < FRESH_SECONDS
-        if self.seconds < 3 * share or fresh:
+        fresh = _fresh_pages() - pages >= MANY_PAGES
+        if first < max(far_too_long, FIRST_SECONDS):
             self.output = ()
             with probe:
-                self.run(clock)
+                self.seconds = self.run(clock)
             self.peak_bytes = self.peak_bytes if self.version.owns_arena else probe.peak_bytes
-            self.seconds = on_kept_pages(clock, lambda: self.run(clock))
+            if min(first, self.seconds) < far_too_long or fresh:
+                third = on_kept_pages(clock, lambda: self.run(clock))
+                self.seconds = min(self.seconds, third)
         if self.seconds < share:
             self.seconds = min(self.seconds, self.run(clock))
         else:
@@ -260,10 +264,10 @@ class Contestant:
                 self.run(clock)
 
     def turns_within(self, share: float) -> int:
-        """How many turns fit; a version with short turns gets three even where time is out."""
+        """How many turns fit; a version with short turns gets a few even where time is out."""
         settle = self.seconds < SETTLE_SECONDS
         cost = self.seconds * (self.calls_per_turn + settle)
-        fewest = 3 if cost < SHORT_TURN_SECONDS else 0 if self.samples else 1
+        fewest = FEWEST_TURNS if cost < SHORT_TURN_SECONDS else 0 if self.samples else 1
         return max(fewest, min(MAX_ROUNDS, int(share / cost)))
 
 

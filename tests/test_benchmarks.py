@@ -78,18 +78,30 @@ def test_measure_takes_turns_and_changes_its_inputs():
     assert switches > 4
 
 
-def test_measure_calls_a_very_slow_version_once():
+@pytest.mark.parametrize(("first", "expected"), [(0.0, 2), (harness.FIRST_SECONDS, 1)])
+def test_a_slow_version_has_one_sample(first, expected):
     calls = []
 
     def slow(i):
         calls.append(i)
-        time.sleep(0.1)
+        time.sleep(0.1 + (0 if i else first))
         return (torch.zeros(1),)
 
     measured = harness.measure({"slow": Version(slow)}, device=CPU, budget=0.02)
-    assert calls == [0]
+    assert len(calls) == expected
     assert measured["slow"].timing.samples == 1
     assert measured["slow"].timing.median >= 0.1
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_one_standstill_of_the_machine_tells_nothing(call):
+    def quick(i):
+        time.sleep(0.3 if i == call else 1e-3)
+        return (torch.zeros(1),)
+
+    measured = harness.measure({"quick": Version(quick)}, device=CPU, budget=0.02)
+    assert measured["quick"].timing.samples >= harness.FEWEST_TURNS
+    assert measured["quick"].timing.median < 0.1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts fresh pages there")

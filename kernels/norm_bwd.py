@@ -8,7 +8,8 @@ With n = (z − mean) · rstd, d = dout and g = d · (weight_offset + weight),
     dresidual = total, dx = dropout(total), dweight = Σ d · n, dbias = Σ d over rows
 
 A fixed number of programs walks over all rows, and each keeps its part of dweight and dbias in
-registers; a second kernel adds the parts, always in the same order. Rows wider than a block get
+registers; a second kernel adds the parts, always in the same order. The longest rows that fit are
+worked on as two blocks, which between them pad a width of 12288 by nothing. Rows longer still get
 the two means from a kernel of their own; then programs take columns, of which they need no sums.
 """
 
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, device_of
+from .common import Device, block_width, device_of
 from .rowwise import (
     MOST_WARPS,
     NO_DROPOUT,
@@ -88,6 +89,33 @@ def means_kernel(
         tl.store(means + rows + row, tl.sum(level, 1) / width, mask=row < rows)
 
 
+@triton.jit
+def write_gradients(
+    dz, dx, dresidual, g, n, slope, level, rstd, seed, limit, keep_scale,
+    row, first, rows, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dresidual and dx of BLOCK columns from `first` on; `level` is None for RMS."""
+    col = first + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (col < width)[None, :]
+    total = g - n * slope[:, None]
+    if level is not None:
+        total = total - level[:, None]
+    total = total * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+    if dz is not None:
+        total += tl.load(at(dz, row, col), mask=inside, other=0.0).to(tl.float32)
+    if dresidual is not None:
+        store(dresidual, row, col, total, inside)
+    if seed is not None:
+        total = dropout(total, seed, row, first, limit, keep_scale, BLOCK)
+    store(dx, row, col, total, inside)
+
+
+@triton.jit
+def write_part(parts, part, col, width, sums):
+    """A program's sums over its rows."""
+    tl.store(parts + part.to(tl.int64) * width + col, tl.sum(sums, 0), mask=col < width)
+
+
 @triton.jit(do_not_specialize=["rows", "limit", "columns"])
 def backward_kernel(
     dout,  # Matrix (rows, width), or None: zero
@@ -97,7 +125,7 @@ def backward_kernel(
     mean,  # fp32 (rows,), None for RMS
     rstd,  # fp32 (rows,)
     seed,  # int64 (1,), or None
-    means,  # fp32 (2, rows) of means_kernel; None where a block is a whole row
+    means,  # fp32 (2, rows) of means_kernel; None where a program has whole rows
     dx,  # Matrix
     dresidual,  # Matrix, or None
     dweight,  # fp32 (parts, width), or None
@@ -107,9 +135,10 @@ def backward_kernel(
     keep_scale,
     rows,
     width,
-    columns,  # blocks of a row
+    columns,  # blocks of a row; 1 for whole rows
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,  # columns of a whole row after BLOCK, or 0
     STAGES: tl.constexpr,
 ):
     part = tl.program_id(0) // columns
@@ -117,43 +146,64 @@ def backward_kernel(
     col = first + tl.arange(0, BLOCK)
     weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    w = load_weight(weight, col, width, weight_offset)
+    if REST:
+        rest = BLOCK + tl.arange(0, REST)
+        rest_weight_sum = tl.zeros([ROWS, REST], tl.float32)
+        rest_bias_sum = tl.zeros([ROWS, REST], tl.float32)
+        rest_w = load_weight(weight, rest, width, weight_offset)
     parts = tl.num_programs(0) // columns
     tiles = tl.cdiv(rows, ROWS)
     if seed is not None:
         seed = tl.load(seed)
-    w = load_weight(weight, col, width, weight_offset)
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (col < width)[None, :]
         d, g, n = gradients(dout, z, w, mean, rstd, row, col, rows, width)
         if means is None:
-            slope = tl.sum(g * n, 1) / width
-            level = tl.sum(g, 1) / width
+            slope = tl.sum(g * n, 1)
+            level = tl.sum(g, 1)
+            if REST:
+                rest_d, rest_g, rest_n = gradients(
+                    dout, z, rest_w, mean, rstd, row, rest, rows, width
+                )
+                slope += tl.sum(rest_g * rest_n, 1)
+                level += tl.sum(rest_g, 1)
+            slope = slope / width
+            level = level / width
         else:
             slope = tl.load(means + row, mask=row < rows, other=0.0)
             level = slope
             if mean is not None:
                 level = tl.load(means + rows + row, mask=row < rows, other=0.0)
+        if mean is None:
+            level = None
         if dweight is not None:
             weight_sum += d * n
         if dbias is not None:
             bias_sum += d
-        total = g - n * slope[:, None]
-        if mean is not None:
-            total = total - level[:, None]
-        total = total * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-        if dz is not None:
-            total += tl.load(at(dz, row, col), mask=inside, other=0.0).to(tl.float32)
-        if dresidual is not None:
-            store(dresidual, row, col, total, inside)
-        if seed is not None:
-            total = dropout(total, seed, row, first, limit, keep_scale, BLOCK)
-        store(dx, row, col, total, inside)
-    place = part.to(tl.int64) * width + col
+        if REST:
+            if dweight is not None:
+                rest_weight_sum += rest_d * rest_n
+            if dbias is not None:
+                rest_bias_sum += rest_d
+        write_gradients(
+            dz, dx, dresidual, g, n, slope, level, rstd, seed, limit, keep_scale,
+            row, first, rows, width, BLOCK,
+        )  # fmt: skip
+        if REST:
+            write_gradients(
+                dz, dx, dresidual, rest_g, rest_n, slope, level, rstd, seed, limit, keep_scale,
+                row, BLOCK, rows, width, REST,
+            )  # fmt: skip
     if dweight is not None:
-        tl.store(dweight + place, tl.sum(weight_sum, 0), mask=col < width)
+        write_part(dweight, part, col, width, weight_sum)
     if dbias is not None:
-        tl.store(dbias + place, tl.sum(bias_sum, 0), mask=col < width)
+        write_part(dbias, part, col, width, bias_sum)
+    if REST:
+        if dweight is not None:
+            write_part(dweight, part, rest, width, rest_weight_sum)
+        if dbias is not None:
+            write_part(dbias, part, rest, width, rest_bias_sum)
 
 
 @triton.jit
@@ -187,11 +237,20 @@ def parts_kernel(
 
 # --- launcher ------------------------------------------------------------------------------------
 
+MOST_AT_ONCE = 8192  # columns; a thread's registers do not hold twice as many
 
-def _stages(tile: Tile, device: Device, *read: Tensor | None) -> int:
-    """2 where the next rows fit into shared memory while these are worked on."""
+
+def _blocks(tile: Tile, width: int) -> tuple[int, int]:
+    """BLOCK and REST of the kernel."""
+    if not tile.whole or tile.block <= MOST_AT_ONCE:
+        return tile.block, 0
+    return MOST_AT_ONCE, block_width(width - MOST_AT_ONCE)
+
+
+def _stages(elements: int, device: Device, *read: Tensor | None) -> int:
+    """2 where so many more of each tensor fit into shared memory while these are worked on."""
     size = sum(x.element_size() for x in read if x is not None)
-    return 2 if tile.rows * tile.block * size <= device.shared - 4096 else 1
+    return 2 if elements * size <= device.shared - 4096 else 1
 
 
 def _parts(rows: int, columns: int, tile: Tile, device: Device) -> int:
@@ -261,7 +320,9 @@ def norm_backward(
                 means=means, **tensors, **sizes,
                 ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
             )  # fmt: skip
-        columns = triton.cdiv(width, tile.block)
+        block, rest = _blocks(tile, width)
+        columns = 1 if rest else triton.cdiv(width, block)
+        stages = _stages(tile.rows * (block + rest), device, z, dout, dz)
         parts = _parts(rows, columns, tile, device)
         sums = [x if x is None else rstd.new_empty(parts, width) for x in (dweight, dbias)]
         limit, keep_scale = drop or NO_DROPOUT
@@ -269,7 +330,7 @@ def norm_backward(
             dz=matrix_of(dz), seed=None if drop is None else seed, means=means, dx=matrix_of(dx),
             dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1], limit=limit,
             keep_scale=keep_scale, columns=columns, **tensors, **sizes,
-            ROWS=tile.rows, BLOCK=tile.block, STAGES=_stages(tile, device, z, dout, dz),
-            num_warps=tile.warps, **registers(device, 128),
+            ROWS=tile.rows, BLOCK=block, REST=rest, STAGES=stages, num_warps=tile.warps,
+            **registers(device, 128),
         )  # fmt: skip
         _add_parts(*sums, dweight, dbias, device)

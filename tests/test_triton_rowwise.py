@@ -1,7 +1,7 @@
 """Triton's norms and softmax, interpreted where there is no GPU.
 
-Tiles are at most 4096 elements or one row, and rows above 16384 are walked over in blocks of 8192:
-that is what the widths here are about.
+Tiles are at most 4096 elements or one row, rows above 16384 are walked over in blocks of 8192, and
+the norms' backward takes rows above 8192 as two blocks: that is what the widths here are about.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ NORMS = {
     "a row fills its block": NormCase(width=64),
     "one column": NormCase(rows=33, width=1),
     "one row, whole": NormCase(rows=1, width=5000),
+    "two blocks": NormCase(rows=3, width=12288),
+    "two blocks, one nearly empty": NormCase(rows=3, width=8193, dtype=BF16, residual=FP32),
+    "two blocks, rms": NormCase(rows=3, width=9000, centre=False),
+    "two blocks, dropout": NormCase(
+        3, 16000, BF16, BF16, residual=BF16, options=(("dropout_p", 0.3),)
+    ),
     "wide": NormCase(rows=3, width=WIDE),
     "bf16, fp32 weights and residual": NormCase(dtype=BF16, residual=FP32),
     "fp16, bf16 weights": NormCase(dtype=FP16, weight=BF16, residual=FP16),

@@ -20,6 +20,7 @@ CASES = {
     "layer": ("bfloat16", (1024, 4096, 8192)),
     "rms": ("bfloat16", (1024, 8192)),
     "softmax": ("bfloat16", (1024, 8192)),
+    "layer, two blocks": ("bfloat16", (12288,)),
     "layer residual dropout": ("bfloat16", (4096,)),
     "softmax mask bias causal": ("bfloat16", (4096,)),
     "layer fp32": ("float32", (16384, 20480)),
@@ -108,6 +109,14 @@ def test_machine_code(compiled: list[dict[str, Any]]) -> None:
             # Every thread has 32 elements of x, or 16 of each of two tensors, and stores as many.
             assert record["LDG"] >= 4, record
             assert record["STG"] >= (4 if record["kernel"] == "forward_kernel" else 2), record
+
+
+@pytest.mark.slow
+def test_long_rows_hardly_spill(compiled: list[dict[str, Any]]) -> None:
+    """24 elements a thread with two sums each and the weight: not one in four words goes out."""
+    records = [x for x in compiled if x["case"] == "layer, two blocks"]
+    assert {x["kernel"] for x in records} == {"forward_kernel", "backward_kernel", "parts_kernel"}
+    assert all(x["LDL"] <= 32 for x in records), records
 
 
 @pytest.mark.slow

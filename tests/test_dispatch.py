@@ -1,8 +1,12 @@
 """How a call reaches its kernel: what is not plain goes through torch's dispatcher."""
 
+import shutil
+import subprocess
+
 import fusedattn
 import pytest
 import torch
+from processes import in_a_new_process
 
 OPS = {
     "attention": lambda x: fusedattn.attention(x, x, x),
@@ -48,3 +52,40 @@ def test_functions_refuse_transforms(name):
     function = getattr(fusedattn.autograd, name)
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: function.apply(x).sum())(torch.randn(3))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_inside_another_librarys_threads(tmp_path):
+    """One thread of an OpenMP team calls, the others wait for it; our barriers are not theirs."""
+    source, library = tmp_path / "team.cpp", tmp_path / "team.so"
+    source.write_text(
+        "#include <atomic>\n"
+        "#include <omp.h>\n"
+        'extern "C" int in_a_team(void (*body)()) {\n'
+        "  std::atomic<int> done = 0, seen = 0;\n"
+        "#pragma omp parallel num_threads(2)\n"
+        "  {\n"
+        "    if (omp_get_thread_num() == 0) body(), done = 1;\n"
+        "#pragma omp barrier\n"
+        "    seen += done;\n"
+        "  }\n"
+        "  return seen;\n"
+        "}\n"
+    )
+    command = ["g++", "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    code = (
+        "import ctypes, torch, fusedattn\n"
+        "x = torch.randn(1, 2, 300, 128, requires_grad=True)\n"
+        "w = torch.ones(128, requires_grad=True)\n"
+        "def run():\n"
+        "    y = fusedattn.layer_norm(x, 128, w, residual=fusedattn.softmax(x))[0]\n"
+        "    z = fusedattn.rms_norm(fusedattn.attention(y, y, y), 128, w)\n"
+        "    return [z, *torch.autograd.grad(z.square().sum(), (x, w))]\n"
+        "want, found = run(), []\n"
+        "body = ctypes.CFUNCTYPE(None)(lambda: found.extend(run()))\n"
+        f"seen = ctypes.CDLL({str(library)!r}).in_a_team(body)\n"
+        "close = [torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, want)]\n"
+        "print(seen, close)"
+    )
+    assert in_a_new_process(code) == "2 [True, True, True]"

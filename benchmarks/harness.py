@@ -45,7 +45,7 @@ SHORT_TURN_SECONDS = 50e-3
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 MOST_TRIES = 6
 MANY_PAGES = 256
-FIRST_SECONDS = 1.0  # up to here a first call tells nothing of the calls after it
+FIRST_SECONDS = 2.0  # up to here a first call tells nothing of the calls after it
 FEWEST_TURNS = 5
 
 

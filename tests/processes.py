@@ -16,6 +16,6 @@ def in_a_new_process(code: str) -> str:
         AssertionError: the interpreter failed or crashed; with what it wrote to stderr.
     """
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     return done.stdout.strip()

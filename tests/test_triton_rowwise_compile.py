@@ -113,10 +113,10 @@ def test_machine_code(compiled: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_long_rows_hardly_spill(compiled: list[dict[str, Any]]) -> None:
-    """24 elements a thread with two sums each and the weight: not one in four words goes out."""
+    """24 elements a thread, of five tensors: at most a third of the 120 words goes out."""
     records = [x for x in compiled if x["case"] == "layer, two blocks"]
     assert {x["kernel"] for x in records} == {"forward_kernel", "backward_kernel", "parts_kernel"}
-    assert all(x["LDL"] <= 32 for x in records), records
+    assert all(x["STACK"] <= 4 * 40 for x in records), records
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
     """`function` for calls outside torch.func's transforms.
 
     torch's own `apply` prepares for these on every call, which takes 2 µs; under one it raises,
-    and this one is wrong. That of the backward, half a µs, looks whether it is called `vjp`.
+    and this one is wrong. That of the backward, another 1 µs, looks whether it is called `vjp`.
     """
     apply = torch._C._FunctionBase.__dict__["apply"]
     found: Any = type(function.__name__, (function,), {"apply": apply, "__doc__": function.__doc__})

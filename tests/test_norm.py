@@ -340,6 +340,13 @@ def test_sums_over_many_rows(rows, fast_backend):
         check_sum(found, s.sum(0), rows=rows, largest_summand=s.abs().max().item(), what=name)
 
 
+@pytest.mark.parametrize("rows", [200, 300])
+@pytest.mark.parametrize("op", OPS)
+def test_sums_over_the_rows_of_threads(op, rows):
+    """With and without a sum in float64 beside that of the last 128 rows."""
+    check_norm(NormCase(op, (rows, 300)), "cpu")
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_wide_rows_on_many_threads(dtype, small_caches):
     """Near enough, they are divided by columns; the sums over rows are flushed on the way."""

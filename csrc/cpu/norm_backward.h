@@ -14,17 +14,17 @@ struct RowSums {
   double g, gn;
 };
 
-// One sum over a thread's rows for each column: in S over a few rows, then in double. Both are null
-// where it is not wanted.
+// One sum over a thread's rows for each column: in S over a few rows, then in double if there are
+// more. Both are null where it is not wanted.
 template <class S>
 struct ColumnSum {
   S* recent = nullptr;
   double* total = nullptr;
 
-  FUSEDATTN_MEMBER ColumnSum(const TensorView& wanted, int64_t width, Arena& arena) {
+  FUSEDATTN_MEMBER ColumnSum(const TensorView& wanted, int64_t rows, int64_t width, Arena& arena) {
     if (!wanted) return;
     recent = arena.take<S>(width);
-    total = arena.take<double>(width);
+    if (rows > rows_per_flush) total = arena.take<double>(width);
   }
 
   FUSEDATTN_MEMBER S* from(int64_t column) const { return recent ? recent + column : nullptr; }
@@ -32,15 +32,25 @@ struct ColumnSum {
   void clear(Range columns) const {
     if (!recent) return;
     memset(recent + columns.begin, 0, (columns.end - columns.begin) * sizeof(S));
-    memset(total + columns.begin, 0, (columns.end - columns.begin) * sizeof(double));
+    if (total) memset(total + columns.begin, 0, (columns.end - columns.begin) * sizeof(double));
   }
   void flush(Range columns) const {
-    if (!recent) return;
+    if (!total) return;
 #pragma omp simd
     for (int64_t i = columns.begin; i < columns.end; ++i) {
       total[i] += double(recent[i]);
       recent[i] = 0;
     }
+  }
+
+  // Adds the columns from the first on to as many of `sum`.
+  void add_to(double* sum, Range columns) const {
+    const int64_t n = columns.end - columns.begin;
+    const auto add = [&](const auto* from) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) sum[i] += double(from[i]);
+    };
+    total ? add(total + columns.begin) : add(recent + columns.begin);
   }
 };
 
@@ -49,9 +59,10 @@ struct ColumnSums {
   ColumnSum<S> weight, bias;
   int64_t pending = 0;  // rows in the recent sums
 
-  FUSEDATTN_MEMBER ColumnSums(const NormBackward& p, int64_t width, Arena& arena)
+  FUSEDATTN_MEMBER ColumnSums(const NormBackward& p, int64_t rows, int64_t width, Arena& arena)
       // There is no case for dbias alone.
-      : weight(p.dweight ? p.dweight : p.dbias, width, arena), bias(p.dbias, width, arena) {}
+      : weight(p.dweight ? p.dweight : p.dbias, rows, width, arena),
+        bias(p.dbias, rows, width, arena) {}
 
   void clear(Range columns) {
     weight.clear(columns);
@@ -293,13 +304,22 @@ static void norm_backward_rows(const NormBackwardRows<T, Z>& f, const Share& sha
   }
 }
 
-// Sums over rows, in the dtype of the gradient.
-template <class S>
-static void write_column_sum(const TensorView& to, int64_t column, int64_t n, const double* sum) {
+// The threads' sums, added in the threads' order, from column `first` on in the gradient.
+template <class S, class Copy>
+static void write_column_sums(const TensorView& to, int64_t first, Range columns, int64_t copies,
+                              const Copy& copy) {
   if (!to) return;
-  alignas(64) S chunk[norm_chunk];
-  for (int64_t i = 0; i < n; ++i) chunk[i] = S(sum[i]);
-  write_row(to, 0, column, n, chunk);
+  for_chunks(columns, [&](int64_t c, int64_t n) {
+    const ColumnSum<S> one = copy(0);
+    if (copies == 1 && !one.total) return write_row(to, 0, first + c, n, one.recent + c);
+    alignas(64) double sum[norm_chunk];
+    alignas(64) S rounded[norm_chunk];
+    memset(sum, 0, n * sizeof(double));
+    for (int64_t t = 0; t < copies; ++t) copy(t).add_to(sum, {c, c + n});
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) rounded[i] = S(sum[i]);
+    write_row(to, 0, first + c, n, rounded);
+  });
 }
 
 // One thread's columns of all rows, chunk by chunk; the threads wait for each other's sums.
@@ -311,7 +331,7 @@ static void norm_backward_columns(const NormBackwardRows<T, Z>& f, const Share& 
   alignas(64) S weight[norm_chunk];
   alignas(64) char memory[2 * norm_chunk * (sizeof(S) + sizeof(double))];
   Arena arena(memory);
-  ColumnSums<S> to(f.p, norm_chunk, arena);
+  ColumnSums<S> to(f.p, rows, norm_chunk, arena);
   for (int64_t row = 0; row < rows; ++row) f.fetch(row, share.columns);
   for_chunks(share.columns, [&](int64_t c, int64_t n) {
     const Range here{0, n};
@@ -329,8 +349,8 @@ static void norm_backward_columns(const NormBackwardRows<T, Z>& f, const Share& 
       to.add(1, here);
     }
     to.flush(here);
-    write_column_sum<S>(f.p.dweight, c, n, to.weight.total);
-    write_column_sum<S>(f.p.dbias, c, n, to.bias.total);
+    write_column_sums<S>(f.p.dweight, c, here, 1, [&](int64_t) { return to.weight; });
+    write_column_sums<S>(f.p.dbias, c, here, 1, [&](int64_t) { return to.bias; });
   });
 #pragma omp barrier
   for (int64_t first = 0; first < rows; first += rows_at_once) {
@@ -364,28 +384,12 @@ struct NormBackwardOwn {
   FUSEDATTN_MEMBER NormBackwardOwn(const NormBackward& p, const Division& d, Arena& arena)
       // Where threads divide the columns, each has its sums for a chunk at a time.
       : sums(arena.take<RowSums>(rows(d) * chunks_of(d.width))),
-        columns(p, d.split ? 0 : d.width, arena) {
+        columns(p, d.rows_each(), d.split ? 0 : d.width, arena) {
     if (p.z.dtype != dtype_of<Z>) z = arena.take<Z>(rows(d) * d.width);
     if (p.dz && p.dz.dtype != dtype_of<Z>) dz = arena.take<Z>(rows(d) * d.width);
   }
   FUSEDATTN_MEMBER static int64_t rows(const Division& d) { return d.split ? d.rows : norm_block; }
 };
-
-// The threads' sums, added in the threads' order.
-template <class S, class Total>
-static void write_column_sums(const TensorView& to, int64_t copies, Range columns,
-                              const Total& total) {
-  if (!to) return;
-  for_chunks(columns, [&](int64_t c, int64_t n) {
-    alignas(64) double sum[norm_chunk];
-    memcpy(sum, total(0) + c, n * sizeof(double));
-    for (int64_t t = 1; t < copies; ++t) {
-      const double* const from = total(t) + c;
-      for (int64_t i = 0; i < n; ++i) sum[i] += from[i];
-    }
-    write_column_sum<S>(to, c, n, sum);
-  });
-}
 
 template <class T, class Z>
 static bool norm_backward_of(const NormBackward& p) {
@@ -428,10 +432,10 @@ static bool norm_backward_of(const NormBackward& p) {
     own.columns.flush(share.columns);
 #pragma omp barrier
     const Range columns = part_of(width, thread, division.threads, norm_chunk);
-    write_column_sums<S>(p.dweight, copies, columns,
-                         [&](int64_t t) { return own_of(t).columns.weight.total; });
-    write_column_sums<S>(p.dbias, copies, columns,
-                         [&](int64_t t) { return own_of(t).columns.bias.total; });
+    write_column_sums<S>(p.dweight, 0, columns, copies,
+                         [&](int64_t t) { return own_of(t).columns.weight; });
+    write_column_sums<S>(p.dbias, 0, columns, copies,
+                         [&](int64_t t) { return own_of(t).columns.bias; });
   });
   return true;
 }

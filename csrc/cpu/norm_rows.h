@@ -41,6 +41,11 @@ struct Division {
   // Of what threads keep for themselves.
   FUSEDATTN_MEMBER int copies() const { return split ? 1 : threads; }
 
+  // At most.
+  FUSEDATTN_MEMBER int64_t rows_each() const {
+    return split ? rows : (rows + threads - 1) / threads;
+  }
+
   FUSEDATTN_MEMBER Share share(int thread) const {
     const Range all_rows{0, rows}, all_columns{0, width};
     if (split) return {all_rows, part_of(width, thread, threads, norm_chunk)};

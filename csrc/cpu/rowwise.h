@@ -76,6 +76,60 @@ struct Some {
   int n;
 };
 
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE vec<S> load_some(const T* p, Whole, S) {
+  return load_as(p);
+}
+
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void store_some(T* p, Whole, vec<S> x) {
+  store_as(p, x);
+}
+
+// A vector of which only the first lanes exist, 0 < left < width: the others are `rest`, and
+// nothing there is touched.
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE vec<S> load_some(const T* p, int64_t left, S rest) {
+  T lanes[width<S>] = {};
+  memcpy(lanes, p, left * sizeof(T));
+  return select_below(int(left), load_as(lanes), splat(rest));
+}
+
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void store_some(T* p, int64_t left, vec<S> x) {
+  alignas(32) T lanes[width<S>];
+  store_as(lanes, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+    return _mm256_mask_storeu_epi16(p, __mmask16((1u << left) - 1), bits);
+  }
+#endif
+  memcpy(p, lanes, left * sizeof(T));
+}
+
+#if defined(__AVX512F__)
+// The same by masked moves: a vector loaded over single stores would wait for all of them.
+FUSEDATTN_INLINE vec<float> load_some(const float* p, int64_t left, float rest) {
+  return _mm512_mask_loadu_ps(splat(rest), __mmask16((1u << left) - 1), p);
+}
+
+FUSEDATTN_INLINE vec<float> load_some(const bf16* p, int64_t left, float rest) {
+  const __mmask16 lanes = __mmask16((1u << left) - 1);
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+  return _mm512_mask_blend_ps(lanes, splat(rest), (vec<float>)_mm512_slli_epi32(bits, 16));
+}
+
+FUSEDATTN_INLINE vec<float> load_some(const f16* p, int64_t left, float rest) {
+  const __mmask16 lanes = __mmask16((1u << left) - 1);
+  return _mm512_mask_cvtph_ps(splat(rest), lanes, _mm256_maskz_loadu_epi16(lanes, p));
+}
+
+FUSEDATTN_INLINE void store_some(float* p, int64_t left, vec<float> x) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << left) - 1), x);
+}
+#endif
+
 // `width<S>` elements as S, 0 past the end of a tail.
 template <class S, class P>
 FUSEDATTN_INLINE vec<S> get(const P* p, Whole) {
@@ -90,9 +144,13 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Whole) {
 
 template <class S, class P>
 FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
-  alignas(64) S x[width<S>] = {};
-  for (int i = 0; i < tail.n; ++i) x[i] = S(to_float(p[i]));
-  return load(x);
+  if constexpr (sizeof(compute_t<P>) == sizeof(S)) {
+    return load_some(p, tail.n, S(0));
+  } else {
+    alignas(64) S x[width<S>] = {};
+    for (int i = 0; i < tail.n; ++i) x[i] = S(to_float(p[i]));
+    return load(x);
+  }
 }
 
 // x as it was rounded or loaded: no multiply-add reaches across, and it is not loaded again.
@@ -134,9 +192,13 @@ FUSEDATTN_INLINE void set(P* p, vec<S> x, Whole) {
 
 template <class S, class P>
 FUSEDATTN_INLINE void set(P* p, vec<S> x, Some tail) {
-  alignas(64) S lanes[width<S>];
-  store(lanes, x);
-  for (int i = 0; i < tail.n; ++i) put(p + i, compute_t<P>(lanes[i]));
+  if constexpr (sizeof(compute_t<P>) == sizeof(S)) {
+    store_some(p, tail.n, x);
+  } else {
+    alignas(64) S lanes[width<S>];
+    store(lanes, x);
+    for (int i = 0; i < tail.n; ++i) put(p + i, compute_t<P>(lanes[i]));
+  }
 }
 
 // Two vectors in their order, rounded to P.

@@ -78,21 +78,36 @@ class RotaryTask {
         for (int64_t j = 0; j < columns; ++j) c[j] = s[j] = __builtin_nan("");
         continue;
       }
-      const From* from_cos = f.cos.at<From>(b, position, 0);
-      const From* from_sin = f.sin.at<From>(b, position, 0);
-      const int64_t cos_step = f.cos.stride[2], sin_step = f.sin.stride[2];
-      if constexpr (Interleaved) {
-        for (int64_t j = 0; j < half; ++j) {
-          c[2 * j] = c[2 * j + 1] = S(to_float(from_cos[j * cos_step]));
-          const S angle = sign * S(to_float(from_sin[j * sin_step]));
-          s[2 * j] = -angle, s[2 * j + 1] = angle;
-        }
-      } else {
-        for (int64_t j = 0; j < half; ++j) {
-          c[j] = S(to_float(from_cos[j * cos_step]));
-          s[j] = sign * S(to_float(from_sin[j * sin_step]));
+      gather_row(f.cos.at<From>(b, position, 0), f.cos.stride[2], S(1), S(1), c);
+      gather_row(f.sin.at<From>(b, position, 0), f.sin.stride[2], -sign, sign, s);
+    }
+  }
+
+  // A row of a table as S, times `second`; interleaved each number twice, first times `first`.
+  template <class From>
+  void gather_row(const From* from, int64_t step, S first, S second, S* to) const {
+    constexpr int w = width<S>;
+    int64_t j = 0;
+    if (step == 1) {
+      ints<S> odd, low;
+      for (int lane = 0; lane < w; ++lane) odd[lane] = lane % 2, low[lane] = lane / 2;
+      const vec<S> factor = odd != 0 ? splat(second) : splat(first);
+      for (; j + w <= half; j += w) {
+        const vec<S> x = get<S>(from + j, Whole{});
+        if constexpr (Interleaved) {
+          store(to + 2 * j, __builtin_shuffle(x, low) * factor);
+          store(to + 2 * j + w, __builtin_shuffle(x, low + w / 2) * factor);
+        } else {
+          store(to + j, x * second);
         }
       }
+    }
+    for (; j < half; ++j) {
+      const S x = S(to_float(from[j * step]));
+      if constexpr (Interleaved)
+        to[2 * j] = first * x, to[2 * j + 1] = second * x;
+      else
+        to[j] = second * x;
     }
   }
 
@@ -101,19 +116,18 @@ class RotaryTask {
   void rotate(const TensorView& x, const TensorView& out, int64_t b, int64_t i, int64_t i_end,
               int64_t h, int64_t h_end) {
     const int64_t most = x.stride[2] <= x.stride[1] ? 4 : h_end;
+    const int64_t rest = x.data == out.data ? 0 : x.shape[3] - 2 * half;
     for (; h < h_end; h += most) {
       const int64_t heads = h + most < h_end ? most : h_end - h;
-      const Block block = {i_end - i, x.stride[2], out.stride[2],
-                           heads,     x.stride[1], out.stride[1]};
+      const Block block = {i_end - i,   x.stride[2],   out.stride[2], heads,
+                           x.stride[1], out.stride[1], rest};
       rotate_block(x.at<T>(b, h, i), x.stride[3], out.at<T>(b, h, i), out.stride[3], block);
-      copy_rest(x.at<T>(b, h, i), x.stride[3], out.at<T>(b, h, i), out.stride[3], block,
-                x.shape[3]);
     }
   }
 
-  // Rows and heads, and how far apart they lie in x and in out.
+  // Rows and heads, how far apart they lie in x and in out, and how many features are copied.
   struct Block {
-    int64_t rows, x_row, out_row, heads, x_head, out_head;
+    int64_t rows, x_row, out_row, heads, x_head, out_head, rest;
   };
 
   void rotate_block(const T* from, int64_t step, T* to, int64_t out_step,
@@ -144,11 +158,15 @@ class RotaryTask {
           row_cos[k] = load(c + k * width<S>);
           row_sin[k] = load(s + k * width<S>);
         }
-        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head)
+        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head) {
           turn_vectors<Vectors>(x, out, row_cos, row_sin);
+          copy_rest(x, 1, out, 1, block.rest);
+        }
       } else {
-        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head)
+        for (int64_t h = 0; h < block.heads; ++h, x += block.x_head, out += block.out_head) {
           turn(x, out, c, s);
+          copy_rest(x, 1, out, 1, block.rest);
+        }
       }
     }
   }
@@ -157,23 +175,25 @@ class RotaryTask {
                     const Block& block) const {
     for (int64_t r = 0; r < block.rows; ++r) {
       for (int64_t h = 0; h < block.heads; ++h) {
-        load_row(from + r * block.x_row + h * block.x_head, step, 2 * half, row, 2 * half);
+        const T* x = from + r * block.x_row + h * block.x_head;
+        T* out = to + r * block.out_row + h * block.out_head;
+        load_row(x, step, 2 * half, row, 2 * half);
         turn(row, row, cos + r * columns, sin + r * columns);
-        store_row(to + r * block.out_row + h * block.out_head, out_step, 2 * half, row, S(1));
+        store_row(out, out_step, 2 * half, row, S(1));
+        copy_rest(x, step, out, out_step, block.rest);
       }
     }
   }
 
-  void copy_rest(const T* from, int64_t step, T* to, int64_t out_step, const Block& block,
-                 int64_t features) const {
-    if (from == to || 2 * half == features) return;
-    for (int64_t r = 0; r < block.rows; ++r) {
-      for (int64_t h = 0; h < block.heads; ++h) {
-        const T* x = from + r * block.x_row + h * block.x_head;
-        T* out = to + r * block.out_row + h * block.out_head;
-        for (int64_t j = 2 * half; j < features; ++j) out[j * out_step] = x[j * step];
-      }
+  // The features that are not turned.
+  void copy_rest(const T* x, int64_t step, T* out, int64_t out_step, int64_t count) const {
+    if (count == 0) return;
+    x += 2 * half * step, out += 2 * half * out_step;
+    if (step == 1 && out_step == 1) {
+      memcpy(static_cast<void*>(out), x, count * sizeof(T));
+      return;
     }
+    for (int64_t j = 0; j < count; ++j) out[j * out_step] = x[j * step];
   }
 
   FUSEDATTN_MEMBER static vec<S> swap_neighbours(vec<S> x) {
@@ -212,10 +232,10 @@ class RotaryTask {
         const vec<S> each = load_as(x + j);
         store_as(out + j, each * load(c + j) + swap_neighbours(each) * load(s + j));
       }
-      for (; j < n; j += 2) {
-        const S a = to_float(x[j]), b = to_float(x[j + 1]);
-        put(out + j, a * c[j] + b * s[j]);
-        put(out + j + 1, b * c[j] + a * s[j + 1]);
+      if (const Some tail{int(n - j)}; tail.n > 0) {
+        const vec<S> each = get<S>(x + j, tail);
+        set<S>(out + j, each * get<S>(c + j, tail) + swap_neighbours(each) * get<S>(s + j, tail),
+               tail);
       }
     } else {
       for (; j + width<S> <= n; j += width<S>) {
@@ -224,10 +244,11 @@ class RotaryTask {
         store_as(out + j, a * cj - b * sj);
         store_as(out + n + j, b * cj + a * sj);
       }
-      for (; j < n; ++j) {
-        const S a = to_float(x[j]), b = to_float(x[n + j]);
-        put(out + j, a * c[j] - b * s[j]);
-        put(out + n + j, b * c[j] + a * s[j]);
+      if (const Some tail{int(n - j)}; tail.n > 0) {
+        const vec<S> a = get<S>(x + j, tail), b = get<S>(x + n + j, tail);
+        const vec<S> cj = get<S>(c + j, tail), sj = get<S>(s + j, tail);
+        set<S>(out + j, a * cj - b * sj, tail);
+        set<S>(out + n + j, b * cj + a * sj, tail);
       }
     }
   }

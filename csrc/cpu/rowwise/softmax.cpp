@@ -5,7 +5,7 @@
 // Gimelshein 2018), that threads may share; they are combined in order, so that neither the number
 // of threads nor trailing columns that are masked change a bit of the result.
 #include "softmax_columns.h"
-#include "softmax_vectors.h"
+#include "softmax_short.h"
 #include "workspace.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
@@ -82,18 +82,9 @@ struct Part {
   S high, sum;
 };
 
-template <class S>
-FUSEDATTN_INLINE S finite_origin(S high) {
-  return high == -infinity<S> ? S(0) : high;  // −inf − 0 still has the exponential 0
-}
-
-template <class S>
-FUSEDATTN_INLINE S reciprocal(S sum) {
-  return sum == 0 ? S(0) : 1 / sum;
-}
-
 template <class T>
 struct ForwardRows {
+  typedef T Element;
   typedef compute_t<T> S;
   static constexpr int degree = sizeof(T) == 2 ? 4 : 6;
   const SoftmaxForward& p;
@@ -152,6 +143,12 @@ struct ForwardRows {
     const S origin = finite_origin(highest(x, n, large && !on));
     const S sum = exponentials<degree>(x, n, origin, scores.factor, e, on ? x + on : nullptr);
     scaled<T>(e, n, reciprocal(sum), large, out);
+  }
+
+  template <int Vectors>
+  void short_row(const Index& at, const ShortRow<T, Vectors>& row) const {
+    row.template forward<degree>(p.x.at<const T>(at.b, at.h, at.i), scores.factor,
+                                 p.out.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* e) const {
@@ -221,20 +218,6 @@ struct ForwardRows {
 
 // --- backward ------------------------------------------------------------------------------------
 
-template <class T>
-FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n, bool ahead) {
-  typedef compute_t<T> S;
-  vec<S> sums[unroll] = {};
-  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
-    if (v == 0 && ahead) [[unlikely]] {
-      fetch_ahead(x + j, unroll * width<S>);
-      fetch_ahead(y + j, unroll * width<S>);
-    }
-    sums[v] += load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
-  });
-  return reduce_add(sum_of(sums));
-}
-
 // d = scale · out ∘ (dout − row).
 template <class T, class Out, class S, class Fetch>
 FUSEDATTN_INLINE void gradient_of_row(const T* dout, const T* out, int64_t n, S row, S scale,
@@ -265,36 +248,9 @@ FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S 
   gradient_of_row(dout, out, n, row, scale, streamed, fetch, d);
 }
 
-#if defined(__AVX512BF16__)
-// The same in products of pairs, which add to float.
-FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n, bool ahead) {
-  constexpr int64_t pairs = 2 * width<float>;
-  vec<float> sums[unroll] = {};
-  const auto step = [&](int v, __m512i a, __m512i b) {
-    sums[v] = _mm512_dpbf16_ps(sums[v], (__m512bh)a, (__m512bh)b);
-  };
-  int64_t j = 0;
-  for (; j + unroll * pairs <= n; j += unroll * pairs) {
-    if (ahead) [[unlikely]] {
-      fetch_ahead(x + j, unroll * pairs);
-      fetch_ahead(y + j, unroll * pairs);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < unroll; ++v)
-      step(v, _mm512_loadu_si512(x + j + v * pairs), _mm512_loadu_si512(y + j + v * pairs));
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < unroll; ++v, j += pairs) {
-    if (j >= n) break;
-    const __mmask32 lanes = n - j < pairs ? (__mmask32(1) << (n - j)) - 1 : ~__mmask32(0);
-    step(v, _mm512_maskz_loadu_epi16(lanes, x + j), _mm512_maskz_loadu_epi16(lanes, y + j));
-  }
-  return reduce_add(sum_of(sums));
-}
-#endif
-
 template <class T>
 struct BackwardRows {
+  typedef T Element;
   typedef compute_t<T> S;
   const SoftmaxBackward& p;
   const S scale = S(p.options.scale);
@@ -359,6 +315,12 @@ struct BackwardRows {
     gradient(dout, out, n, row, scale, large, on, p.dx.at<T>(at.b, at.h, at.i));
   }
 
+  template <int Vectors>
+  void short_row(const Index& at, const ShortRow<T, Vectors>& row) const {
+    row.backward(p.dout.at<const T>(at.b, at.h, at.i), p.out.at<const T>(at.b, at.h, at.i), scale,
+                 p.dx.at<T>(at.b, at.h, at.i));
+  }
+
   void narrow(const Index& at, S* copy) const {
     const int64_t n = visible(at);
     write(at, 0, n, sum(at, 0, n, copy), copy);
@@ -386,23 +348,40 @@ struct BackwardRows {
 
 // --- rows over threads ---------------------------------------------------------------------------
 
-// Rows of one chunk. Causal rows grow, so threads take turns.
+// row(where) for all rows. Causal rows grow, so threads take turns.
+template <class Params, class Row>
+FUSEDATTN_INLINE void for_rows(const Params& p, const Row& row) {
+  const int64_t count = p.rows();
+  const int64_t block = p.options.causal == SoftmaxCausal::none
+                            ? ceil_div(count, omp_get_num_threads())
+                            : int64_t(16);
+#pragma omp for schedule(static, 1)
+  for (int64_t first = 0; first < count; first += block) {
+    Index at = index_of(p, first);
+    for (int64_t r = first; r < smaller(first + block, count); ++r) {
+      row(at);
+      at.next(p);
+    }
+  }
+}
+
+// Rows of one chunk.
 template <class Rows, class Params>
 void run_narrow(const Params& p, int threads) {
+  typedef typename Rows::S S;
   const Rows rows{p};
-  const int64_t count = p.rows();
-  const int64_t block = p.options.causal == SoftmaxCausal::none ? ceil_div(count, threads) : 16;
   const bool plain = rows.plain();
   on_threads(threads, [&] {
-    alignas(64) typename Rows::S copy[2 * chunk];
-#pragma omp for schedule(static, 1)
-    for (int64_t first = 0; first < count; first += block) {
-      Index at = index_of(p, first);
-      for (int64_t r = first; r < smaller(first + block, count); ++r) {
-        plain ? rows.plain_row(at, copy) : rows.narrow(at, copy);
-        at.next(p);
-      }
-    }
+    const bool done = plain && !rows.large && with_vectors<S>(p.width(), [&](auto vectors) {
+                        const ShortRow<typename Rows::Element, vectors()> row(p.width());
+                        for_rows(p, [&](const Index& at) { rows.short_row(at, row); });
+                      });
+    if (done) return;
+    alignas(64) S copy[2 * chunk];
+    if (plain)
+      for_rows(p, [&](const Index& at) { rows.plain_row(at, copy); });
+    else
+      for_rows(p, [&](const Index& at) { rows.narrow(at, copy); });
     drain();
   });
 }

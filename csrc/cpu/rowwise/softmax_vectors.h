@@ -32,5 +32,57 @@ FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
+template <class S>
+FUSEDATTN_INLINE S finite_origin(S high) {
+  return high == -infinity<S> ? S(0) : high;  // −inf − 0 still has the exponential 0
+}
+
+template <class S>
+FUSEDATTN_INLINE S reciprocal(S sum) {
+  return sum == 0 ? S(0) : 1 / sum;
+}
+
+template <class T>
+FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n, bool ahead) {
+  typedef compute_t<T> S;
+  vec<S> sums[unroll] = {};
+  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    if (v == 0 && ahead) [[unlikely]] {
+      fetch_ahead(x + j, unroll * width<S>);
+      fetch_ahead(y + j, unroll * width<S>);
+    }
+    sums[v] += load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
+  });
+  return reduce_add(sum_of(sums));
+}
+
+#if defined(__AVX512BF16__)
+// The same in products of pairs, which add to float.
+FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n, bool ahead) {
+  constexpr int64_t pairs = 2 * width<float>;
+  vec<float> sums[unroll] = {};
+  const auto step = [&](int v, __m512i a, __m512i b) {
+    sums[v] = _mm512_dpbf16_ps(sums[v], (__m512bh)a, (__m512bh)b);
+  };
+  int64_t j = 0;
+  for (; j + unroll * pairs <= n; j += unroll * pairs) {
+    if (ahead) [[unlikely]] {
+      fetch_ahead(x + j, unroll * pairs);
+      fetch_ahead(y + j, unroll * pairs);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < unroll; ++v)
+      step(v, _mm512_loadu_si512(x + j + v * pairs), _mm512_loadu_si512(y + j + v * pairs));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < unroll; ++v, j += pairs) {
+    if (j >= n) break;
+    const __mmask32 lanes = n - j < pairs ? (__mmask32(1) << (n - j)) - 1 : ~__mmask32(0);
+    step(v, _mm512_maskz_loadu_epi16(lanes, x + j), _mm512_maskz_loadu_epi16(lanes, y + j));
+  }
+  return reduce_add(sum_of(sums));
+}
+#endif
+
 }  // namespace
 }  // namespace fusedattn::FUSEDATTN_ISA

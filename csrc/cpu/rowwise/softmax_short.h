@@ -1,0 +1,92 @@
+// Softmax over rows of up to `unroll` vectors, which stay in registers from the read to the write.
+// To the same bits as longer ones, of which the vectors that are missing add 0.
+#pragma once
+
+#include "softmax_vectors.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+namespace {
+
+// A row of so many vectors, the last of them with 0 < left <= width elements.
+template <class T, int Vectors>
+class ShortRow {
+  typedef compute_t<T> S;
+  static constexpr int w = width<S>, last = Vectors - 1;
+  const int64_t left;
+
+ public:
+  explicit ShortRow(int64_t n) : left(n - last * w) {}
+
+  FUSEDATTN_MEMBER void load(const T* p, S rest, vec<S> (&x)[Vectors]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < last; ++v) x[v] = load_as(p + v * w);
+    x[last] = left == w ? load_as(p + last * w) : load_some(p + last * w, left, rest);
+  }
+  FUSEDATTN_MEMBER void store(T* p, const vec<S> (&x)[Vectors]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < last; ++v) store_as(p + v * w, x[v]);
+    left == w ? store_as(p + last * w, x[last]) : store_some(p + last * w, left, x[last]);
+  }
+  FUSEDATTN_MEMBER static S sum(const vec<S> (&x)[Vectors]) {
+    if constexpr (Vectors == 1) return reduce_add(x[0]);
+    if constexpr (Vectors == 2) return reduce_add(x[0] + x[1]);
+    if constexpr (Vectors == 3) return reduce_add((x[0] + x[1]) + x[2]);
+    if constexpr (Vectors == 4) return reduce_add((x[0] + x[1]) + (x[2] + x[3]));
+  }
+
+  template <int Degree>
+  FUSEDATTN_MEMBER void forward(const T* from, S factor, T* out) const {
+    vec<S> x[Vectors], high = splat(-infinity<S>);
+    load(from, -infinity<S>, x);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) high = maximum(x[v], high);
+    const S origin = finite_origin(reduce_max(high));
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) x[v] = exp2<Degree>((x[v] - origin) * factor);
+    const S inverse = reciprocal(sum(x));
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) x[v] *= inverse;
+    store(out, x);
+  }
+
+  FUSEDATTN_MEMBER void backward(const T* dout, const T* out, S scale, T* dx) const {
+    vec<S> g[Vectors], y[Vectors], product[Vectors];
+    load(dout, 0, g);
+    load(out, 0, y);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) product[v] = rounded(g[v] * y[v]);
+    const S row = dot_of(dout, out, product) * scale;
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) y[v] *= g[v] * scale - row;
+    store(dx, y);
+  }
+
+ private:
+  FUSEDATTN_MEMBER S dot_of([[maybe_unused]] const T* x, [[maybe_unused]] const T* y,
+                            const vec<S> (&product)[Vectors]) const {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) return dot(x, y, last * w + left, false);
+#endif
+    return sum(product);
+  }
+};
+
+// f(the row's vectors as a constant) for rows of n elements; false if they are too many.
+template <class S, class F>
+FUSEDATTN_INLINE bool with_vectors(int64_t n, const F& f) {
+  switch (ceil_div(n, width<S>)) {
+    case 1:
+      return f(std::integral_constant<int, 1>{}), true;
+    case 2:
+      return f(std::integral_constant<int, 2>{}), true;
+    case 3:
+      return f(std::integral_constant<int, 3>{}), true;
+    case 4:
+      return f(std::integral_constant<int, 4>{}), true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -44,6 +44,18 @@ int64_t cache_bytes(int threads) {
   return cache.bytes * (caches > 1 ? caches : 1);
 }
 
+bool last_cache_is_far() {
+#if defined(__x86_64__)
+  static const bool intel = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+  }();
+  return intel;
+#else
+  return false;
+#endif
+}
+
 void assume_cache_bytes(int64_t bytes) { assumed = bytes; }
 
 }  // namespace fusedattn

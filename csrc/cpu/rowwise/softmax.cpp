@@ -92,8 +92,8 @@ struct ForwardRows {
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
                       p.x.stride[3] == 1;  // the scores are x as it lies
   const bool large = outgrows_caches(1, threads_for_elements(p.work()), p.work(), p.x, p.out);
-  const int64_t on = p.x.stride[2] *
-                     rows_on(large && p.x.stride[3] == 1, p.rows(), p.width() * int64_t(sizeof(T)));
+  const int64_t on = p.x.stride[2] * rows_on((large || last_cache_is_far()) && p.x.stride[3] == 1,
+                                             p.rows(), p.width() * int64_t(sizeof(T)));
 
   // Columns that the row may see; what is masked in between is no less computed.
   int64_t visible(const Index& at) const {
@@ -257,8 +257,8 @@ struct BackwardRows {
   const bool direct = p.dout.stride[3] == 1 && p.out.stride[3] == 1;
   const bool large =
       outgrows_caches(1, threads_for_elements(p.work()), p.work(), p.dout, p.out, p.dx, p.ds);
-  const int64_t rows =
-      rows_on(large && direct && p.width() <= chunk, p.rows(), p.width() * int64_t(sizeof(T)));
+  const int64_t rows = rows_on((large || last_cache_is_far()) && direct && p.width() <= chunk,
+                               p.rows(), p.width() * int64_t(sizeof(T)));
   const On on{rows * p.dout.stride[2], rows * p.out.stride[2]};
 
   int64_t visible(const Index& at) const { return seen_columns(p, at.i); }

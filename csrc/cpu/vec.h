@@ -169,34 +169,38 @@ FUSEDATTN_INLINE vec<S> select_bytes(const uint8_t* p, vec<S> x, vec<S> y) {
 #endif
 }
 
-// 2^x for x <= 0, by x = n + f with |f| <= 1/2 and a minimax polynomial for 2^f. Below the normal
-// range the result is exactly 0; NaN stays NaN. `Degree` 4 errs by 3e-6, 6 by 2e-9, 13 by 5e-22
-// (relative).
+// 2^x for x <= 0, by x = n + f and a minimax polynomial for 2^f that is 1 at 0: 0 <= f < 1 where
+// one instruction gives f and another takes n from x, else |f| <= 1/2. Below the normal range the
+// result is exactly 0; NaN stays NaN. `Degree` 4 errs by 3e-6, 6 by 2e-9, 13 by 5e-22 (relative).
+#if defined(__AVX512DQ__)
+constexpr float exp2_of_degree_4[] = {1.34266842506499210e-2f, 5.22424742691215725e-2f,
+                                      2.41280204722723637e-1f, 6.93044844908149691e-1f};
+constexpr float exp2_of_degree_6[] = {2.16129149695573438e-4f, 1.24678464507734926e-3f,
+                                      9.67545156521704052e-3f, 5.54852806201827848e-2f,
+                                      2.40229305551738541e-1f, 6.93147044443366555e-1f};
+#else
+constexpr float exp2_of_degree_4[] = {9.66636851538544831e-3f, 5.59219758422558492e-2f,
+                                      2.40223490380203614e-1f, 6.93121045203427105e-1f};
+constexpr float exp2_of_degree_6[] = {1.54614446985691291e-4f, 1.34004281776158379e-3f,
+                                      9.61805667852463808e-3f, 5.55032722667030206e-2f,
+                                      2.40226509222887581e-1f, 6.93147206702832596e-1f};
+#endif
+
 template <int Degree>
 FUSEDATTN_INLINE vec<float> exp2_polynomial(vec<float> f) {
-  if constexpr (Degree == 4) {
-    vec<float> p = splat(9.66636851538544831e-3f);
-    p = p * f + 5.59219758422558492e-2f;
-    p = p * f + 2.40223490380203614e-1f;
-    p = p * f + 6.93121045203427105e-1f;
-    return p * f + 1.0f;
-  } else {
-    vec<float> p = splat(1.54614446985691291e-4f);
-    p = p * f + 1.34004281776158379e-3f;
-    p = p * f + 9.61805667852463808e-3f;
-    p = p * f + 5.55032722667030206e-2f;
-    p = p * f + 2.40226509222887581e-1f;
-    p = p * f + 6.93147206702832596e-1f;
-    return p * f + 1.0f;
-  }
+  const float* const c = Degree == 4 ? exp2_of_degree_4 : exp2_of_degree_6;
+  vec<float> p = splat(c[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < Degree; ++i) p = p * f + c[i];
+  return p * f + 1.0f;
 }
 
 template <int Degree>
 FUSEDATTN_INLINE vec<float> exp2(vec<float> x) {
-#if defined(__AVX512F__)
-  const vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#if defined(__AVX512DQ__)
+  const vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);  // or NaN
-  return _mm512_maskz_scalef_ps(normal, exp2_polynomial<Degree>(x - n), n);
+  return _mm512_maskz_scalef_ps(normal, exp2_polynomial<Degree>(f), x);
 #else
   // Adding 1.5·2²³ rounds to an integer in the low bits; + 127 makes those bits the exponent of
   // 2^n.

@@ -86,18 +86,53 @@ FUSEDATTN_INLINE void store_some(T* p, Whole, vec<S> x) {
   store_as(p, x);
 }
 
+// So many bytes, 2 to 8 and even, above them 0.
+FUSEDATTN_INLINE uint64_t load_word(const char* p, int bytes) {
+  if (bytes < 4) {
+    uint16_t all;
+    memcpy(&all, p, 2);
+    return all;
+  }
+  uint32_t low, high;
+  memcpy(&low, p, 4);
+  memcpy(&high, p + bytes - 4, 4);
+  return low | uint64_t(high) << 8 * (bytes - 4);
+}
+
+typedef uint64_t whole_words __attribute__((vector_size(vector_bytes)));
+typedef uint64_t half_words __attribute__((vector_size(vector_bytes / 2)));
+
+template <class Words>
+FUSEDATTN_INLINE Words load_words(const char* p, int bytes) {
+  Words words = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < int(sizeof(Words) / 8); ++i) {
+    const int left = bytes - 8 * i;
+    if (left > 0) words[i] = load_word(p + 8 * i, left < 8 ? left : 8);
+  }
+  return words;
+}
+
 // A vector of which only the first lanes exist, 0 < left < width: the others are `rest`, and
-// nothing there is touched.
+// nothing there is touched. Made up of words: read over single stores it would wait for all of
+// them.
 template <class T, class S = compute_t<T>>
 FUSEDATTN_INLINE vec<S> load_some(const T* p, int64_t left, S rest) {
-  T lanes[width<S>] = {};
-  memcpy(lanes, p, left * sizeof(T));
+  const char* const from = reinterpret_cast<const char*>(p);
+  T lanes[width<S>];
+  if constexpr (sizeof(lanes) == vector_bytes) {
+    const whole_words words = load_words<whole_words>(from, int(left * sizeof(T)));
+    memcpy(static_cast<void*>(lanes), &words, sizeof(lanes));
+  } else {
+    const half_words words = load_words<half_words>(from, int(left * sizeof(T)));
+    memcpy(static_cast<void*>(lanes), &words, sizeof(lanes));
+  }
   return select_below(int(left), load_as(lanes), splat(rest));
 }
 
 template <class T, class S = compute_t<T>>
 FUSEDATTN_INLINE void store_some(T* p, int64_t left, vec<S> x) {
-  alignas(32) T lanes[width<S>];
+  alignas(64) T lanes[width<S>];
   store_as(lanes, x);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2) {
@@ -105,11 +140,19 @@ FUSEDATTN_INLINE void store_some(T* p, int64_t left, vec<S> x) {
     return _mm256_mask_storeu_epi16(p, __mmask16((1u << left) - 1), bits);
   }
 #endif
-  memcpy(p, lanes, left * sizeof(T));
+  const T* from = lanes;
+  const auto move = [&](auto count) __attribute__((always_inline)) {
+    if (!(left & count)) return;
+    memcpy(static_cast<void*>(p), from, count * sizeof(T));
+    p += count, from += count;
+  };
+  if constexpr (width<S> > 4) move(std::integral_constant<int, 4>{});
+  if constexpr (width<S> > 2) move(std::integral_constant<int, 2>{});
+  move(std::integral_constant<int, 1>{});
 }
 
 #if defined(__AVX512F__)
-// The same by masked moves: a vector loaded over single stores would wait for all of them.
+// The same by masked moves.
 FUSEDATTN_INLINE vec<float> load_some(const float* p, int64_t left, float rest) {
   return _mm512_mask_loadu_ps(splat(rest), __mmask16((1u << left) - 1), p);
 }

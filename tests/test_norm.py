@@ -340,6 +340,22 @@ def test_sums_over_many_rows(rows, fast_backend):
         check_sum(found, s.sum(0), rows=rows, largest_summand=s.abs().max().item(), what=name)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("bias", [None, F32])
+@pytest.mark.parametrize("op", OPS)
+def test_heads(op, bias, dtype, instruction_set, small_caches):
+    """Four and eight vectors, whole and not; more rows than are summed at a time."""
+    for width in (14, 16, 30, 32, 57, 60, 64, 113, 128):
+        case = NormCase(op, (300, width), dtype=dtype, weight=dtype, bias=bias)
+        made = case.inputs()
+        check_norm(case, "cpu", made)
+        within = results(made, case, fusedattn, backend="cpu")
+        with small_caches(1):
+            past = results(made, case, fusedattn, backend="cpu")
+        for name, expected in within.items():
+            assert torch.equal(past[name], expected), (name, width)
+
+
 @pytest.mark.parametrize("rows", [200, 300])
 @pytest.mark.parametrize("op", OPS)
 def test_sums_over_the_rows_of_threads(op, rows):

@@ -364,6 +364,10 @@ static void norm_backward_columns(const NormBackwardRows<T, Z>& f, const Share& 
   }
 }
 
+template <class T, class Z>
+static bool norm_backward_short(const NormBackwardRows<T, Z>& f, Range rows,
+                                ColumnSums<compute_t<T>>& to);  // norm_short.h
+
 template <class T>
 struct NormBackwardShared {
   Parameter<compute_t<T>> weight;
@@ -427,7 +431,8 @@ static bool norm_backward_of(const NormBackward& p) {
       return;
     }
     own.columns.clear(share.columns);
-    norm_backward_rows(rows, share, own.sums, own.columns);
+    if (!norm_backward_short(rows, share.rows, own.columns))
+      norm_backward_rows(rows, share, own.sums, own.columns);
     if (large) drain();
     own.columns.flush(share.columns);
 #pragma omp barrier

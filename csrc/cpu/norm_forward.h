@@ -358,6 +358,9 @@ static void norm_forward_columns(const NormForwardRows<T, P>& f, const Share& sh
   }
 }
 
+template <class T, class P>
+static bool norm_forward_short(const NormForwardRows<T, P>& f, Range rows);  // norm_short.h
+
 template <class S>
 struct NormForwardShared {
   Parameter<S> weight, bias;
@@ -412,10 +415,11 @@ static bool norm_forward_of(const NormForward& p) {
     const Own own(p, division, large, arena);
     const NormForwardRows<T, P> rows{p,     division, shared.weight, shared.bias, dropout,
                                      own.z, large,    out_past,      on};
+    const Share share = division.share(thread);
     if (division.split)
-      norm_forward_columns(rows, division.share(thread), own.moments);
-    else
-      norm_forward_rows(rows, division.share(thread), own.moments);
+      norm_forward_columns(rows, share, own.moments);
+    else if (!norm_forward_short(rows, share.rows))
+      norm_forward_rows(rows, share, own.moments);
     if (large) drain();
   });
   return true;

@@ -1,5 +1,4 @@
-#include "norm_backward.h"
-#include "norm_forward.h"
+#include "norm_short.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 

@@ -7,67 +7,49 @@
 namespace fusedattn::FUSEDATTN_ISA {
 namespace {
 
-// A row of so many vectors, the last of them with 0 < left <= width elements.
 template <class T, int Vectors>
-class ShortRow {
+class ShortRow : FewVectors<T, Vectors> {
   typedef compute_t<T> S;
-  static constexpr int w = width<S>, last = Vectors - 1;
-  const int64_t left;
+  typedef FewVectors<T, Vectors> Row;
+  const int64_t n;
 
  public:
-  explicit ShortRow(int64_t n) : left(n - last * w) {}
-
-  FUSEDATTN_MEMBER void load(const T* p, S rest, vec<S> (&x)[Vectors]) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < last; ++v) x[v] = load_as(p + v * w);
-    x[last] = left == w ? load_as(p + last * w) : load_some(p + last * w, left, rest);
-  }
-  FUSEDATTN_MEMBER void store(T* p, const vec<S> (&x)[Vectors]) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < last; ++v) store_as(p + v * w, x[v]);
-    left == w ? store_as(p + last * w, x[last]) : store_some(p + last * w, left, x[last]);
-  }
-  FUSEDATTN_MEMBER static S sum(const vec<S> (&x)[Vectors]) {
-    if constexpr (Vectors == 1) return reduce_add(x[0]);
-    if constexpr (Vectors == 2) return reduce_add(x[0] + x[1]);
-    if constexpr (Vectors == 3) return reduce_add((x[0] + x[1]) + x[2]);
-    if constexpr (Vectors == 4) return reduce_add((x[0] + x[1]) + (x[2] + x[3]));
-  }
+  explicit ShortRow(int64_t n) : Row(n), n(n) {}
 
   template <int Degree>
   FUSEDATTN_MEMBER void forward(const T* from, S factor, T* out) const {
     vec<S> x[Vectors], high = splat(-infinity<S>);
-    load(from, -infinity<S>, x);
+    Row::load(from, -infinity<S>, x);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) high = maximum(x[v], high);
     const S origin = finite_origin(reduce_max(high));
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) x[v] = exp2<Degree>((x[v] - origin) * factor);
-    const S inverse = reciprocal(sum(x));
+    const S inverse = reciprocal(Row::sum(x));
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) x[v] *= inverse;
-    store(out, x);
+    Row::store(out, x);
   }
 
   FUSEDATTN_MEMBER void backward(const T* dout, const T* out, S scale, T* dx) const {
     vec<S> g[Vectors], y[Vectors], product[Vectors];
-    load(dout, 0, g);
-    load(out, 0, y);
+    Row::load(dout, 0, g);
+    Row::load(out, 0, y);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) product[v] = rounded(g[v] * y[v]);
     const S row = dot_of(dout, out, product) * scale;
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) y[v] *= g[v] * scale - row;
-    store(dx, y);
+    Row::store(dx, y);
   }
 
  private:
   FUSEDATTN_MEMBER S dot_of([[maybe_unused]] const T* x, [[maybe_unused]] const T* y,
                             const vec<S> (&product)[Vectors]) const {
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bf16>) return dot(x, y, last * w + left, false);
+    if constexpr (std::is_same_v<T, bf16>) return dot(x, y, n, false);
 #endif
-    return sum(product);
+    return Row::sum(product);
   }
 };
 

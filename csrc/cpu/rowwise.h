@@ -51,7 +51,8 @@ FUSEDATTN_INLINE void fetch_ahead(const P* p, int elements) {
 // How many rows later the row is that a pass fetches which finds its own in the nearest cache, so
 // that memory does not stand idle meanwhile: two, more where those do not fill a page, one where
 // they would push out the row at hand; 0 is none. `far`: the call's tensors are no less than a
-// quarter of the caches; what is smaller is mostly near, and asking for it costs up to a tenth.
+// quarter of the caches; what is smaller is mostly near, and asking for it costs up to a tenth. In
+// Intel's last cache softmax gains from it all the same.
 FUSEDATTN_INLINE int64_t rows_on(bool far, int64_t rows, int64_t row_bytes) {
   constexpr int64_t page = 4096;
   const int64_t on = 2 * row_bytes < page ? page / row_bytes : row_bytes > 4 * page ? 1 : 2;

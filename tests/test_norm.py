@@ -276,6 +276,15 @@ def test_width_1(backend):
     assert db.item() == 33
 
 
+@pytest.mark.parametrize("width", [20, 60, 64, 1003])
+def test_constant_rows_of_large_numbers(width):
+    """mean · rstd overflows, n does not."""
+    x = torch.full((3, width), 2e36, requires_grad=True)
+    out = fusedattn.layer_norm(x, width, torch.ones(width), backend="cpu")
+    (dx,) = torch.autograd.grad(out, x, torch.randn(3, width))
+    assert dx.isfinite().all()
+
+
 def test_constant_rows(backend):
     x = torch.full((5, 77), 3.3, device=device_for(backend))
     assert torch.equal(fusedattn.layer_norm(x, 77, backend=backend), torch.zeros_like(x))

@@ -155,7 +155,8 @@ struct NormBackwardRows {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const vec<S> d = rounded(get<S>(dout[r] + i, lanes)), g = d * weights;
-        const vec<S> x = (get<S>(z[r] + i, lanes) - mean[r]) * rstd[r];
+        // Past the end 0: mean · rstd may be infinite.
+        const vec<S> x = zero_past(get<S>(z[r] + i, lanes) - mean[r], lanes) * rstd[r];
         if constexpr (Weight) to_weight += d * x;
         if constexpr (Bias) to_bias += d;
         g_sum[r * ways + way] += g;

@@ -81,7 +81,7 @@ static void norm_backward_few(const NormBackwardRows<T, T>& f, Range rows,
       const typename NormBackwardRows<T, T>::Normalise of(f.p, row);
       vec<S> d[Vectors], x[Vectors], product[Vectors];
       row_of.load(f.dout_row(row, 0), 0, d);
-      row_of.load(f.z_row(row, 0), 0, x);
+      row_of.load(f.z_row(row, 0), of.mean, x);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) {
         x[v] = (x[v] - of.mean) * of.rstd;

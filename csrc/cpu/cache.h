@@ -5,7 +5,7 @@
 
 namespace fusedattn {
 
-// Bytes that so many threads have between them.
+// Bytes that so many threads can count on between them.
 int64_t cache_bytes(int threads);
 
 // Whether what lies in the last cache is far: a mesh joins it to Intel's cores.

@@ -218,8 +218,9 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def device_for(backend: str) -> str:
-    """Triton runs on the GPU where there is one; everything else here runs on the CPU."""
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    """CUDA C++ runs on the GPU, Triton where there is one; everything else here on the CPU."""
+    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return "cuda" if on_gpu else "cpu"
 
 
 def results(

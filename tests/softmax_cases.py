@@ -44,6 +44,21 @@ def check_softmax(x: Tensor, backend: str, dim: int = -1, *, dout=None, **option
     return actual
 
 
+FAR_SCALES = [1.0, 1e4, 1e6, 1e30]
+
+
+def check_far_scores(backend: str, width: int, scale: float, dtype: torch.dtype) -> None:
+    """Hold out to float64 where the largest score times log2(e) is rounded by more than the error
+    of a row may be, and at the larger scales by more than an exponent's range."""
+    x = (5000 + 20 * torch.randn(4, width)).to(dtype)
+    x[:, 1] = x[:, 0]
+    out = fusedattn.softmax(x.to(device_for(backend)), scale=scale, backend=backend)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        out.double().cpu(), torch.softmax(x.double() * scale, -1), atol=eps, rtol=max(2 * eps, 2e-5)
+    )
+
+
 def check_dbias(actual, summand, eager, dtype, bias, case) -> None:
     assert actual.shape == bias.shape
     assert actual.dtype == bias.dtype

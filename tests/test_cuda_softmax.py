@@ -9,6 +9,7 @@ import torch
 from compare import check
 from fusedattn import _native
 from fusedattn.reference import functional as reference
+from softmax_cases import FAR_SCALES, check_far_scores
 from test_cuda_rowwise import BF16, DTYPES, F16, F32, LITTLE, backend, normal, set_device  # noqa: F401
 from torch import Tensor
 
@@ -59,6 +60,13 @@ def test_softmax_widths(backend: str, shape: tuple, dtype: torch.dtype, seed: in
     if backend == "cuda_emulated":
         _native.cuda_emulated().seed(seed)
     check_softmax(backend, {"x": 5 * normal(backend, *shape, dtype=dtype)}, scale=0.7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", FAR_SCALES)
+def test_scores_far_from_zero(backend: str, scale: float, dtype: torch.dtype) -> None:
+    for width in (3, 100, 8200, 16400):
+        check_far_scores(backend, width, scale, dtype)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

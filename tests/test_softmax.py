@@ -7,7 +7,16 @@ import functools
 import fusedattn
 import pytest
 import torch
-from softmax_cases import BF16, F16, F32, F64, check_softmax, results
+from softmax_cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    FAR_SCALES,
+    check_far_scores,
+    check_softmax,
+    results,
+)
 
 INF, NAN = float("inf"), float("nan")
 
@@ -183,6 +192,13 @@ def test_extremes_of_float16(backend):
         torch.rand(4, 9) < 0.3, torch.tensor(-1e9).half()
     )
     check_softmax(fill, backend)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("scale", FAR_SCALES)
+def test_scores_far_from_zero(scale, dtype, backend):
+    for width in (3, 100, 9000):
+        check_far_scores(backend, width, scale, dtype)
 
 
 def test_wide_row_is_the_same_on_any_number_of_threads():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compare import check, check_sum, device_for
 from fusedattn.reference import functional as reference
+from softmax_cases import FAR_SCALES, check_far_scores
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -211,6 +212,13 @@ def test_softmax(case: SoftmaxCase) -> None:
     for name, value in actual.items():
         rule = {"what": name, "case": case, "gradient": name.startswith("d")}
         check(value, ref[name], eager[name], **rule)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32])
+@pytest.mark.parametrize("scale", FAR_SCALES)
+def test_scores_far_from_zero(scale: float, dtype: torch.dtype) -> None:
+    for width in (3, 100, WIDE):
+        check_far_scores("triton", width, scale, dtype)
 
 
 @pytest.mark.parametrize("width", [20, WIDE])

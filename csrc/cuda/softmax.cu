@@ -124,14 +124,14 @@ FUSEDATTN_DEVICE void scores(Pack<float, N> (&s)[K], const Forward& f, const Row
     });
 }
 
-// exp(s − largest). Their rounding errors are those of the difference, not of s: what is wrong in
-// largest · log₂e is wrong for the whole row alike, and the sum takes it out.
+// exp(s − largest). The difference first: what a multiply-add loses by rounding largest · log₂e is
+// beyond all exponents for the largest scores, and between parts of a row not the same.
 template <int N>
 FUSEDATTN_DEVICE Pack<float, N> powers(const Pack<float, N>& s, float largest) {
-  const float base = largest == -INFINITY ? 0.0f : -largest * log2_e;
+  const float origin = largest == -INFINITY ? 0.0f : largest;
   Pack<float, N> result;
 #pragma unroll
-  for (int i = 0; i < N; ++i) result[i] = exp2(fma(s[i], log2_e, base));
+  for (int i = 0; i < N; ++i) result[i] = exp2((s[i] - origin) * log2_e);
   return result;
 }
 

@@ -167,8 +167,10 @@ struct NormBackwardRows {
     };
     // What lies in a page is fetched two rows before.
     const bool ahead = large && !(on && division.width * int64_t(sizeof(T)) < 4096);
-    // What is fetched for one reading Intel keeps in the first level alone; it is read twice here.
-    const auto fetch_page = [stay = last_cache_is_far()](const auto* p) {
+    // It is read twice; what is fetched for one reading Intel keeps in the first level alone, where
+    // wide rows have no place on any processor.
+    const bool stay = last_cache_is_far() || division.width > norm_chunk;
+    const auto fetch_page = [stay](const auto* p) {
       stay ? fetch_ahead(p, ways * width<S>, prefetch) : fetch_ahead(p, ways * width<S>);
     };
     int64_t i = 0;

@@ -184,7 +184,7 @@ static Moments moments_of(const P* x, int64_t n, bool ahead) {
   int64_t i = 0;
   for (; i + moments.block <= n; i += moments.block) {
     if (ahead) [[unlikely]]
-      fetch_ahead(x + i, moments.block);
+      fetch_ahead(x + i, moments.block, prefetch);
     moments.add(i);
   }
   return moments.finish(i);

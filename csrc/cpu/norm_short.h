@@ -16,15 +16,6 @@ FUSEDATTN_INLINE bool with_few_vectors(int64_t n, const F& f) {
   return false;
 }
 
-// Rounded to T, past the caches if wanted and possible.
-template <class T, int Vectors, class S = compute_t<T>>
-FUSEDATTN_INLINE void store_row(const FewVectors<T, Vectors>& row, bool past, T* to,
-                                const vec<S> (&x)[Vectors]) {
-  if (!past || !row.whole() || !can_stream(to)) return row.store(to, x);
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; v += 2) stream_pair<S>(to + v * width<S>, x[v], x[v + 1]);
-}
-
 template <int Vectors, class T>
 static void rms_forward_few(const NormForwardRows<T, T>& f, Range rows) {
   typedef compute_t<T> S;
@@ -44,7 +35,7 @@ static void rms_forward_few(const NormForwardRows<T, T>& f, Range rows) {
     const S rstd = S(s.rstd);
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) x[v] = x[v] * rstd * weight[v];
-    store_row(row_of, f.goes_past(row), static_cast<T*>(f.p.out.data) + row * f.p.out.stride[0], x);
+    row_of.store(static_cast<T*>(f.p.out.data) + row * f.p.out.stride[0], x, f.goes_past(row));
   }
 }
 
@@ -98,7 +89,7 @@ static void norm_backward_few(const NormBackwardRows<T, T>& f, Range rows,
         if constexpr (Centre) d[v] -= mean_g;
         d[v] = (d[v] - x[v] * mean_gn) * of.rstd;
       }
-      store_row(row_of, f.large, static_cast<T*>(f.p.dx.data) + row * f.p.dx.stride[0], d);
+      row_of.store(static_cast<T*>(f.p.dx.data) + row * f.p.dx.stride[0], d, f.large);
     }
     parameter.store(to.weight.from(0), dweight);
     if constexpr (Bias) parameter.store(to.bias.from(0), dbias);

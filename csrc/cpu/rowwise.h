@@ -245,45 +245,6 @@ FUSEDATTN_INLINE void set(P* p, vec<S> x, Some tail) {
   }
 }
 
-// A row of so many vectors, the last of them with 0 < left <= width elements.
-template <class T, int Vectors>
-class FewVectors {
-  typedef compute_t<T> S;
-  static constexpr int w = width<S>, last = Vectors - 1;
-  const int64_t left;
-
- public:
-  explicit FewVectors(int64_t n) : left(n - last * w) {}
-  static bool fit(int64_t n) { return last * w < n && n <= Vectors * w; }
-
-  FUSEDATTN_MEMBER void load(const T* p, S rest, vec<S> (&x)[Vectors]) const {
-#pragma GCC unroll 8
-    for (int v = 0; v < last; ++v) x[v] = load_as(p + v * w);
-    x[last] = left == w ? load_as(p + last * w) : load_some(p + last * w, left, rest);
-  }
-  FUSEDATTN_MEMBER void store(T* p, const vec<S> (&x)[Vectors]) const {
-#pragma GCC unroll 8
-    for (int v = 0; v < last; ++v) store_as(p + v * w, x[v]);
-    left == w ? store_as(p + last * w, x[last]) : store_some(p + last * w, left, x[last]);
-  }
-  // Pairs first.
-  FUSEDATTN_MEMBER static S sum(const vec<S> (&x)[Vectors]) {
-    return reduce_add(sum_of<0, Vectors>(x));
-  }
-  FUSEDATTN_MEMBER bool whole() const { return left == w; }
-
- private:
-  template <int From, int Count>
-  FUSEDATTN_MEMBER static vec<S> sum_of(const vec<S> (&x)[Vectors]) {
-    if constexpr (Count == 1) {
-      return x[From];
-    } else {
-      constexpr int half = Count == 3 ? 2 : Count / 2;
-      return sum_of<From, half>(x) + sum_of<From + half, Count - half>(x);
-    }
-  }
-};
-
 // Two vectors in their order, rounded to P.
 template <class S, class P>
 FUSEDATTN_INLINE void set_pair(P* p, vec<S> x, vec<S> y) {
@@ -332,6 +293,50 @@ FUSEDATTN_INLINE void stream_pair(P* p, vec<S> x, vec<S> y) {
 FUSEDATTN_INLINE bool can_stream(const void* to) {
   return vector_bytes >= 32 && reinterpret_cast<uintptr_t>(to) % vector_bytes == 0;
 }
+
+// A row of so many vectors, the last of them with 0 < left <= width elements.
+template <class T, int Vectors>
+class FewVectors {
+  typedef compute_t<T> S;
+  static constexpr int w = width<S>, last = Vectors - 1;
+  const int64_t left;
+
+ public:
+  explicit FewVectors(int64_t n) : left(n - last * w) {}
+  static bool fit(int64_t n) { return last * w < n && n <= Vectors * w; }
+
+  FUSEDATTN_MEMBER void load(const T* p, S rest, vec<S> (&x)[Vectors]) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < last; ++v) x[v] = load_as(p + v * w);
+    x[last] = left == w ? load_as(p + last * w) : load_some(p + last * w, left, rest);
+  }
+  FUSEDATTN_MEMBER void store(T* p, const vec<S> (&x)[Vectors]) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < last; ++v) store_as(p + v * w, x[v]);
+    left == w ? store_as(p + last * w, x[last]) : store_some(p + last * w, left, x[last]);
+  }
+  // Past the caches if wanted and possible.
+  FUSEDATTN_MEMBER void store(T* p, const vec<S> (&x)[Vectors], bool past) const {
+    if (Vectors % 2 != 0 || !past || left != w || !can_stream(p)) return store(p, x);
+#pragma GCC unroll 4
+    for (int v = 0; v < last; v += 2) stream_pair<S>(p + v * w, x[v], x[v + 1]);
+  }
+  // Pairs first.
+  FUSEDATTN_MEMBER static S sum(const vec<S> (&x)[Vectors]) {
+    return reduce_add(sum_of<0, Vectors>(x));
+  }
+
+ private:
+  template <int From, int Count>
+  FUSEDATTN_MEMBER static vec<S> sum_of(const vec<S> (&x)[Vectors]) {
+    if constexpr (Count == 1) {
+      return x[From];
+    } else {
+      constexpr int half = Count == 3 ? 2 : Count / 2;
+      return sum_of<From, half>(x) + sum_of<From + half, Count - half>(x);
+    }
+  }
+};
 
 struct FetchNothing {
   FUSEDATTN_MEMBER void operator()(int64_t, int) const {}

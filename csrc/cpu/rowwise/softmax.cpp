@@ -26,7 +26,7 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   if constexpr (std::is_same_v<T, bf16>) {
     for (; i + unroll * w <= n; i += unroll * w) {
       if (ahead) [[unlikely]]
-        fetch_ahead(x + i, unroll * w);
+        fetch_ahead(x + i, unroll * w, prefetch);
 #pragma GCC unroll 2
       for (int v = 0; v < unroll; v += 2) {
         vec<S> a, b;
@@ -38,23 +38,21 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   }
   for_vectors<S>(n - i, [&](int v, int64_t j, auto left) {
     if (v == 0 && ahead) [[unlikely]]
-      fetch_ahead(x + i + j, unroll * w);
+      fetch_ahead(x + i + j, unroll * w, prefetch);
     high[v] = maximum(load_some(x + i + j, left, -infinity<S>), high[v]);
   });
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
 }
 
-// e = 2^(factor · (x − origin)), with room for whole vectors; returns their sum. Fetches the
-// row at `next`.
-template <int Degree, class T, class Next = T>
-FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, compute_t<T> origin,
-                                           compute_t<T> factor, compute_t<T>* e,
-                                           const Next* next = nullptr) {
+// e = 2^exponent(x), with room for whole vectors; returns their sum. Fetches the row at `next`.
+template <int Degree, class T, class Exponent, class Next = T>
+FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, const Exponent& exponent,
+                                           compute_t<T>* e, const Next* next = nullptr) {
   typedef compute_t<T> S;
   vec<S> sums[unroll] = {};
   for_vectors<S>(n, [&](int v, int64_t j, auto left) {
     if (v == 0 && next) fetch_lines(next + j, unroll * width<S>, prefetch);
-    const vec<S> y = exp2<Degree>((load_some(x + j, left, -infinity<S>) - origin) * factor);
+    const vec<S> y = exp2<Degree>(exponent(load_some(x + j, left, -infinity<S>)));
     store(e + j, y);
     sums[v] += y;
   });
@@ -109,13 +107,17 @@ struct ForwardRows {
     return f(const_cast<const S*>(e));
   }
 
-  // e = their exponentials relative to their own maximum; fetches x `on` elements later.
-  Part<S> exponentiate(const Index& at, int64_t j0, int64_t n, S* e, int64_t on) const {
-    const T* const next = on ? p.x.at<const T>(at.b, at.h, at.i, j0) + on : nullptr;
-    return with_scores(at, j0, n, e, [&](auto* x) -> Part<S> {
-      const S high = highest(x, n, direct && large && !on);
-      return {high, exponentials<degree>(x, n, finite_origin(high), scores.factor, e, next)};
+  // e = the exponentials of scores x relative to their own maximum, of a row or of a part; fetches
+  // the row at `next`.
+  template <class X>
+  S exponentiate_row(const X* x, int64_t n, S high, S* e, const T* next) const {
+    return with_exponent<T>(finite_origin(high), scores.factor, [&](const auto& exponent) {
+      return exponentials<degree>(x, n, exponent, e, next);
     });
+  }
+  template <class X>
+  S exponentiate_part(const X* x, int64_t n, S high, S* e) const {
+    return exponentials<degree>(x, n, exponent_of(finite_origin(high), scores.factor), e);
   }
 
   void write(const Index& at, int64_t j0, int64_t n, const S* e, S inverse) const {
@@ -140,27 +142,34 @@ struct ForwardRows {
     const int64_t n = p.width();
     const T* x = p.x.at<const T>(at.b, at.h, at.i);
     T* out = p.out.at<T>(at.b, at.h, at.i);
-    const S origin = finite_origin(highest(x, n, large && !on));
-    const S sum = exponentials<degree>(x, n, origin, scores.factor, e, on ? x + on : nullptr);
+    const S high = highest(x, n, large && !on);
+    const S sum = exponentiate_row(x, n, high, e, on ? x + on : nullptr);
     scaled<T>(e, n, reciprocal(sum), large, out);
   }
 
   template <int Vectors>
   void short_row(const Index& at, const ShortRow<T, Vectors>& row) const {
-    row.template forward<degree>(p.x.at<const T>(at.b, at.h, at.i), scores.factor,
+    row.template forward<degree>(p.x.at<const T>(at.b, at.h, at.i), on, scores.factor, large,
                                  p.out.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* e) const {
     const int64_t n = visible(at);
-    const Part<S> row = exponentiate(at, 0, n, e, on);
-    write(at, 0, n, e, reciprocal(row.sum));
+    const T* const next = on ? p.x.at<const T>(at.b, at.h, at.i) + on : nullptr;
+    const S sum = with_scores(at, 0, n, e, [&](auto* x) {
+      return exponentiate_row(x, n, highest(x, n, direct && large && !on), e, next);
+    });
+    write(at, 0, n, e, reciprocal(sum));
     write_zeros(at, n, p.width());
   }
 
   Part<S> part(const Index& at, int64_t c, S* e) const {
     const int64_t n = smaller(visible(at) - c * chunk, chunk);
-    return n > 0 ? exponentiate(at, c * chunk, n, e, 0) : Part<S>{-infinity<S>, 0};
+    if (n <= 0) return {-infinity<S>, 0};
+    return with_scores(at, c * chunk, n, e, [&](auto* x) -> Part<S> {
+      const S high = highest(x, n, direct && large);
+      return {high, exponentiate_part(x, n, high, e)};
+    });
   }
 
   Part<S> combine(const Part<S>* parts, int64_t count) const {
@@ -174,9 +183,7 @@ struct ForwardRows {
     const int64_t j0 = c * chunk, end = smaller(p.width() - j0, chunk);
     const int64_t n = larger(smaller(visible(at) - j0, chunk), int64_t(0));
     if (n > 0) {
-      with_scores(at, j0, n, e, [&](auto* x) {
-        exponentials<degree>(x, n, finite_origin(row.high), scores.factor, e);
-      });
+      with_scores(at, j0, n, e, [&](auto* x) { exponentiate_part(x, n, row.high, e); });
       write(at, j0, n, e, reciprocal(row.sum));
     }
     write_zeros(at, j0 + n, j0 + end);
@@ -231,11 +238,6 @@ FUSEDATTN_INLINE void gradient_of_row(const T* dout, const T* out, int64_t n, S 
     store_some(d + i + j, left, value(i + j, left));
   });
 }
-
-// How many elements later dout and out are fetched, if at all.
-struct On {
-  int64_t dout = 0, out = 0;
-};
 
 template <class T, class Out, class S>
 FUSEDATTN_INLINE void gradient(const T* dout, const T* out, int64_t n, S row, S scale,
@@ -317,8 +319,8 @@ struct BackwardRows {
 
   template <int Vectors>
   void short_row(const Index& at, const ShortRow<T, Vectors>& row) const {
-    row.backward(p.dout.at<const T>(at.b, at.h, at.i), p.out.at<const T>(at.b, at.h, at.i), scale,
-                 p.dx.at<T>(at.b, at.h, at.i));
+    row.backward(p.dout.at<const T>(at.b, at.h, at.i), p.out.at<const T>(at.b, at.h, at.i), on,
+                 scale, large, p.dx.at<T>(at.b, at.h, at.i));
   }
 
   void narrow(const Index& at, S* copy) const {
@@ -372,9 +374,10 @@ void run_narrow(const Params& p, int threads) {
   const Rows rows{p};
   const bool plain = rows.plain();
   on_threads(threads, [&] {
-    const bool done = plain && !rows.large && with_vectors<S>(p.width(), [&](auto vectors) {
+    const bool done = plain && with_vectors<S>(p.width(), [&](auto vectors) {
                         const ShortRow<typename Rows::Element, vectors()> row(p.width());
                         for_rows(p, [&](const Index& at) { rows.short_row(at, row); });
+                        drain();
                       });
     if (done) return;
     alignas(64) S copy[2 * chunk];

@@ -11,27 +11,36 @@ template <class T, int Vectors>
 class ShortRow : FewVectors<T, Vectors> {
   typedef compute_t<T> S;
   typedef FewVectors<T, Vectors> Row;
+  static constexpr bool fetches = sizeof(T) > 2;  // in 16 bits arithmetic is what one waits for
   const int64_t n;
 
  public:
   explicit ShortRow(int64_t n) : Row(n), n(n) {}
 
+  // Fetches the row that lies so much on, and writes past the caches if `past`; so does `backward`.
   template <int Degree>
-  FUSEDATTN_MEMBER void forward(const T* from, S factor, T* out) const {
+  FUSEDATTN_MEMBER void forward(const T* from, int64_t on, S factor, bool past, T* out) const {
+    if (fetches && on) fetch_lines(from + on, int(n), prefetch);
     vec<S> x[Vectors], high = splat(-infinity<S>);
     Row::load(from, -infinity<S>, x);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) high = maximum(x[v], high);
-    const S origin = finite_origin(reduce_max(high));
+    with_exponent<T>(finite_origin(reduce_max(high)), factor, [&](const auto& exponent) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) x[v] = exp2<Degree>((x[v] - origin) * factor);
+      for (int v = 0; v < Vectors; ++v) x[v] = exp2<Degree>(exponent(x[v]));
+    });
     const S inverse = reciprocal(Row::sum(x));
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) x[v] *= inverse;
-    Row::store(out, x);
+    Row::store(out, x, past);
   }
 
-  FUSEDATTN_MEMBER void backward(const T* dout, const T* out, S scale, T* dx) const {
+  FUSEDATTN_MEMBER void backward(const T* dout, const T* out, On on, S scale, bool past,
+                                 T* dx) const {
+    if (fetches && on.out) {
+      fetch_lines(dout + on.dout, int(n), prefetch);
+      fetch_lines(out + on.out, int(n), prefetch);
+    }
     vec<S> g[Vectors], y[Vectors], product[Vectors];
     Row::load(dout, 0, g);
     Row::load(out, 0, y);
@@ -40,7 +49,7 @@ class ShortRow : FewVectors<T, Vectors> {
     const S row = dot_of(dout, out, product) * scale;
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) y[v] *= g[v] * scale - row;
-    Row::store(dx, y);
+    Row::store(dx, y, past);
   }
 
  private:

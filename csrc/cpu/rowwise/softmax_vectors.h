@@ -27,6 +27,11 @@ FUSEDATTN_INLINE void for_vectors(int64_t n, Step step) {
   }
 }
 
+// How many elements later dout and out are fetched, if at all.
+struct On {
+  int64_t dout = 0, out = 0;
+};
+
 template <class V>
 FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
@@ -35,6 +40,24 @@ FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
 template <class S>
 FUSEDATTN_INLINE S finite_origin(S high) {
   return high == -infinity<S> ? S(0) : high;  // −inf − 0 still has the exponential 0
+}
+
+// factor · (x − origin)
+template <class S>
+FUSEDATTN_INLINE auto exponent_of(S origin, S factor) {
+  return [=](vec<S> x) { return (x - origin) * factor; };
+}
+
+// f(such an exponent) for a whole row of T. In 16 bits one multiply-add serves: what rounding
+// factor · origin loses is the same for all elements, and leaves with their sum, if it is small.
+template <class T, class F, class S = compute_t<T>>
+FUSEDATTN_INLINE auto with_exponent(S origin, S factor, F f) {
+  if constexpr (sizeof(T) == 2) {
+    const S shift = origin * factor;
+    if (shift > S(-0x1p20) && shift < S(0x1p20)) [[likely]]
+      return f([=](vec<S> x) { return x * factor - shift; });
+  }
+  return f(exponent_of(origin, factor));
 }
 
 template <class S>
@@ -48,8 +71,8 @@ FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n, bool ahead)
   vec<S> sums[unroll] = {};
   for_vectors<S>(n, [&](int v, int64_t j, auto left) {
     if (v == 0 && ahead) [[unlikely]] {
-      fetch_ahead(x + j, unroll * width<S>);
-      fetch_ahead(y + j, unroll * width<S>);
+      fetch_ahead(x + j, unroll * width<S>, prefetch);
+      fetch_ahead(y + j, unroll * width<S>, prefetch);
     }
     sums[v] += load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
   });
@@ -67,8 +90,8 @@ FUSEDATTN_INLINE float dot(const bf16* x, const bf16* y, int64_t n, bool ahead) 
   int64_t j = 0;
   for (; j + unroll * pairs <= n; j += unroll * pairs) {
     if (ahead) [[unlikely]] {
-      fetch_ahead(x + j, unroll * pairs);
-      fetch_ahead(y + j, unroll * pairs);
+      fetch_ahead(x + j, unroll * pairs, prefetch);
+      fetch_ahead(y + j, unroll * pairs, prefetch);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < unroll; ++v)

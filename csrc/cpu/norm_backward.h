@@ -130,8 +130,8 @@ struct NormBackwardRows {
   };
 
   // Rows row … row + Rows on a chunk, w, dweight and dbias from its first column on; writes each
-  // row's sums to sums[r · chunks].
-  template <int Rows, bool Weight, bool Bias>
+  // row's sums to sums[r · chunks]; Σ g only where there is a centre.
+  template <int Rows, bool Centre, bool Weight, bool Bias>
   void sum_chunk(int64_t row, int64_t column, int64_t n, const S* w, RowSums* sums, S* dweight,
                  S* dbias) const {
     const int64_t chunks = chunks_of(division.width);
@@ -156,10 +156,12 @@ struct NormBackwardRows {
       for (int r = 0; r < Rows; ++r) {
         const vec<S> d = rounded(get<S>(dout[r] + i, lanes)), g = d * weights;
         // Past the end 0: mean · rstd may be infinite.
-        const vec<S> x = zero_past(get<S>(z[r] + i, lanes) - mean[r], lanes) * rstd[r];
+        vec<S> x = get<S>(z[r] + i, lanes);
+        if constexpr (Centre) x = zero_past(x - mean[r], lanes);
+        x *= rstd[r];
         if constexpr (Weight) to_weight += d * x;
         if constexpr (Bias) to_bias += d;
-        g_sum[r * ways + way] += g;
+        if constexpr (Centre) g_sum[r * ways + way] += g;
         gn_sum[r * ways + way] += g * x;
       }
       if constexpr (Weight) set<S>(dweight + i, to_weight, lanes);
@@ -197,12 +199,15 @@ struct NormBackwardRows {
   template <int Rows>
   void sum_rows(int64_t row, int64_t column, int64_t n, const S* w, RowSums* sums, S* dweight,
                 S* dbias) const {
-    if (dweight && dbias)
-      sum_chunk<Rows, true, true>(row, column, n, w, sums, dweight, dbias);
+    if (!p.options.centre && !dbias)
+      dweight ? sum_chunk<Rows, false, true, false>(row, column, n, w, sums, dweight, nullptr)
+              : sum_chunk<Rows, false, false, false>(row, column, n, w, sums, nullptr, nullptr);
+    else if (dweight && dbias)
+      sum_chunk<Rows, true, true, true>(row, column, n, w, sums, dweight, dbias);
     else if (dweight)
-      sum_chunk<Rows, true, false>(row, column, n, w, sums, dweight, nullptr);
+      sum_chunk<Rows, true, true, false>(row, column, n, w, sums, dweight, nullptr);
     else
-      sum_chunk<Rows, false, false>(row, column, n, w, sums, nullptr, nullptr);
+      sum_chunk<Rows, true, false, false>(row, column, n, w, sums, nullptr, nullptr);
   }
 
   template <int Rows>
@@ -216,8 +221,8 @@ struct NormBackwardRows {
   }
 
   // total = (g − Σg / N − n · Σ(g·n) / N) · rstd + dz on a chunk, rounded to the type of `total`;
-  // what does not depend on g is slope · (z − mean) + constant.
-  template <bool Dz, class To>
+  // what does not depend on g is slope · (z − mean) + constant, without a centre slope · z.
+  template <bool Centre, bool Dz, class To>
   [[gnu::flatten]] void gradient(int64_t row, int64_t column, int64_t n, const S* w,
                                  const RowSums& mean, bool streamed, To* total) const {
     const T* dout = dout_row(row, column);
@@ -229,7 +234,8 @@ struct NormBackwardRows {
     const auto value = [&](int64_t i, auto lanes) {
       // Rounded as in the first pass: where a row has one element the difference is 0.
       const vec<S> g = rounded(get<S>(dout + i, lanes) * get<S>(w + i, lanes));
-      vec<S> value = (g + ((get<S>(z + i, lanes) - of.mean) * slope + constant)) * of.rstd;
+      const vec<S> x = get<S>(z + i, lanes);
+      vec<S> value = (g + (Centre ? (x - of.mean) * slope + constant : x * slope)) * of.rstd;
       if constexpr (Dz) value += get<S>(dz + i, lanes);
       return value;
     };
@@ -246,10 +252,12 @@ struct NormBackwardRows {
   template <class To>
   void gradient_of_z(int64_t row, int64_t column, int64_t n, const S* w, const RowSums& mean,
                      bool streamed, To* to) const {
-    if (p.dz)
-      gradient<true>(row, column, n, w, mean, streamed, to);
+    if (p.options.centre)
+      p.dz ? gradient<true, true>(row, column, n, w, mean, streamed, to)
+           : gradient<true, false>(row, column, n, w, mean, streamed, to);
     else
-      gradient<false>(row, column, n, w, mean, streamed, to);
+      p.dz ? gradient<false, true>(row, column, n, w, mean, streamed, to)
+           : gradient<false, false>(row, column, n, w, mean, streamed, to);
   }
 
   // Those of g, which a norm without a centre does not need, and of g · n.

@@ -171,14 +171,19 @@ FUSEDATTN_INLINE vec<S> select_bytes(const uint8_t* p, vec<S> x, vec<S> y) {
 
 // 2^x for x <= 0, by x = n + f and a minimax polynomial for 2^f that is 1 at 0: 0 <= f < 1 where
 // one instruction gives f and another takes n from x, else |f| <= 1/2. Below the normal range the
-// result is exactly 0; NaN stays NaN. `Degree` 4 errs by 3e-6, 6 by 2e-9, 13 by 5e-22 (relative).
+// result is exactly 0; NaN stays NaN. `Degree` 3 errs by 1e-4, 4 by 3e-6, 6 by 2e-9, 13 by 5e-22
+// (relative).
 #if defined(__AVX512DQ__)
+constexpr float exp2_of_degree_3[] = {7.70670420720698556e-2f, 2.27644991135395490e-1f,
+                                      6.95116786445395685e-1f};
 constexpr float exp2_of_degree_4[] = {1.34266842506499210e-2f, 5.22424742691215725e-2f,
                                       2.41280204722723637e-1f, 6.93044844908149691e-1f};
 constexpr float exp2_of_degree_6[] = {2.16129149695573438e-4f, 1.24678464507734926e-3f,
                                       9.67545156521704052e-3f, 5.54852806201827848e-2f,
                                       2.40229305551738541e-1f, 6.93147044443366555e-1f};
 #else
+constexpr float exp2_of_degree_3[] = {5.50090578065836256e-2f, 2.42210974665369060e-1f,
+                                      6.93282897992582300e-1f};
 constexpr float exp2_of_degree_4[] = {9.66636851538544831e-3f, 5.59219758422558492e-2f,
                                       2.40223490380203614e-1f, 6.93121045203427105e-1f};
 constexpr float exp2_of_degree_6[] = {1.54614446985691291e-4f, 1.34004281776158379e-3f,
@@ -188,7 +193,9 @@ constexpr float exp2_of_degree_6[] = {1.54614446985691291e-4f, 1.340042817761583
 
 template <int Degree>
 FUSEDATTN_INLINE vec<float> exp2_polynomial(vec<float> f) {
-  const float* const c = Degree == 4 ? exp2_of_degree_4 : exp2_of_degree_6;
+  const float* const c = Degree == 3   ? exp2_of_degree_3
+                         : Degree == 4 ? exp2_of_degree_4
+                                       : exp2_of_degree_6;
   vec<float> p = splat(c[0]);
 #pragma GCC unroll 6
   for (int i = 1; i < Degree; ++i) p = p * f + c[i];

@@ -84,7 +84,7 @@ template <class T>
 struct ForwardRows {
   typedef T Element;
   typedef compute_t<T> S;
-  static constexpr int degree = sizeof(T) == 2 ? 4 : 6;
+  static constexpr int degree = exp2_degree<T>;
   const SoftmaxForward& p;
   const Scores<T> scores{p};
   const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&

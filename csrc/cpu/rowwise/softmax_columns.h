@@ -105,7 +105,7 @@ template <class T>
 struct ForwardColumns {
   typedef compute_t<T> S;
   static constexpr int w = width<S>;
-  static constexpr int degree = sizeof(T) == 2 ? 4 : 6;
+  static constexpr int degree = exp2_degree<T>;
   const SoftmaxForward& p;
   const Scores<T> scores{p};
   const int64_t columns = p.width();

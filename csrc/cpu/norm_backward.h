@@ -155,8 +155,8 @@ struct NormBackwardRows {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const vec<S> d = rounded(get<S>(dout[r] + i, lanes)), g = d * weights;
-        // Past the end 0: mean · rstd may be infinite.
         vec<S> x = get<S>(z[r] + i, lanes);
+        // Past the end 0: mean · rstd may be infinite.
         if constexpr (Centre) x = zero_past(x - mean[r], lanes);
         x *= rstd[r];
         if constexpr (Weight) to_weight += d * x;

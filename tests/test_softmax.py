@@ -73,13 +73,17 @@ def test_past_the_caches(shape, dtype, instruction_set, small_caches):
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
 @pytest.mark.parametrize("width", [1, 7, 16, 30, 32, 45, 64, 65])
-def test_short_rows(width, dtype, instruction_set):
-    """A few vectors stay in registers, to the same bits as rows of which more has to be asked."""
+def test_short_rows(width, dtype, instruction_set, small_caches):
+    """A few vectors stay in registers, to the same bits as rows of which more has to be asked; also
+    on their way past the caches."""
     x, dout = torch.randn(2, 37, 1, width, dtype=F64).to(dtype)
     found = check_softmax(x, "cpu", dout=dout)
     softmax = functools.partial(fusedattn.softmax, backend="cpu")
+    with small_caches():
+        past = results(x, -1, dout, softmax)
     for name, seen in results(x, -1, dout, softmax, causal=True).items():
         assert torch.equal(found[name], seen), name
+        assert torch.equal(past[name], seen), name
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

@@ -19,9 +19,9 @@ inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream
       [forward](py::handle x, py::handle residual, py::handle weight, py::handle bias,
                 py::handle seed, py::handle out, py::handle z, py::handle mean, py::handle rstd,
                 const py::tuple& config, Stream stream) {
-        const NormForward params{view(x),    view(residual),      view(weight), view(bias),
-                                 view(seed), view(out),           view(z),      view(mean),
-                                 view(rstd), norm_options(config)};
+        const NormForward params{matrix_view(x), matrix_view(residual), view(weight),   view(bias),
+                                 view(seed),     matrix_view(out),      matrix_view(z), view(mean),
+                                 view(rstd),     norm_options(config)};
         const WithoutGil release;
         forward(params, stream);
       },
@@ -33,10 +33,10 @@ inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream
       [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
                  py::handle rstd, py::handle seed, py::handle dx, py::handle dresidual,
                  py::handle dweight, py::handle dbias, const py::tuple& config, Stream stream) {
-        const NormBackward params{view(dout),    view(dz),    view(z),
-                                  view(weight),  view(mean),  view(rstd),
-                                  view(seed),    view(dx),    view(dresidual),
-                                  view(dweight), view(dbias), norm_options(config)};
+        const NormBackward params{matrix_view(dout), matrix_view(dz), matrix_view(z),
+                                  view(weight),      view(mean),      view(rstd),
+                                  view(seed),        matrix_view(dx), matrix_view(dresidual),
+                                  view(dweight),     view(dbias),     norm_options(config)};
         const WithoutGil release;
         backward(params, stream);
       },

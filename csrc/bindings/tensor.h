@@ -46,20 +46,44 @@ inline DType dtype_of(const dlpack::Type& type) {
 // Where the dimensions of a tensor of fewer than four go; the others have size 1.
 enum class Align { first, last };
 
-inline TensorView view(py::handle tensor, Align align = Align::first) {
-  TensorView result;
-  if (tensor.is_none()) return result;
+inline dlpack::Tensor borrow(py::handle tensor) {
   dlpack::Tensor raw;
   if (exchange->view_of_object(tensor.ptr(), &raw) != 0) throw py::error_already_set();
-  if (raw.dimensions > 4) throw py::value_error("fusedattn: more than four dimensions");
+  return raw;
+}
+
+inline TensorView without_shape(const dlpack::Tensor& raw) {
+  TensorView result;
   result.data = static_cast<char*>(raw.data) + raw.byte_offset;
   result.dtype = dtype_of(raw.dtype);
   result.device = raw.device.id;
+  return result;
+}
+
+inline TensorView view(py::handle tensor, Align align = Align::first) {
+  if (tensor.is_none()) return {};
+  const dlpack::Tensor raw = borrow(tensor);
+  if (raw.dimensions > 4) throw py::value_error("fusedattn: more than four dimensions");
+  TensorView result = without_shape(raw);
   const int shift = align == Align::last ? 4 - raw.dimensions : 0;
   for (int i = 0; i < raw.dimensions; ++i) {
     result.shape[i + shift] = raw.shape[i];
     result.stride[i + shift] = raw.strides[i];
   }
+  if (seen != nullptr) seen(result);
+  return result;
+}
+
+// (…, width) as (rows, width); a tensor of other than two dimensions is contiguous.
+inline TensorView matrix_view(py::handle tensor) {
+  if (tensor.is_none()) return {};
+  const dlpack::Tensor raw = borrow(tensor);
+  const int last = raw.dimensions - 1;
+  TensorView result = without_shape(raw);
+  for (int i = 0; i < last; ++i) result.shape[0] *= raw.shape[i];
+  result.shape[1] = raw.shape[last];
+  result.stride[0] = last == 1 ? raw.strides[0] : raw.shape[last];
+  result.stride[1] = raw.strides[last];
   if (seen != nullptr) seen(result);
   return result;
 }

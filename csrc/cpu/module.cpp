@@ -7,6 +7,7 @@
 #include "bindings/bind_rotary.h"
 #include "bindings/bind_sinusoidal.h"
 #include "bindings/bind_softmax.h"
+#include "bindings/usual.h"
 #include "cache.h"
 #include "dispatch.h"
 
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_cpu, m) {
   bindings::bind_softmax(m, on_cpu<SoftmaxForward>, on_cpu<SoftmaxBackward>);
   bindings::bind_rotary(m, on_cpu<Rotary>);
   bindings::bind_sinusoidal(m, on_cpu<Sinusoidal>);
+  bindings::bind_usual(m);
   m.def("instruction_sets", &instruction_sets,
         "Names of the instruction sets usable on this processor, simplest first.");
   m.def("select_instruction_set", &select_instruction_set, pybind11::arg("name"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _library = torch.library.Library("fusedattn", "DEF")
@@ -121,7 +122,18 @@ def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiled = torch.autograd._profiler_enabled
+_transforms = torch._C._are_functorch_transforms_active
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def transformed() -> bool:
+    """Under vmap, torch.func or forward mode, which batch and differentiate the formula itself."""
+    return _transforms() or forward_ad._current_level >= 0
+
+
+def unwatched() -> bool:
+    """Plain eager mode: nothing watches, traces or transforms."""
+    return not (_is_compiling() or _dispatch_modes() != 0 or _profiled() or transformed())
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..reference import functional as reference
-from ._library import direct
+from ._library import direct, transformed
 from .attention_config import AttentionCall, configure, validate, validate_extras
 from .attention_library import call_backward, call_forward, op
 
 # Looked up once: what follows runs on every call.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
-_transforms = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
@@ -208,8 +206,7 @@ def attention(
     chosen = op.choose(backend, call)
     q, k, v, mask, bias, kv_lengths = call[:6]
     config = call.config
-    if _transforms() or forward_ad._current_level >= 0:
-        # vmap, torch.func and forward mode batch and differentiate the formula itself.
+    if transformed():
         out, lse = _formula(q, k, v, mask, bias, kv_lengths, config)
         result = out.to(q.dtype), lse
     elif (

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .. import _native
 from ..reference import functional as reference
-from ._library import direct
+from ._library import direct, transformed, unwatched
 from .norm_config import (
     NormCall,
     NormConfig,
@@ -36,10 +36,16 @@ from .norm_config import (
     shape_of,
     stream_dtype,
 )
-from .norm_library import Gradients, call_backward, call_forward, layer_norm_op, rms_norm_op
+from .norm_library import (
+    Gradients,
+    call_backward,
+    call_forward,
+    layer_norm_op,
+    rms_norm_op,
+    run_usual,
+)
 
 # Looked up once: what follows runs on every call.
-_transforms = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 
@@ -187,6 +193,19 @@ def normalise(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the arguments, choose a backend and run: out, with a residual (out, residual_out)."""
+    # The usual call: one native check in place of those below.
+    if (
+        unwatched()
+        and (backend == "auto" or backend == "cpu")
+        and config.dropout_p == 0.0
+        and residual_dtype is None
+        and (native := _native.cpu) is not None
+        and native.usual_norm(x, normalized_shape, weight, bias, residual)
+    ):
+        if not (_grad_enabled() and _requires_grad(x, residual, weight, bias)):
+            return run_usual(x, residual, weight, bias, config)
+        z_dtype = None if residual is None else residual.dtype
+        return _differentiable(x, residual, weight, bias, None, 1, z_dtype, config, "cpu")
     name = "layer_norm" if config.centre else "rms_norm"
     shape = shape_of(name, x, normalized_shape)
     dims = len(shape)
@@ -211,12 +230,10 @@ def normalise(
         x = x.to(torch.float64)  # a stream in float64 is computed in float64
     op = layer_norm_op if config.centre else rms_norm_op
     chosen = op.choose(backend, NormCall(x, residual, weight, bias, z_dtype, config))
-    if _transforms() or forward_ad._current_level >= 0:
-        # vmap, torch.func and forward mode batch and differentiate the formula itself.
+    if transformed():
         out, z = _formula(x, residual, weight, bias, seed, dims, z_dtype, config)
     elif _grad_enabled() and _requires_grad(x, residual, weight, bias):
-        bias = bias.view_as(bias) if bias is not None and bias is weight else bias
-        found = _Function.apply(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
+        found = _differentiable(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
         out, z = (found, None) if z_dtype is None else found
     else:
         out, z, _, _ = call_forward(
@@ -225,6 +242,13 @@ def normalise(
     if out.dtype is not dtype:
         out = out.to(dtype)
     return out if residual is None else (out, z)
+
+
+def _differentiable(x, residual, weight, bias, *options: Any):
+    """`NormFunction`; one tensor passed as both would get the gradient of one."""
+    if bias is weight and bias is not None:
+        bias = bias.view_as(bias)
+    return _Function.apply(x, residual, weight, bias, *options)
 
 
 def _requires_grad(x, residual, weight, bias) -> bool:

@@ -5,9 +5,9 @@ Kernels are objects with
     forward(x, residual, weight, bias, seed, out, z, mean, rstd, config)
     backward(dout, dz, z, weight, mean, rstd, seed, dx, dresidual, dweight, dbias, config)
 
-on matrices (rows, width) with unit column stride and any row stride. They write every element of
-their outputs; nothing is empty. x is float64 if any of x, residual and z is; the statistics are
-float32, float64 for a float64 x.
+on matrices (rows, width) with unit column stride and any row stride; with `any_rank` contiguous
+tensors (…, width) as well. They write every element of their outputs; nothing is empty. x is
+float64 if any of x, residual and z is; the statistics are float32, float64 for a float64 x.
 
 forward   z = dropout(x) + residual, rounded to its dtype before anything is computed from it, and
           out = (z − mean) · rstd · (weight_offset + weight) + bias. z is None where it is x itself,
@@ -40,7 +40,9 @@ def _cpu_refuses(call: NormCall, requested: bool) -> Refusal | None:
 
 def _cpu_kernels() -> Any:
     native = _native.cpu
-    return SimpleNamespace(forward=native.norm_forward, backward=native.norm_backward)
+    return SimpleNamespace(
+        forward=native.norm_forward, backward=native.norm_backward, any_rank=True
+    )
 
 
 # --- cuda: csrc/cuda/norm.cu ---------------------------------------------------------------------
@@ -73,7 +75,7 @@ def _cuda_kernels(native: Any) -> Any:
             stream_of(z),
         )  # fmt: skip
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
 
 
 # --- triton: kernels/norm_fwd.py, norm_bwd.py ----------------------------------------------------
@@ -87,7 +89,7 @@ def _triton_kernels() -> Any:
     from ..kernels.norm_bwd import norm_backward
     from ..kernels.norm_fwd import norm_forward
 
-    return SimpleNamespace(forward=norm_forward, backward=norm_backward)
+    return SimpleNamespace(forward=norm_forward, backward=norm_backward, any_rank=False)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
@@ -127,7 +129,7 @@ def _reference_kernels() -> Any:
             if grad is not None:
                 grad.copy_(value.sum(0))
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, any_rank=False)
 
 
 def _options(config: NormConfig) -> dict[str, Any]:

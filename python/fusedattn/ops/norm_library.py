@@ -82,11 +82,13 @@ def _present(like: Tensor, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, 
 # --- what runs -----------------------------------------------------------------------------------
 
 
-def _matrices(rows: int, width: int, dims: int, *tensors: Tensor | None) -> list[Any]:
-    """As (rows, width) with unit column stride; copied only where their strides allow no view."""
+def _matrices(
+    rows: int, width: int, dims: int, any_rank: bool, *tensors: Tensor | None
+) -> list[Any]:
+    """As the kernels take them; copied only where their strides allow no view (rows, width)."""
     found = []
     for x in tensors:
-        if x is not None:
+        if x is not None and not (any_rank and dims == 1 and x.is_contiguous()):
             if dims != 1 or x.dim() != 2:
                 x = x.reshape(rows, width)
             if not x.is_contiguous() and x.stride(1) != 1:
@@ -110,11 +112,19 @@ def _run_forward(
                 statistic.zero_()
         return outputs
     op = layer_norm_op if config.centre else rms_norm_op
-    x, residual, out, z = _matrices(rows, width, dims, x, residual, out, z)
-    op.kernels(backend).forward(
-        x, residual, _vector(weight), _vector(bias), seed, out, z, mean, rstd, config
-    )
+    kernels = op.kernels(backend)
+    x, residual, out, z = _matrices(rows, width, dims, kernels.any_rank, x, residual, out, z)
+    kernels.forward(x, residual, _vector(weight), _vector(bias), seed, out, z, mean, rstd, config)
     return outputs
+
+
+def run_usual(x, residual, weight, bias, config) -> Tensor | tuple[Tensor, Tensor]:
+    """out, with a residual (out, z), of a call that the CPU takes as it is; without a gradient."""
+    out = torch.empty_like(x)
+    z = None if residual is None else torch.empty_like(residual)
+    op = layer_norm_op if config.centre else rms_norm_op
+    op.kernels("cpu").forward(x, residual, weight, bias, None, out, z, None, None, config)
+    return out if z is None else (out, z)
 
 
 def _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend):
@@ -126,8 +136,11 @@ def _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, b
                 x.zero_()
         return grads
     op = layer_norm_op if config.centre else rms_norm_op
-    dout, dz, z, dx, dresidual = _matrices(rows, width, dims, dout, dz, z, dx, dresidual)
-    op.kernels(backend).backward(
+    kernels = op.kernels(backend)
+    dout, dz, z, dx, dresidual = _matrices(
+        rows, width, dims, kernels.any_rank, dout, dz, z, dx, dresidual
+    )
+    kernels.backward(
         dout, dz, z, _vector(weight), mean, rstd, seed, dx, dresidual, dweight, dbias, config
     )
     return grads

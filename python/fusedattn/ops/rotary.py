@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ._library import direct
+from ._library import direct, transformed
 from .rotary_config import RotaryConfig, prepare
 from .rotary_library import call, call_in_place, formula, op
 
 # Looked up once: what follows runs on every call.
-_transforms = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -103,8 +101,7 @@ _Function, _InPlaceFunction = direct(RotaryFunction), direct(RotaryInPlaceFuncti
 def _apply(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
     """In new tensors."""
     xs = (x,) if x2 is None else (x, x2)
-    if _transforms() or forward_ad._current_level >= 0:
-        # vmap, torch.func and forward mode batch and differentiate the formula itself.
+    if transformed():
         return tuple(formula(y, cos, sin, positions, start, config) for y in xs)
     if torch.is_grad_enabled():
         if cos.requires_grad or sin.requires_grad:
@@ -137,7 +134,7 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
                 f"tensor of shape {tuple(y.shape)} and strides {y.stride()} refers to a single "
                 "memory location; clone() it first"
             )
-    tracing = _transforms() or forward_ad._current_level >= 0 or (_is_compiling() and recorded)
+    tracing = transformed() or (_is_compiling() and recorded)
     if tracing or any(y.dim() > 4 for y in xs):
         for y, out in zip(
             xs, _apply(x, x2, cos, sin, positions, start, config, backend), strict=True

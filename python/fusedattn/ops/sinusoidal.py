@@ -15,17 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
-from ._library import define, direct, plain
+from ._library import define, direct, plain, transformed
 from ._registry import Backend, Op
 from .rotary_config import INDICES, validate_input
-
-# Looked up once: what follows runs on every call.
-_transforms = torch._C._are_functorch_transforms_active
 
 
 class SinusoidalConfig(NamedTuple):
@@ -243,8 +239,7 @@ def add_sinusoidal(
     """
     checked = prepare(x, positions, offset, base, scale)
     chosen = op.choose(backend, checked)
-    if _transforms() or forward_ad._current_level >= 0:
-        # vmap, torch.func and forward mode batch and differentiate the formula itself.
+    if transformed():
         return _formula(_as_rows(x), *checked[1:]).view(x.shape)
     if x.requires_grad and torch.is_grad_enabled():
         return _Function.apply(*checked, chosen)

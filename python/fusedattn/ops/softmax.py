@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .. import _native
 from ..reference import functional as reference
-from ._library import define, direct, plain
+from ._library import define, direct, plain, transformed, unwatched
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
-from .softmax_config import HALVES, SoftmaxConfig, prepare
+from .softmax_config import HALVES, SoftmaxConfig, configure, prepare
 
 op = Op("softmax", BACKENDS)
 
 # Looked up once: what follows runs on every call.
-_transforms = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 
@@ -248,11 +247,25 @@ def softmax(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    # The usual call: one native check in place of those below.
+    if (
+        unwatched()
+        and (backend == "auto" or backend == "cpu")
+        and mask is None
+        and bias is None
+        and (native := _native.cpu) is not None
+        and native.usual_softmax(x, dim)
+    ):
+        config = configure(x.dim(), dim, causal, scale)
+        if x.requires_grad and _grad_enabled():
+            return _Function.apply(x, None, None, dim, config, "cpu")
+        out = torch.empty_like(x)
+        op.kernels("cpu").forward(x, None, None, out, config)
+        return out
     call = prepare(x, dim, mask, bias, scale, causal)
     chosen = op.choose(backend, call)
     config = call.config
-    if _transforms() or forward_ad._current_level >= 0:
-        # vmap, torch.func and forward mode batch and differentiate the formula itself.
+    if transformed():
         return _formula(x, mask, bias, dim, config)
     if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
         return _Function.apply(x, mask, bias, dim, config, chosen)

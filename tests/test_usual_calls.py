@@ -1,0 +1,154 @@
+"""Calls that skip Python's checks on the CPU: which they are, and that they compute the same."""
+
+from __future__ import annotations
+
+import fusedattn
+import pytest
+import torch
+from fusedattn import _native
+from fusedattn.ops import norm, softmax
+from torch import Tensor
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+pytestmark = pytest.mark.skipif(_native.cpu is None, reason="needs fusedattn._cpu")
+
+
+class Subclass(Tensor):
+    pass
+
+
+def sparse() -> Tensor:
+    return torch.eye(8).to_sparse()
+
+
+def left_behind() -> Tensor:
+    """Without storage once the transform is over."""
+    kept = []
+    torch.func.vmap(lambda row: kept.append(row) or row)(torch.ones(3, 8))
+    return kept[0]
+
+
+X, W = torch.randn(4, 8), torch.randn(8)
+USUAL_NORMS = {
+    "no weight": (X, 8, None, None, None),
+    "one row": (W, (8,), W, W, None),
+    "of any rank": (torch.randn(1, 2, 1, 2, 1, 8), torch.Size([8]), W, None, None),
+    "mixed dtypes": (X.to(BF16), [8], W, W.to(F16), X.to(F64).to(F32)),
+    "parameters": (X, 8, torch.nn.Parameter(W), torch.nn.Parameter(W), X.clone()),
+    "float64": (X.to(F64), 8, W, None, X.to(F64)),
+    "strides of no step": (torch.randn(4, 8)[:1], 8, W, None, None),
+}
+OTHER_NORMS = {
+    "no tensor": ("x", 8, None, None, None),
+    "no shape": (X, None, None, None, None),
+    "a float": (X, 8.0, None, None, None),
+    "a bool": (torch.randn(4, 1), True, None, None, None),
+    "beyond 64 bits": (X, 2**64 + 8, None, None, None),
+    "another width": (X, 4, None, None, None),
+    "two dimensions": (X, (4, 8), None, None, None),
+    "integers": (torch.ones(4, 8, dtype=torch.int32), 8, None, None, None),
+    "booleans": (torch.ones(4, 8, dtype=torch.bool), 8, None, None, None),
+    "complex": (torch.ones(4, 8, dtype=torch.complex64), 8, None, None, None),
+    "a subclass": (X.as_subclass(Subclass), 8, None, None, None),
+    "a weight of a subclass": (X, 8, W.as_subclass(Subclass), None, None),
+    "columns": (torch.randn(8, 4).t(), 8, None, None, None),
+    "a slice": (torch.randn(4, 9)[:, :8], 8, None, None, None),
+    "no rows": (X[:0], 8, None, None, None),
+    "a number": (torch.tensor(1.0), 1, None, None, None),
+    "meta": (X.to("meta"), 8, None, None, None),
+    "a weight on meta": (X, 8, W.to("meta"), None, None),
+    "sparse": (sparse(), 8, None, None, None),
+    "without storage": (left_behind(), 8, None, None, None),
+    "a weight with steps": (X, 8, torch.randn(16)[::2], None, None),
+    "a weight too long": (X, 8, torch.randn(9), None, None),
+    "a matrix as bias": (X, 8, W, torch.randn(1, 8), None),
+    "an integer weight": (X, 8, torch.ones(8, dtype=torch.int64), None, None),
+    "x as residual": (X, 8, None, None, X),
+    "a residual of another shape": (X, 8, None, None, torch.randn(1, 4, 8)),
+    "a residual of other sizes": (X, 8, None, None, torch.randn(3, 8)),
+    "a residual in columns": (X, 8, None, None, torch.randn(8, 4).t()),
+    "a wider residual": (X, 8, None, None, X.to(F64)),
+}
+SOFTMAXES = {
+    "last": ((X, -1), True),
+    "last, counted from the first": ((X, 1), True),
+    "of one dimension": ((W, 0), True),
+    "of four": ((torch.randn(2, 2, 2, 2, dtype=F64), 3), True),
+    "columns": ((torch.randn(8, 4).t(), -1), True),
+    "another dimension": ((X, 0), False),
+    "out of range": ((X, 2), False),
+    "a bool": ((torch.randn(2, 2), True), False),
+    "a float": ((X, -1.0), False),
+    "beyond 64 bits": ((X, 2**64 - 1), False),
+    "of five": ((torch.randn(1, 2, 2, 2, 2), -1), False),
+    "a number": ((torch.tensor(1.0), -1), False),
+    "no rows": ((X[:0], -1), False),
+    "integers": ((torch.ones(4, 8, dtype=torch.int32), -1), False),
+    "a subclass": ((X.as_subclass(Subclass), -1), False),
+    "meta": ((X.to("meta"), -1), False),
+    "without storage": ((left_behind(), -1), False),
+}
+
+
+@pytest.mark.parametrize("arguments", USUAL_NORMS.values(), ids=USUAL_NORMS)
+def test_usual_norms(arguments):
+    assert _native.cpu.usual_norm(*arguments)
+
+
+@pytest.mark.parametrize("arguments", OTHER_NORMS.values(), ids=OTHER_NORMS)
+def test_norms_that_python_looks_at(arguments):
+    assert not _native.cpu.usual_norm(*arguments)
+
+
+@pytest.mark.parametrize(("arguments", "usual"), SOFTMAXES.values(), ids=SOFTMAXES)
+def test_usual_softmaxes(arguments, usual):
+    assert _native.cpu.usual_softmax(*arguments) == usual
+
+
+def _outcome(call, leaves) -> list[Tensor]:
+    """Outputs with and without a gradient, and the gradients."""
+    with torch.no_grad():
+        alone = call()
+    found = call()
+    outs = found if isinstance(found, tuple) else (found,)
+    grads = torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
+    return [*(alone if isinstance(alone, tuple) else (alone,)), *outs, *grads]
+
+
+def _check_same(monkeypatch, module, call, leaves) -> None:
+    usual = _outcome(call, leaves)
+    looked = []
+    monkeypatch.setattr(module, "unwatched", lambda: bool(looked.append(True)))
+    checked = _outcome(call, leaves)
+    assert looked
+    for a, b in zip(usual, checked, strict=True):
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("arguments", USUAL_NORMS.values(), ids=USUAL_NORMS)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_a_usual_norm_is_the_checked_one(op, arguments, monkeypatch):
+    x, shape, weight, bias, residual = (
+        y.detach().clone().requires_grad_() if isinstance(y, Tensor) else y for y in arguments
+    )
+    bias = bias if op == "layer_norm" else None
+    options = {} if op == "rms_norm" else {"bias": bias}
+    leaves = [y for y in (x, weight, bias, residual) if y is not None]
+
+    def call():
+        return getattr(fusedattn, op)(x, shape, weight, residual=residual, **options)
+
+    _check_same(monkeypatch, norm, call, leaves)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usual"), [case for case in SOFTMAXES.values() if case[1]],
+    ids=[name for name, case in SOFTMAXES.items() if case[1]],
+)  # fmt: skip
+def test_a_usual_softmax_is_the_checked_one(arguments, usual, monkeypatch):
+    x = arguments[0].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    options = {"scale": 0.5, "causal": x.dim() > 1}
+    _check_same(monkeypatch, softmax, lambda: fusedattn.softmax(x, arguments[1], **options), [x])

@@ -64,6 +64,8 @@ OTHER_NORMS = {
     "a weight too long": (X, 8, torch.randn(9), None, None),
     "a matrix as bias": (X, 8, W, torch.randn(1, 8), None),
     "an integer weight": (X, 8, torch.ones(8, dtype=torch.int64), None, None),
+    "a negative": (torch._neg_view(X), 8, None, None, None),
+    "a negative weight": (X, 8, torch._neg_view(W), None, None),
     "x as residual": (X, 8, None, None, X),
     "a residual of another shape": (X, 8, None, None, torch.randn(1, 4, 8)),
     "a residual of other sizes": (X, 8, None, None, torch.randn(3, 8)),
@@ -87,6 +89,7 @@ SOFTMAXES = {
     "integers": ((torch.ones(4, 8, dtype=torch.int32), -1), False),
     "a subclass": ((X.as_subclass(Subclass), -1), False),
     "meta": ((X.to("meta"), -1), False),
+    "a negative": ((torch._neg_view(X), -1), False),
     "without storage": ((left_behind(), -1), False),
 }
 

@@ -9,8 +9,17 @@ namespace fusedattn::bindings {
 
 inline PyTypeObject* tensor_type = nullptr;
 inline PyTypeObject* parameter_type = nullptr;
+inline PyObject* is_negative = nullptr;  // Tensor.is_neg
 
-// A Tensor or Parameter itself, floating-point, on the CPU and not empty.
+inline bool negative(py::handle tensor) {
+  PyObject* const answer = PyObject_CallOneArg(is_negative, tensor.ptr());
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer != Py_False;
+}
+
+// A Tensor or Parameter itself, floating-point, on the CPU, not empty, and no other's negative, as
+// z.conj().imag is.
 class Usual {
   dlpack::Tensor raw;
   bool found = false;
@@ -29,6 +38,7 @@ class Usual {
     found = floating && raw.dtype.lanes == 1 && raw.device.type == dlpack::device_cpu &&
             raw.data != nullptr && raw.dimensions > 0;
     for (int i = 0; found && i < raw.dimensions; ++i) found = raw.shape[i] > 0;
+    found = found && !negative(tensor);
   }
 
   explicit operator bool() const { return found; }
@@ -95,6 +105,7 @@ inline void bind_usual(py::module_& m) {
   const py::module_ torch = py::module_::import("torch");
   tensor_type = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
+  is_negative = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
   m.def("usual_norm", &usual_norm, py::arg("x"), py::arg("normalized_shape"), py::arg("weight"),
         py::arg("bias"), py::arg("residual"),
         "Whether norm_forward takes these as they are; False where Python has to look.");

@@ -137,12 +137,15 @@ def unwatched() -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway."""
+    """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway.
+
+    It does more for a tensor that stands for its negative, as `z.conj().imag` does.
+    """
     if _is_compiling() or _dispatch_modes() != 0 or _profiled():
         return False
     try:
         for x in tensors:  # a generator takes twice as long
-            if x is not None and (type(x) not in _PLAIN_TYPES or x.data_ptr() == 0):
+            if x is not None and (type(x) not in _PLAIN_TYPES or x.data_ptr() == 0 or x.is_neg()):
                 return False
     except RuntimeError:  # without storage: left behind by a transform of torch.func
         return False

@@ -135,7 +135,7 @@ define_autocast(attention_fwd, tensors=3)  # q, k and v; a bias keeps its dtype
 
 
 def call_forward(q, k, v, mask, bias, kv_lengths, config, backend):
-    if plain(q, k, v):
+    if plain(q, k, v, bias):
         return _run_forward(q, k, v, mask, bias, kv_lengths, config, backend)
     register_flops()
     return attention_fwd(q, k, v, mask, bias, kv_lengths, None, None, None, backend, *config)
@@ -144,7 +144,7 @@ def call_forward(q, k, v, mask, bias, kv_lengths, config, backend):
 def call_backward(
     dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
 ):
-    if plain(q, k, v):
+    if plain(dout, dlse, q, k, v, bias):
         return _run_backward(
             dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
         )

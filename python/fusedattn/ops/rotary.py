@@ -135,7 +135,7 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
                 "memory location; clone() it first"
             )
     tracing = transformed() or (_is_compiling() and recorded)
-    if tracing or any(y.dim() > 4 for y in xs):
+    if tracing or any(y.dim() > 4 or (not _is_compiling() and y.is_neg()) for y in xs):
         for y, out in zip(
             xs, _apply(x, x2, cos, sin, positions, start, config, backend), strict=True
         ):

@@ -136,7 +136,7 @@ rotary_ = define(
 def call(xs, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
     """The rotation of one or two tensors, in new ones of their shapes."""
     x, x2 = as_heads(xs[0]), as_heads(xs[1]) if len(xs) == 2 else None
-    if plain(x, x2, cos):
+    if plain(x, x2, cos, sin):
         out, out2 = _run(x, x2, cos, sin, positions, start, backend, config)
     else:
         out, out2 = rotary_fwd(x, x2, cos, sin, positions, start, backend, *config)
@@ -149,7 +149,7 @@ def call(xs, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
 def call_in_place(x, x2, cos, sin, positions, start, config, backend) -> None:
     """The rotation in the memory of x and x2 themselves, of at most four dimensions."""
     x, x2 = as_heads(x), None if x2 is None else as_heads(x2)
-    if plain(x, x2, cos):
+    if plain(x, x2, cos, sin):
         _run_in_place(x, x2, cos, sin, positions, start, backend, config)
     else:
         rotary_(x, x2, cos, sin, positions, start, backend, *config)

@@ -119,7 +119,7 @@ softmax_bwd = define(
 
 
 def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
-    if plain(x):
+    if plain(x, bias):
         return _run_forward(x, mask, bias, dim, config, backend)
     return softmax_fwd(x, mask, bias, backend, dim, *config)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import (
     AttentionCase,
+    check,
     check_attention,
     device_for,
     fused,
@@ -186,6 +187,33 @@ def test_the_future_has_no_influence(masked, backend):
     after = fusedattn.attention(q, k, v, **options)
     assert torch.equal(before[:, :, :50], after[:, :, :50])
     assert not torch.equal(before[:, :, 50:], after[:, :, 50:])
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["one key takes all", "ties"])
+@pytest.mark.parametrize("seq_q", [1, 40])
+@pytest.mark.parametrize("scale", [30.0, 1e4, 1e8, 1e20])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_far_scores(dtype, scale, seq_q, ties, instruction_set):
+    """Scores so large that a product's rounding exceeds every exponent.
+
+    Products of integers are exact in any order, so forward and backward see the same scores. A
+    log-sum-exp of 1e8 does not hold the logarithm of how many keys tie, as in every flash backward.
+    """
+    case = AttentionCase(seq_q=seq_q, seq_k=700, dtype=dtype, scale=scale)
+    made = case.inputs()
+    made |= {name: 32 * (2 * made[name]).round() for name in ("q", "k")}
+    if not ties:
+        key = torch.arange(700)
+        made["q"][..., 0], made["k"][..., 0] = 32, (key // 32).to(dtype)
+        made["q"][..., 1], made["k"][..., 1] = 1, (key % 32).to(dtype)
+    found = fused(made, case, "cpu")
+    ref = results(made, case, reference.attention, F64)
+    eager = results(made, case, reference.attention, F32)
+    for name in ("out", "lse") if ties else ("out", "lse", "dv"):
+        check(found[name], ref[name], eager[name], what=name, case=f"{instruction_set} {case}")
+    if dtype != F16:  # whose gradients of q and k may overflow
+        assert found["dq"].isfinite().all()
+        assert found["dk"].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [F16, F32])

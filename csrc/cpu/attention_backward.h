@@ -313,10 +313,10 @@ class BackwardTask {
     const S lse = of_head[i], delta = of_head[f.seq_q() + i];
     const int64_t seen = larger(smaller(f.keys_seen(i, j0 + last) - j0, last), 0);
     if (lse == -infinity<S>) return {0, 0, 0};
-    if (!scores.rewrite) return {seen, lse * S(log2e), delta};
+    if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
     S* s = t.s + i % Blocks::queries % Blocks::strip * Blocks::keys;
-    scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row);
-    scores.rebase(s, seen, lse);
+    if (scores.rewrite) scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row);
+    scores.rebase(s, seen, lse, 0);  // the forward may have added up its products otherwise
     return {seen, 0, delta};
   }
 };

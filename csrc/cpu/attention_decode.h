@@ -168,7 +168,7 @@ class Decode {
       const S of_split = partial[r];
       const S factor = of_split == -infinity<S>
                            ? S(1)
-                           : exp2<Fma<S>::exp2_degree>(splat((of_split - m) * scores.to_log2))[0];
+                           : scores.template carried<Fma<S>::exp2_degree>(of_split, m);
       l += partial[rows + r] * factor;
       const S* row = partial + 2 * rows + r * dv;
       for (int64_t i = 0; i < dv; i += w) {

@@ -1,4 +1,4 @@
-// Online softmax, row by row: a running maximum m, in the units of `Scores`, and a running sum l.
+// Online softmax, row by row: a running maximum m, in natural units, and a running sum l.
 //
 // A maximum that rises by less than `slack` is left as it is: p then reaches 2^slack at most, and
 // what was summed before needs no rescaling (as in FlashAttention-4).
@@ -66,17 +66,17 @@ FUSEDATTN_INLINE stat_of<E> raise_maximum(const Scores<stat_of<E>>& scores, stat
                                           int64_t seen, stat_of<E>& m, stat_of<E>& l, stat_of<E>* o,
                                           int64_t n) {
   typedef stat_of<E> S;
-  const S highest = highest_score(s, seen) * scores.factor;
+  const S highest = highest_score(s, seen) * scores.unit;
   if (m == -infinity<S>) {
     m = highest > m ? highest : m;  // nothing has been summed yet
-  } else if (highest > m + S(slack)) {
-    const S carried = exp2<E::exp2_degree>(splat((m - highest) * scores.to_log2))[0];
+  } else if (highest > m + S(slack * ln2)) {
+    const S carried = scores.template carried<E::exp2_degree>(m, highest);
     m = highest;
     l *= carried;
     for (int64_t c = 0; c < n; c += width<S>) store(o + c, load(o + c) * carried);
   }
   const S origin = m == -infinity<S> ? S(0) : m;
-  if (!scores.rewrite) return origin;
+  if (scores.is_near(origin)) return scores.shift(origin);
   scores.rebase(s, seen, origin);
   return 0;
 }
@@ -98,7 +98,7 @@ static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, 
     lse = -infinity<S>;
   } else {
     store_row(out, stride, dv, o, S(1) / l);
-    lse = S(ln2) * scores.to_log2 * m + logarithm(l);
+    lse = (scores.is_near(m) ? S(ln2) * scores.shift(m) : m) + logarithm(l);
   }
 }
 

@@ -33,21 +33,37 @@ static compute_t<T> dot(Source<T> x, Source<T> y, int64_t n) {
   return reduce_add(sums);
 }
 
-// Scores leave the products as raw q·k. Mostly they are read as scale · log2(e) · s, in log2 units.
-// Where there is a mask, a bias or a scale that is not positive, `prepare` rewrites the row first;
-// it is then in natural units, because a bias of −FLT_MAX has no logarithm to base 2 in float.
+// Scores leave the products as raw q·k, and mostly become exponents in one instruction: factor · s
+// − shift(m) with the row's maximum m. Where there is a mask, a bias or a scale that is not
+// positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied by
+// log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
 template <class S>
 struct Scores {
   const AttentionForward& p;
   const bool rewrite;
-  const S factor;   // from a score, as it stands once prepared, to the units of the row's maximum
-  const S to_log2;  // from those units to log2
+  const S unit;    // from a score, as it stands once prepared, to natural units
+  const S factor;  // and to log2 units
 
   explicit Scores(const AttentionForward& p)
       : p(p),
         rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0)),
-        factor(rewrite ? S(1) : S(p.options.scale * log2e)),
-        to_log2(rewrite ? S(log2e) : S(1)) {}
+        unit(rewrite ? S(1) : S(p.options.scale)),
+        factor(rewrite ? S(1) : S(p.options.scale * log2e)) {}
+
+  // Whether a row of this maximum, or log-sum-exp, needs no `rebase`. Farther out the rounding of
+  // shift(m) would show in the exponents, and at last exceed them.
+  FUSEDATTN_MEMBER bool is_near(S m) const {
+    constexpr S far = 0x1p10;
+    return !rewrite && m < far && m > -far;
+  }
+  FUSEDATTN_MEMBER static S shift(S m) { return rounded(m * S(log2e)); }
+
+  // What sums relative to one maximum are multiplied by to be relative to another.
+  template <int Degree>
+  FUSEDATTN_MEMBER S carried(S from, S to) const {
+    const bool near = is_near(from) && is_near(to);
+    return exp2<Degree>(splat(near ? shift(from) - shift(to) : (from - to) * S(log2e)))[0];
+  }
 
   // s[j] = scale · s[j] + bias, −inf where masked: columns [0, n) of query i from key j0.
   // `scratch` has room for a row.
@@ -63,9 +79,13 @@ struct Scores {
     if (p.mask) apply_mask(s, b, h, i, j0, n);
   }
 
-  // A prepared row relative to `origin`, in log2 units.
-  void rebase(S* s, int64_t n, S origin) const {
-    for (int64_t j = 0; j < n; j += width<S>) store(s + j, (load(s + j) - origin) * S(log2e));
+  // A row relative to `origin`, and no more than `most` above it: then factor · s is the exponent.
+  void rebase(S* s, int64_t n, S origin, S most = infinity<S>) const {
+    const S back = S(log2e) / factor;
+    for (int64_t j = 0; j < n; j += width<S>) {
+      const vec<S> above = rounded(load(s + j) * unit) - origin;
+      store(s + j, (above > most ? splat(most) : above) * back);
+    }
   }
 
  private:

@@ -197,19 +197,6 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
   }
 }
 
-// x as it was rounded or loaded: no multiply-add reaches across, and it is not loaded again.
-template <class V>
-FUSEDATTN_INLINE V rounded(V x) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__x86_64__)
-  asm("" : "+x"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-
 // Two vectors' elements in any order: pairs of bf16 are split by shift and mask.
 template <class S, class P>
 FUSEDATTN_INLINE void get_pair(const P* p, vec<S>& x, vec<S>& y) {

@@ -169,6 +169,19 @@ FUSEDATTN_INLINE vec<S> select_bytes(const uint8_t* p, vec<S> x, vec<S> y) {
 #endif
 }
 
+// x as it was rounded or loaded: no multiply-add reaches across, and it is not loaded again.
+template <class V>
+FUSEDATTN_INLINE V rounded(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // 2^x for x <= 0, by x = n + f and a minimax polynomial for 2^f that is 1 at 0: 0 <= f < 1 where
 // one instruction gives f and another takes n from x, else |f| <= 1/2. Below the normal range the
 // result is exactly 0; NaN stays NaN. `Degree` 3 errs by 1e-4, 4 by 3e-6, 6 by 2e-9, 13 by 5e-22

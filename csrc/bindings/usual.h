@@ -9,17 +9,17 @@ namespace fusedattn::bindings {
 
 inline PyTypeObject* tensor_type = nullptr;
 inline PyTypeObject* parameter_type = nullptr;
-inline PyObject* is_negative = nullptr;  // Tensor.is_neg
+inline PyObject* is_neg = nullptr;  // Tensor.is_neg
 
-inline bool negative(py::handle tensor) {
-  PyObject* const answer = PyObject_CallOneArg(is_negative, tensor.ptr());
+// Whether it stands for the negative of its memory, as z.conj().imag does.
+inline bool is_negative(py::handle tensor) {
+  PyObject* const answer = PyObject_CallOneArg(is_neg, tensor.ptr());
   if (answer == nullptr) throw py::error_already_set();
   Py_DECREF(answer);
   return answer != Py_False;
 }
 
-// A Tensor or Parameter itself, floating-point, on the CPU, not empty, and no other's negative, as
-// z.conj().imag is.
+// A Tensor or Parameter itself, floating-point, on the CPU, not empty and not negative.
 class Usual {
   dlpack::Tensor raw;
   bool found = false;
@@ -38,7 +38,7 @@ class Usual {
     found = floating && raw.dtype.lanes == 1 && raw.device.type == dlpack::device_cpu &&
             raw.data != nullptr && raw.dimensions > 0;
     for (int i = 0; found && i < raw.dimensions; ++i) found = raw.shape[i] > 0;
-    found = found && !negative(tensor);
+    found = found && !is_negative(tensor);
   }
 
   explicit operator bool() const { return found; }
@@ -105,7 +105,7 @@ inline void bind_usual(py::module_& m) {
   const py::module_ torch = py::module_::import("torch");
   tensor_type = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
-  is_negative = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+  is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
   m.def("usual_norm", &usual_norm, py::arg("x"), py::arg("normalized_shape"), py::arg("weight"),
         py::arg("bias"), py::arg("residual"),
         "Whether norm_forward takes these as they are; False where Python has to look.");

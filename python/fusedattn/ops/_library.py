@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .. import _native
+
 _library = torch.library.Library("fusedattn", "DEF")
 _flops: dict[Any, Callable[..., int]] = {}
 
@@ -131,9 +133,18 @@ def transformed() -> bool:
     return _transforms() or forward_ad._current_level >= 0
 
 
-def unwatched() -> bool:
-    """Plain eager mode: nothing watches, traces or transforms."""
-    return not (_is_compiling() or _dispatch_modes() != 0 or _profiled() or transformed())
+def _watched() -> bool:
+    return _is_compiling() or _dispatch_modes() != 0 or _profiled()
+
+
+def cpu_at_once(backend: str) -> Any:
+    """The native CPU module if it may take a call that Python has not looked at, else None.
+
+    It may in plain eager mode; the module then says whether it is a usual call.
+    """
+    if _watched() or transformed() or (backend != "auto" and backend != "cpu"):
+        return None
+    return _native.cpu
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -141,7 +152,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
     It does more for a tensor that stands for its negative, as `z.conj().imag` does.
     """
-    if _is_compiling() or _dispatch_modes() != 0 or _profiled():
+    if _watched():
         return False
     try:
         for x in tensors:  # a generator takes twice as long

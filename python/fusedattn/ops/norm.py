@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference import functional as reference
-from ._library import direct, transformed, unwatched
+from ._library import cpu_at_once, direct, transformed
 from .norm_config import (
     NormCall,
     NormConfig,
@@ -193,13 +192,11 @@ def normalise(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the arguments, choose a backend and run: out, with a residual (out, residual_out)."""
-    # The usual call: one native check in place of those below.
+    native = cpu_at_once(backend)
     if (
-        unwatched()
-        and (backend == "auto" or backend == "cpu")
+        native is not None
         and config.dropout_p == 0.0
         and residual_dtype is None
-        and (native := _native.cpu) is not None
         and native.usual_norm(x, normalized_shape, weight, bias, residual)
     ):
         if not (_grad_enabled() and _requires_grad(x, residual, weight, bias)):

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference import functional as reference
-from ._library import define, direct, plain, transformed, unwatched
+from ._library import cpu_at_once, define, direct, plain, transformed
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
 from .softmax_config import HALVES, SoftmaxConfig, configure, prepare
@@ -247,21 +246,12 @@ def softmax(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    # The usual call: one native check in place of those below.
-    if (
-        unwatched()
-        and (backend == "auto" or backend == "cpu")
-        and mask is None
-        and bias is None
-        and (native := _native.cpu) is not None
-        and native.usual_softmax(x, dim)
-    ):
+    native = cpu_at_once(backend)
+    if native is not None and mask is None and bias is None and native.usual_softmax(x, dim):
         config = configure(x.dim(), dim, causal, scale)
         if x.requires_grad and _grad_enabled():
             return _Function.apply(x, None, None, dim, config, "cpu")
-        out = torch.empty_like(x)
-        op.kernels("cpu").forward(x, None, None, out, config)
-        return out
+        return _run_forward(x, None, None, dim, config, "cpu")
     call = prepare(x, dim, mask, bias, scale, causal)
     chosen = op.choose(backend, call)
     config = call.config

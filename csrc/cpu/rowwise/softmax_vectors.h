@@ -1,4 +1,4 @@
-// The words of a softmax over rows that lie along memory: unrolled loops, parts of a vector.
+// The words of a softmax over rows that lie along memory: loops over rows and over vectors.
 #pragma once
 
 #include "softmax_scores.h"
@@ -6,7 +6,25 @@
 namespace fusedattn::FUSEDATTN_ISA {
 namespace {
 
-constexpr int unroll = 4;  // independent chains, for the latency of additions and maxima
+constexpr int64_t chunk = 8192;  // columns whose exponentials wait in L1 until their sum is known
+constexpr int unroll = 4;        // independent chains, for the latency of additions and maxima
+
+// row(where) for all rows. Causal rows grow, so threads take turns.
+template <class Params, class Row>
+FUSEDATTN_INLINE void for_rows(const Params& p, const Row& row) {
+  const int64_t count = p.rows();
+  const int64_t block = p.options.causal == SoftmaxCausal::none
+                            ? ceil_div(count, omp_get_num_threads())
+                            : int64_t(16);
+#pragma omp for schedule(static, 1)
+  for (int64_t first = 0; first < count; first += block) {
+    Index at = index_of(p, first);
+    for (int64_t r = first; r < smaller(first + block, count); ++r) {
+      row(at);
+      at.next(p);
+    }
+  }
+}
 
 // Calls step(v, j, left) for the vector at column j of n, of which `left` elements exist: all of
 // them, known to the compiler, or fewer. v < unroll does not depend on n.

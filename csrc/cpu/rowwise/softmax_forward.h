@@ -1,0 +1,218 @@
+// Softmax along rows that lie along memory, forward: a row, or a chunk of a wide one.
+#pragma once
+
+#include "softmax_short.h"
+
+namespace fusedattn::FUSEDATTN_ISA {
+namespace {
+
+// The largest of n numbers; a NaN is passed over, and shows in the sum.
+template <class T>
+FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
+  typedef compute_t<T> S;
+  constexpr int w = width<S>;
+  vec<S> high[unroll];
+  for (auto& each : high) each = splat(-infinity<S>);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (; i + unroll * w <= n; i += unroll * w) {
+      if (ahead) [[unlikely]]
+        fetch_ahead(x + i, unroll * w, prefetch);
+#pragma GCC unroll 2
+      for (int v = 0; v < unroll; v += 2) {
+        vec<S> a, b;
+        get_pair<S>(x + i + v * w, a, b);
+        high[v] = maximum(a, high[v]);
+        high[v + 1] = maximum(b, high[v + 1]);
+      }
+    }
+  }
+  for_vectors<S>(n - i, [&](int v, int64_t j, auto left) {
+    if (v == 0 && ahead) [[unlikely]]
+      fetch_ahead(x + i + j, unroll * w, prefetch);
+    high[v] = maximum(load_some(x + i + j, left, -infinity<S>), high[v]);
+  });
+  return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
+}
+
+// e = 2^exponent(x), with room for whole vectors; returns their sum. Fetches the row at `next`.
+template <int Degree, class T, class Exponent, class Next = T>
+FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, const Exponent& exponent,
+                                           compute_t<T>* e, const Next* next = nullptr) {
+  typedef compute_t<T> S;
+  vec<S> sums[unroll] = {};
+  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+    if (v == 0 && next) fetch_lines(next + j, unroll * width<S>, prefetch);
+    const vec<S> y = exp2<Degree>(exponent(load_some(x + j, left, -infinity<S>)));
+    store(e + j, y);
+    sums[v] += y;
+  });
+  return reduce_add(sum_of(sums));
+}
+
+// out = inverse · e.
+template <class T, class S = compute_t<T>>
+FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, bool streamed, T* out) {
+  constexpr int w = width<S>;
+  const auto value = [=](int64_t j, Whole) { return load(e + j) * inverse; };
+  int64_t i = streamed ? stream_vectors<S>(out, n, value) : 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (; i + 2 * w <= n; i += 2 * w)
+      set_pair<S>(out + i, load(e + i) * inverse, load(e + i + w) * inverse);
+  }
+  for_vectors<S>(n - i, [=](int, int64_t j, auto left) {
+    store_some(out + i + j, left, load(e + i + j) * inverse);
+  });
+}
+
+// The largest score of a chunk and the sum of its exponentials relative to that.
+template <class S>
+struct Part {
+  S high, sum;
+};
+
+template <class T>
+struct ForwardRows {
+  typedef T Element;
+  typedef compute_t<T> S;
+  static constexpr int degree = exp2_degree<T>;
+  const SoftmaxForward& p;
+  const Scores<T> scores{p};
+  const bool direct = !p.bias && (!p.mask || p.mask.stride[3] == 0) && scores.multiplier == 1 &&
+                      p.x.stride[3] == 1;  // the scores are x as it lies
+  const bool large = outgrows_caches(1, threads_for_elements(p.work()), p.work(), p.x, p.out);
+  const int64_t on = p.x.stride[2] * rows_on((large || last_cache_is_far()) && p.x.stride[3] == 1,
+                                             p.rows(), p.width() * int64_t(sizeof(T)));
+
+  // Columns that the row may see; what is masked in between is no less computed.
+  int64_t visible(const Index& at) const {
+    if (p.mask && p.mask.stride[3] == 0 && !*p.mask.at<const uint8_t>(at.b, at.h, at.i)) return 0;
+    return seen_columns(p, at.i);
+  }
+
+  // Runs f on the scores of columns [j0, j0 + n), which are x itself or else in e.
+  template <class F>
+  FUSEDATTN_MEMBER auto with_scores(const Index& at, int64_t j0, int64_t n, S* e, F f) const {
+    if (direct) return f(p.x.at<const T>(at.b, at.h, at.i, j0));
+    prepare(at, j0, n, e);
+    return f(const_cast<const S*>(e));
+  }
+
+  // e = the exponentials of scores x relative to their own maximum, of a row or of a part; fetches
+  // the row at `next`.
+  template <class X>
+  S exponentiate_row(const X* x, int64_t n, S high, S* e, const T* next) const {
+    return with_exponent<T>(finite_origin(high), scores.factor, [&](const auto& exponent) {
+      return exponentials<degree>(x, n, exponent, e, next);
+    });
+  }
+  template <class X>
+  S exponentiate_part(const X* x, int64_t n, S high, S* e) const {
+    return exponentials<degree>(x, n, exponent_of(finite_origin(high), scores.factor), e);
+  }
+
+  void write(const Index& at, int64_t j0, int64_t n, const S* e, S inverse) const {
+    T* out = p.out.at<T>(at.b, at.h, at.i, j0);
+    if (p.out.stride[3] != 1) {
+      store_row(out, p.out.stride[3], n, e, inverse);
+      return;
+    }
+    scaled<T>(e, n, inverse, large, out);
+  }
+
+  void write_zeros(const Index& at, int64_t j0, int64_t j1) const {
+    zero(p.out.at<T>(at.b, at.h, at.i, j0), p.out.stride[3], j1 - j0);
+  }
+
+  // Nothing but rows of x, each along memory: what most calls are.
+  bool plain() const {
+    return direct && !p.mask && p.out.stride[3] == 1 && p.options.causal == SoftmaxCausal::none;
+  }
+
+  void plain_row(const Index& at, S* e) const {
+    const int64_t n = p.width();
+    const T* x = p.x.at<const T>(at.b, at.h, at.i);
+    T* out = p.out.at<T>(at.b, at.h, at.i);
+    const S high = highest(x, n, large && !on);
+    const S sum = exponentiate_row(x, n, high, e, on ? x + on : nullptr);
+    scaled<T>(e, n, reciprocal(sum), large, out);
+  }
+
+  template <int Vectors>
+  void short_row(const Index& at, const ShortRow<T, Vectors>& row) const {
+    row.template forward<degree>(p.x.at<const T>(at.b, at.h, at.i), on, scores.factor, large,
+                                 p.out.at<T>(at.b, at.h, at.i));
+  }
+
+  void narrow(const Index& at, S* e) const {
+    const int64_t n = visible(at);
+    const T* const next = on ? p.x.at<const T>(at.b, at.h, at.i) + on : nullptr;
+    const S sum = with_scores(at, 0, n, e, [&](auto* x) {
+      return exponentiate_row(x, n, highest(x, n, direct && large && !on), e, next);
+    });
+    write(at, 0, n, e, reciprocal(sum));
+    write_zeros(at, n, p.width());
+  }
+
+  Part<S> part(const Index& at, int64_t c, S* e) const {
+    const int64_t n = smaller(visible(at) - c * chunk, chunk);
+    if (n <= 0) return {-infinity<S>, 0};
+    return with_scores(at, c * chunk, n, e, [&](auto* x) -> Part<S> {
+      const S high = highest(x, n, direct && large);
+      return {high, exponentiate_part(x, n, high, e)};
+    });
+  }
+
+  Part<S> combine(const Part<S>* parts, int64_t count) const {
+    Part<S> row{-infinity<S>, 0};
+    for (int64_t c = 0; c < count; ++c) row.high = larger(row.high, parts[c].high);
+    for (int64_t c = 0; c < count; ++c) row.sum += parts[c].sum * carried(parts[c].high, row.high);
+    return row;
+  }
+
+  void finish(const Index& at, int64_t c, const Part<S>& row, S* e) const {
+    const int64_t j0 = c * chunk, end = smaller(p.width() - j0, chunk);
+    const int64_t n = larger(smaller(visible(at) - j0, chunk), int64_t(0));
+    if (n > 0) {
+      with_scores(at, j0, n, e, [&](auto* x) { exponentiate_part(x, n, row.high, e); });
+      write(at, j0, n, e, reciprocal(row.sum));
+    }
+    write_zeros(at, j0 + n, j0 + end);
+  }
+
+ private:
+  S carried(S high, S highest) const {
+    return exp2<6>(splat((high - finite_origin(highest)) * scores.factor))[0];
+  }
+
+  // e[j] = the score, −inf where masked; whole vectors.
+  void prepare(const Index& at, int64_t j0, int64_t n, S* e) const {
+    const int64_t wide = round_up(n, width<S>);
+    load_row(p.x.at<const T>(at.b, at.h, at.i, j0), p.x.stride[3], n, e, wide);
+    if (p.bias) {
+      alignas(64) S bias[chunk];
+      scores.load_bias(p.bias.offset(at.b, at.h, at.i, j0), n, bias, wide);
+      for (int64_t j = 0; j < n; j += width<S>)
+        store(e + j, load(e + j) * scores.multiplier + load(bias + j));
+    } else if (scores.multiplier != 1) {
+      for (int64_t j = 0; j < n; j += width<S>) store(e + j, load(e + j) * scores.multiplier);
+    }
+    if (p.mask) apply_mask(p.mask.at<const uint8_t>(at.b, at.h, at.i, j0), n, e);
+    for (int64_t j = n; j < wide; ++j) e[j] = -infinity<S>;
+  }
+
+  void apply_mask(const uint8_t* mask, int64_t n, S* e) const {
+    constexpr int w = width<S>;
+    const int64_t stride = p.mask.stride[3];
+    int64_t j = 0;
+    if (stride == 1) {
+      for (; j + w <= n; j += w)
+        store(e + j, select_bytes<S>(mask + j, load(e + j), splat(-infinity<S>)));
+    }
+    for (; j < n; ++j)
+      if (!mask[j * stride]) e[j] = -infinity<S>;
+  }
+};
+
+}  // namespace
+}  // namespace fusedattn::FUSEDATTN_ISA

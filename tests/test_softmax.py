@@ -56,7 +56,7 @@ def test_instruction_set(shape, dtype, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
-@pytest.mark.parametrize("shape", [(17, 300), (130, 30), (9, 5000), (9, 9000)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 300), (33, 656), (130, 30), (9, 5000), (9, 9000)], ids=str)
 def test_past_the_caches(shape, dtype, instruction_set, small_caches):
     """Tensors too large for the caches are read ahead and written past them, to the same bits."""
     x, dout = torch.randn(2, *shape, dtype=F64).to(dtype)

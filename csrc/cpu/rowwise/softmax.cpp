@@ -27,7 +27,7 @@ void run_narrow(const Params& p, int threads) {
     if (done) return;
     alignas(64) S copy[2 * chunk];
     if (plain)
-      for_rows(p, [&](const Index& at) { rows.plain_row(at, copy); });
+      rows.plain_rows(copy);
     else
       for_rows(p, [&](const Index& at) { rows.narrow(at, copy); });
     drain();

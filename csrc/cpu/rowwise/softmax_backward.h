@@ -90,7 +90,11 @@ struct BackwardRows {
            p.options.causal == SoftmaxCausal::none;
   }
 
-  void plain_row(const Index& at, S*) const {
+  void plain_rows(S*) const {
+    for_rows(p, [&](const Index& at) { plain_row(at); });
+  }
+
+  void plain_row(const Index& at) const {
     const int64_t n = p.width();
     const T* dout = p.dout.at<const T>(at.b, at.h, at.i);
     const T* out = p.out.at<const T>(at.b, at.h, at.i);

@@ -6,6 +6,11 @@
 namespace fusedattn::FUSEDATTN_ISA {
 namespace {
 
+// Does nothing, to whatever it is told.
+struct Nothing {
+  FUSEDATTN_MEMBER void operator()(int64_t) const {}
+};
+
 // The largest of n numbers; a NaN is passed over, and shows in the sum.
 template <class T>
 FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
@@ -35,14 +40,17 @@ FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
 }
 
-// e = 2^exponent(x), with room for whole vectors; returns their sum. Fetches the row at `next`.
-template <int Degree, class T, class Exponent, class Next = T>
+// e = 2^exponent(x), with room for whole vectors; returns their sum. Fetches the row at `next`;
+// also(j) goes before the `unroll` vectors from j on.
+template <int Degree, class T, class Exponent, class Next = T, class Also = Nothing>
 FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, const Exponent& exponent,
-                                           compute_t<T>* e, const Next* next = nullptr) {
+                                           compute_t<T>* e, const Next* next = nullptr,
+                                           const Also& also = {}) {
   typedef compute_t<T> S;
   vec<S> sums[unroll] = {};
   for_vectors<S>(n, [&](int v, int64_t j, auto left) {
     if (v == 0 && next) fetch_lines(next + j, unroll * width<S>, prefetch);
+    if (v == 0) also(j);
     const vec<S> y = exp2<Degree>(exponent(load_some(x + j, left, -infinity<S>)));
     store(e + j, y);
     sums[v] += y;
@@ -64,6 +72,35 @@ FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, bool streamed, T*
     store_some(out + i + j, left, load(e + i + j) * inverse);
   });
 }
+
+// A row whose exponentials wait to be written: out = inverse · e.
+template <class T>
+struct Waiting {
+  typedef compute_t<T> S;
+  const S* e = nullptr;
+  T* out = nullptr;
+  int64_t n = 0;
+  S inverse = 0;
+
+  static constexpr int64_t block = unroll * width<S>;
+
+  // The block at j, if whole.
+  FUSEDATTN_MEMBER void write_block(int64_t j, bool streamed) const {
+    constexpr int w = width<S>;
+    if (j + block > n) return;
+#pragma GCC unroll 2
+    for (int64_t i = j; i < j + block; i += 2 * w) {
+      const vec<S> a = load(e + i) * inverse, b = load(e + i + w) * inverse;
+      streamed ? stream_pair<S>(out + i, a, b) : set_pair<S>(out + i, a, b);
+    }
+  }
+  // From j on.
+  void write(int64_t j, bool streamed) const {
+    scaled<T>(e + j, n - j, inverse, streamed, out + j);
+  }
+  // What `write_block` leaves.
+  void write_rest() const { write(n - n % block, false); }
+};
 
 // The largest score of a chunk and the sum of its exponentials relative to that.
 template <class S>
@@ -100,10 +137,11 @@ struct ForwardRows {
 
   // e = the exponentials of scores x relative to their own maximum, of a row or of a part; fetches
   // the row at `next`.
-  template <class X>
-  S exponentiate_row(const X* x, int64_t n, S high, S* e, const T* next) const {
+  template <class X, class Also = Nothing>
+  S exponentiate_row(const X* x, int64_t n, S high, S* e, const T* next,
+                     const Also& also = {}) const {
     return with_exponent<T>(finite_origin(high), scores.factor, [&](const auto& exponent) {
-      return exponentials<degree>(x, n, exponent, e, next);
+      return exponentials<degree>(x, n, exponent, e, next, also);
     });
   }
   template <class X>
@@ -129,13 +167,34 @@ struct ForwardRows {
     return direct && !p.mask && p.out.stride[3] == 1 && p.options.causal == SoftmaxCausal::none;
   }
 
-  void plain_row(const Index& at, S* e) const {
+  // Where a row goes past the caches it is written while the next one is read, so that memory does
+  // both all the time. In 16 bits arithmetic sets the pace, and gains nothing.
+  void plain_rows(S* copy) const {
+    if constexpr (sizeof(T) > 2) {
+      if (large) return plain_rows_by_turns(copy);
+    }
+    for_rows(p, [&](const Index& at) { plain_row(at, copy, Nothing{}).write(0, large); });
+  }
+
+  void plain_rows_by_turns(S* copy) const {
+    Waiting<T> before;
+    for_rows(p, [&](const Index& at) {
+      const bool streamed = can_stream(before.out);
+      const Waiting<T> row = plain_row(at, before.e == copy ? copy + chunk : copy,
+                                       [&](int64_t j) { before.write_block(j, streamed); });
+      before.write_rest();
+      before = row;
+    });
+    before.write(0, true);
+  }
+
+  template <class Also>
+  Waiting<T> plain_row(const Index& at, S* e, const Also& also) const {
     const int64_t n = p.width();
-    const T* x = p.x.at<const T>(at.b, at.h, at.i);
-    T* out = p.out.at<T>(at.b, at.h, at.i);
+    const T* const x = p.x.at<const T>(at.b, at.h, at.i);
     const S high = highest(x, n, large && !on);
-    const S sum = exponentiate_row(x, n, high, e, on ? x + on : nullptr);
-    scaled<T>(e, n, reciprocal(sum), large, out);
+    const S sum = exponentiate_row(x, n, high, e, on ? x + on : nullptr, also);
+    return {e, p.out.at<T>(at.b, at.h, at.i), n, reciprocal(sum)};
   }
 
   template <int Vectors>

@@ -57,8 +57,7 @@ struct SumsOfDeviations {
   }
 };
 
-#if defined(__AVX512BF16__)
-// Σ x, where there is a centre, and Σ x² by the dot product of pairs.
+// Σ x, where there is a centre, and Σ x²: squares of bf16 are exact.
 template <bool Centre>
 struct PlainSums {
   static constexpr int w = width<float>, ways = SumsInVectors<Centre, float>::ways,
@@ -67,15 +66,18 @@ struct PlainSums {
 
   FUSEDATTN_MEMBER void add(const bf16* x) {
 #pragma GCC unroll 4
-    for (int k = 0; k < ways; ++k)
-      add_squares_and_sums<Centre>(x + 2 * k * w, sums.second[k], sums.first[k]);
+    for (int k = 0; k < ways; ++k) {
+      vec<float> pair[2];
+      get_pair<float>(x + 2 * k * w, pair[0], pair[1]);
+      sums.add(k, pair[0]);
+      sums.add(k, pair[1]);
+    }
   }
   FUSEDATTN_MEMBER Sums total(const bf16* rest, int64_t n) {
     for_vectors<float>(n, [&](int64_t i, auto lanes) { sums.add(0, get<float>(rest + i, lanes)); });
     return sums.total();
   }
 };
-#endif
 
 template <class Summing, class P>
 FUSEDATTN_INLINE Sums sums_of(Summing summing, const P* x, int64_t n) {
@@ -134,13 +136,8 @@ static Moments scaled_moments(const P* x, int64_t n, S scale) {
 // Those of a chunk of x, block by block, so that a loop with other work can take them along.
 template <bool Centre, class S, class P>
 class MomentsInBlocks {
-#if defined(__AVX512BF16__)
   static constexpr bool plain = std::is_same_v<P, bf16>;
   typedef std::conditional_t<plain, PlainSums<Centre>, SumsOfDeviations<Centre, S, P>> Summing;
-#else
-  static constexpr bool plain = false;
-  typedef SumsOfDeviations<Centre, S, P> Summing;
-#endif
   const P* const x;
   const int64_t n;
   Summing summing;

@@ -381,16 +381,6 @@ FUSEDATTN_INLINE void store_as(f16* p, vec<float> x) {
 #endif
 }
 
-#if defined(__AVX512BF16__)
-// Σ x², and Σ x if wanted, over pairs of elements, products exact; subnormal elements count as 0.
-template <bool Sums>
-FUSEDATTN_INLINE void add_squares_and_sums(const bf16* p, vec<float>& squares, vec<float>& sums) {
-  const __m512bh x = (__m512bh)_mm512_loadu_si512(p);
-  squares = _mm512_dpbf16_ps(squares, x, x);
-  if constexpr (Sums) sums = _mm512_dpbf16_ps(sums, x, (__m512bh)_mm512_set1_epi16(0x3f80));
-}
-#endif
-
 // --- ahead of the caches, and past them ----------------------------------------------------------
 
 // Asks for a line that is read once, so that it pushes out nothing that is read again.

@@ -395,11 +395,13 @@ static bool norm_forward_of(const NormForward& p) {
   };
   const bool large = outgrow(2, p.x, p.residual, p.out, p.z);
   const Division division(p.rows(), p.width(), !large);
-  // With a backward pass to come out lies where nobody has lately been; without one nobody knows,
-  // and half of it past the caches is nowhere far from the best.
-  const RowsPast out_past = (large && p.rstd && !p.z) || outgrow(2, p.out) ? RowsPast::all
-                            : outgrow(1, p.out)                            ? RowsPast::half
-                                                                           : RowsPast::none;
+  // With a backward pass to come out lies where nobody has lately been, and of so much of it little
+  // is left nearby where the last cache is far. Else nobody knows who reads it next, and half of it
+  // past the caches is nowhere far from the best.
+  const bool past = !p.z && (last_cache_is_far() ? outgrow(1, p.x, p.out) : large && p.rstd);
+  const RowsPast out_past = past || outgrow(2, p.out) ? RowsPast::all
+                            : outgrow(1, p.out)       ? RowsPast::half
+                                                      : RowsPast::none;
   const Workspace workspace(bytes_of_scratch<Shared>(p, division),
                             bytes_of_scratch<Own>(p, division, large), division.copies());
   Arena common = workspace.shared();

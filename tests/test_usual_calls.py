@@ -7,6 +7,7 @@ import pytest
 import torch
 from fusedattn import _native
 from fusedattn.ops import norm, softmax
+from fusedattn.ops.norm_config import NormConfig
 from torch import Tensor
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -102,6 +103,8 @@ def test_usual_norms(arguments):
 @pytest.mark.parametrize("arguments", OTHER_NORMS.values(), ids=OTHER_NORMS)
 def test_norms_that_python_looks_at(arguments):
     assert not _native.cpu.usual_norm(*arguments)
+    config = NormConfig(True, 1e-5, 0.0, 0.0)
+    assert _native.cpu.usual_norm_forward(*arguments, config) is None
 
 
 @pytest.mark.parametrize(("arguments", "usual"), SOFTMAXES.values(), ids=SOFTMAXES)

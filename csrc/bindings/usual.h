@@ -3,13 +3,20 @@
 // unusual is no, and looked at there.
 #pragma once
 
-#include "tensor.h"
+#include "bind_norm.h"
 
 namespace fusedattn::bindings {
 
 inline PyTypeObject* tensor_type = nullptr;
 inline PyTypeObject* parameter_type = nullptr;
-inline PyObject* is_neg = nullptr;  // Tensor.is_neg
+inline PyObject* is_neg = nullptr;      // Tensor.is_neg
+inline PyObject* empty_like = nullptr;  // torch.empty_like
+
+inline py::object empty_as(py::handle tensor) {
+  PyObject* const made = PyObject_CallOneArg(empty_like, tensor.ptr());
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
 
 // Whether it stands for the negative of its memory, as z.conj().imag does.
 inline bool is_negative(py::handle tensor) {
@@ -101,14 +108,35 @@ inline bool usual_softmax(py::handle x, py::handle dim) {
   return overflow == 0 && (last == -1 || last == input.rank() - 1);
 }
 
-inline void bind_usual(py::module_& m) {
+inline void bind_usual(py::module_& m, void (*norm_forward)(const NormForward&, Stream)) {
   const py::module_ torch = py::module_::import("torch");
   tensor_type = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
   is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+  empty_like = py::object(torch.attr("empty_like")).release().ptr();
   m.def("usual_norm", &usual_norm, py::arg("x"), py::arg("normalized_shape"), py::arg("weight"),
         py::arg("bias"), py::arg("residual"),
         "Whether norm_forward takes these as they are; False where Python has to look.");
+  m.def(
+      "usual_norm_forward",
+      [norm_forward](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
+                     py::handle residual, const py::tuple& config) -> py::object {
+        if (!usual_norm(x, normalized_shape, weight, bias, residual)) return py::none();
+        const py::object out = empty_as(x);
+        const py::object z = residual.is_none() ? py::none() : empty_as(residual);
+        {
+          const NormForward params{matrix_view(x),      matrix_view(residual), view(weight),
+                                   view(bias),          TensorView{},          matrix_view(out),
+                                   matrix_view(z),      TensorView{},          TensorView{},
+                                   norm_options(config)};
+          const WithoutGil release;
+          norm_forward(params, Stream(0));
+        }
+        return z.is_none() ? out : py::make_tuple(out, z);
+      },
+      py::arg("x"), py::arg("normalized_shape"), py::arg("weight"), py::arg("bias"),
+      py::arg("residual"), py::arg("config"),
+      "out, with a residual (out, z), of such a call; None where Python has to look.");
   m.def("usual_softmax", &usual_softmax, py::arg("x"), py::arg("dim"),
         "Whether softmax_forward takes these as they are; False where Python has to look.");
 }

@@ -41,7 +41,6 @@ from .norm_library import (
     call_forward,
     layer_norm_op,
     rms_norm_op,
-    run_usual,
 )
 
 # Looked up once: what follows runs on every call.
@@ -193,16 +192,18 @@ def normalise(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the arguments, choose a backend and run: out, with a residual (out, residual_out)."""
     native = cpu_at_once(backend)
-    if (
-        native is not None
-        and config.dropout_p == 0.0
-        and residual_dtype is None
-        and native.usual_norm(x, normalized_shape, weight, bias, residual)
-    ):
-        if not (_grad_enabled() and _requires_grad(x, residual, weight, bias)):
-            return run_usual(x, residual, weight, bias, config)
-        z_dtype = None if residual is None else residual.dtype
-        return _differentiable(x, residual, weight, bias, None, 1, z_dtype, config, "cpu")
+    if native is not None and config.dropout_p == 0.0 and residual_dtype is None:
+        if not _grad_enabled():
+            found = native.usual_norm_forward(x, normalized_shape, weight, bias, residual, config)
+            if found is not None:
+                return found
+        elif native.usual_norm(x, normalized_shape, weight, bias, residual):
+            if not _requires_grad(x, residual, weight, bias):
+                return native.usual_norm_forward(
+                    x, normalized_shape, weight, bias, residual, config
+                )
+            z_dtype = None if residual is None else residual.dtype
+            return _differentiable(x, residual, weight, bias, None, 1, z_dtype, config, "cpu")
     name = "layer_norm" if config.centre else "rms_norm"
     shape = shape_of(name, x, normalized_shape)
     dims = len(shape)

@@ -118,15 +118,6 @@ def _run_forward(
     return outputs
 
 
-def run_usual(x, residual, weight, bias, config) -> Tensor | tuple[Tensor, Tensor]:
-    """out, with a residual (out, z), of a call that the CPU takes as it is; without a gradient."""
-    out = torch.empty_like(x)
-    z = None if residual is None else torch.empty_like(residual)
-    op = layer_norm_op if config.centre else rms_norm_op
-    op.kernels("cpu").forward(x, residual, weight, bias, None, out, z, None, None, config)
-    return out if z is None else (out, z)
-
-
 def _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend):
     rows, width = _matrix_shape(z, dims)
     grads = dx, dresidual, dweight, dbias = _empty_gradients(z, width, dtypes)

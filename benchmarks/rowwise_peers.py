@@ -99,13 +99,16 @@ class LayerNorm(Op):
 
     def ours(self, backend: str) -> Formula:
         def formula(x: Tensor, w: Tensor, b: Tensor, residual: Tensor | None = None) -> Outputs:
-            options = {"residual": residual, "backend": backend}
-            return as_tuple(fusedattn.layer_norm(x, x.shape[-1:], w, b, LAYER_NORM_EPS, **options))
+            return as_tuple(
+                fusedattn.layer_norm(
+                    x, w.shape, w, b, LAYER_NORM_EPS, residual=residual, backend=backend
+                )
+            )
 
         return formula
 
     def torch(self, inputs: Outputs) -> Formula:
-        return two_calls(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, LAYER_NORM_EPS), 2)
+        return two_calls(lambda x, w, b: F.layer_norm(x, w.shape, w, b, LAYER_NORM_EPS), 2)
 
     def liger(self, inputs: Outputs) -> Formula:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction as Function
@@ -134,13 +137,14 @@ class RmsNorm(Op):
 
     def ours(self, backend: str) -> Formula:
         def formula(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Outputs:
-            options = {"residual": residual, "backend": backend}
-            return as_tuple(fusedattn.rms_norm(x, x.shape[-1:], w, RMS_NORM_EPS, **options))
+            return as_tuple(
+                fusedattn.rms_norm(x, w.shape, w, RMS_NORM_EPS, residual=residual, backend=backend)
+            )
 
         return formula
 
     def torch(self, inputs: Outputs) -> Formula:
-        return two_calls(lambda x, w: F.rms_norm(x, x.shape[-1:], w, RMS_NORM_EPS), 1)
+        return two_calls(lambda x, w: F.rms_norm(x, w.shape, w, RMS_NORM_EPS), 1)
 
     def liger(self, inputs: Outputs) -> Formula:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Fused

@@ -33,10 +33,9 @@ template <class Unit>
 FUSEDATTN_INLINE void transpose_square(const Unit* src, int64_t ld_src, Unit* dst, int64_t ld_dst) {
   constexpr int n = vector_bytes / int(sizeof(Unit));
   typedef Unit V __attribute__((vector_size(vector_bytes)));
-  typedef Unit loose __attribute__((vector_size(vector_bytes), aligned(sizeof(Unit)), may_alias));
   V x[n], y[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) x[i] = *reinterpret_cast<const loose*>(src + i * ld_src);
+  for (int i = 0; i < n; ++i) x[i] = (V) * reinterpret_cast<const loose_bits*>(src + i * ld_src);
 #pragma GCC unroll 4
   for (int step = 1; step < n; step *= 2) {
 #pragma GCC unroll 8
@@ -47,7 +46,7 @@ FUSEDATTN_INLINE void transpose_square(const Unit* src, int64_t ld_src, Unit* ds
     for (int i = 0; i < n; ++i) x[i] = y[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) *reinterpret_cast<loose*>(dst + i * ld_dst) = x[i];
+  for (int i = 0; i < n; ++i) *reinterpret_cast<loose_bits*>(dst + i * ld_dst) = (loose_bits)x[i];
 }
 
 // Sizes of packed operands, in units per plane.

@@ -201,8 +201,7 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
 template <class S, class P>
 FUSEDATTN_INLINE void get_pair(const P* p, vec<S>& x, vec<S>& y) {
   if constexpr (sizeof(P) == 2 && sizeof(S) == 4 && std::is_same_v<P, bf16>) {
-    typedef int32_t pairs __attribute__((vector_size(vector_bytes), aligned(2), may_alias));
-    const ints<float> both = *reinterpret_cast<const pairs*>(p);
+    const ints<float> both = (ints<float>)*reinterpret_cast<const loose_bits*>(p);
     x = (vec<S>)(both << 16);
     y = (vec<S>)(both & int32_t(0xffff0000));
   } else {
@@ -267,7 +266,7 @@ FUSEDATTN_INLINE void stream_pair(P* p, vec<S> x, vec<S> y) {
   if constexpr (std::is_same_v<P, bf16> && std::is_same_v<S, float>)
     return stream(p, _mm512_cvtne2ps_pbh(y, x));
 #endif
-  typedef char rounded __attribute__((vector_size(width<S> * sizeof(P)), may_alias));
+  typedef char rounded __attribute__((vector_size(width<S> * sizeof(P))));
   rounded parts[2];
   set<S>(reinterpret_cast<P*>(&parts[0]), x, Whole{});
   set<S>(reinterpret_cast<P*>(&parts[1]), y, Whole{});
@@ -348,11 +347,10 @@ FUSEDATTN_INLINE int64_t stream_vectors(P* to, int64_t n, const Value& value,
 // n elements past the caches, where `to` is aligned.
 template <class P>
 FUSEDATTN_INLINE void stream_copy(P* to, const P* from, int64_t n) {
-  typedef char bits __attribute__((vector_size(vector_bytes), aligned(1), may_alias));
   constexpr int w = vector_bytes / sizeof(P);
   int64_t i = 0;
   if (reinterpret_cast<uintptr_t>(to) % vector_bytes == 0)
-    for (; i + w <= n; i += w) stream(to + i, *reinterpret_cast<const bits*>(from + i));
+    for (; i + w <= n; i += w) stream(to + i, *reinterpret_cast<const loose_bits*>(from + i));
   memcpy(static_cast<void*>(to + i), from + i, (n - i) * sizeof(P));
 }
 

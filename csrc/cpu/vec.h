@@ -45,6 +45,10 @@ struct bf16 {
   uint16_t bits;
 };
 
+// A vector's bits as they lie in memory, at any address and of any type. In a typedef within a
+// template GCC 12 forgets `may_alias`.
+typedef char loose_bits __attribute__((vector_size(vector_bytes), aligned(1), may_alias));
+
 // Vectors of S (float or double): the arithmetic operators are the compiler's.
 template <class S>
 struct simd;

@@ -11,31 +11,55 @@ struct Nothing {
   FUSEDATTN_MEMBER void operator()(int64_t) const {}
 };
 
+// The largest of n numbers of 16 bits if one is above 0, else something that is not: as integers
+// such numbers are in their order, and above all others but a NaN.
+template <class T>
+FUSEDATTN_INLINE float highest_above_0(const T* x, int64_t n, bool ahead) {
+  typedef int16_t words __attribute__((vector_size(vector_bytes)));
+  constexpr int w = 2 * width<float>;
+  if (n < w) return 0;
+  words high[unroll] = {};
+  const auto take = [&](int v, int64_t i) __attribute__((always_inline)) {
+    const words y = (words) * reinterpret_cast<const loose_bits*>(x + i);
+    high[v] = y > high[v] ? y : high[v];
+  };
+  int64_t i = 0;
+  for (; i + unroll * w <= n; i += unroll * w) {
+    if (ahead) [[unlikely]]
+      fetch_ahead(x + i, unroll * w, prefetch);
+#pragma GCC unroll 4
+    for (int v = 0; v < unroll; ++v) take(v, i + v * w);
+  }
+  for (; i + w <= n; i += w) take(0, i);
+  take(1, n - w);
+#pragma GCC unroll 3
+  for (int v = 1; v < unroll; ++v) high[0] = high[v] > high[0] ? high[v] : high[0];
+  // In the upper half of a float they keep their order.
+  const ints<float> pairs = (ints<float>)high[0];
+  const vec<float> one = (vec<float>)(pairs << 16);
+  const vec<float> other = (vec<float>)(pairs & int32_t(0xffff0000));
+  const float highest = reduce_max(maximum(one, other));
+  uint32_t bits;
+  memcpy(&bits, &highest, sizeof bits);
+  return to_float(T{uint16_t(bits >> 16)});
+}
+
 // The largest of n numbers; a NaN is passed over, and shows in the sum.
 template <class T>
 FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   typedef compute_t<T> S;
   constexpr int w = width<S>;
+  if constexpr (sizeof(T) == 2) {
+    const float above = highest_above_0(x, n, ahead);
+    if (above > 0) [[likely]]
+      return above;
+  }
   vec<S> high[unroll];
   for (auto& each : high) each = splat(-infinity<S>);
-  int64_t i = 0;
-  if constexpr (std::is_same_v<T, bf16>) {
-    for (; i + unroll * w <= n; i += unroll * w) {
-      if (ahead) [[unlikely]]
-        fetch_ahead(x + i, unroll * w, prefetch);
-#pragma GCC unroll 2
-      for (int v = 0; v < unroll; v += 2) {
-        vec<S> a, b;
-        get_pair<S>(x + i + v * w, a, b);
-        high[v] = maximum(a, high[v]);
-        high[v + 1] = maximum(b, high[v + 1]);
-      }
-    }
-  }
-  for_vectors<S>(n - i, [&](int v, int64_t j, auto left) {
+  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
     if (v == 0 && ahead) [[unlikely]]
-      fetch_ahead(x + i + j, unroll * w, prefetch);
-    high[v] = maximum(load_some(x + i + j, left, -infinity<S>), high[v]);
+      fetch_ahead(x + j, unroll * w, prefetch);
+    high[v] = maximum(load_some(x + j, left, -infinity<S>), high[v]);
   });
   return reduce_max(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
 }

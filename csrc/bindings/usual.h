@@ -1,6 +1,6 @@
 // Whether a call on the CPU is the usual one, of plain tensors that fit together: then it needs
-// none of Python's checks, which say what is wrong but take longer than a small kernel. Anything
-// unusual is no, and looked at there.
+// none of Python's checks, which say what is wrong but take longer than a small kernel; a norm
+// without a gradient is run at once. Anything unusual is no, and looked at there.
 #pragma once
 
 #include "bind_norm.h"

@@ -35,7 +35,7 @@ FUSEDATTN_INLINE void transpose_square(const Unit* src, int64_t ld_src, Unit* ds
   typedef Unit V __attribute__((vector_size(vector_bytes)));
   V x[n], y[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) x[i] = (V) * reinterpret_cast<const loose_bits*>(src + i * ld_src);
+  for (int i = 0; i < n; ++i) x[i] = load_bits<V>(src + i * ld_src);
 #pragma GCC unroll 4
   for (int step = 1; step < n; step *= 2) {
 #pragma GCC unroll 8

@@ -201,7 +201,7 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
 template <class S, class P>
 FUSEDATTN_INLINE void get_pair(const P* p, vec<S>& x, vec<S>& y) {
   if constexpr (sizeof(P) == 2 && sizeof(S) == 4 && std::is_same_v<P, bf16>) {
-    const ints<float> both = (ints<float>)*reinterpret_cast<const loose_bits*>(p);
+    const ints<float> both = load_bits<ints<float>>(p);
     x = (vec<S>)(both << 16);
     y = (vec<S>)(both & int32_t(0xffff0000));
   } else {

@@ -49,6 +49,12 @@ struct bf16 {
 // template GCC 12 forgets `may_alias`.
 typedef char loose_bits __attribute__((vector_size(vector_bytes), aligned(1), may_alias));
 
+template <class V>
+FUSEDATTN_INLINE V load_bits(const void* p) {
+  const loose_bits bits = *static_cast<const loose_bits*>(p);
+  return (V)bits;
+}
+
 // Vectors of S (float or double): the arithmetic operators are the compiler's.
 template <class S>
 struct simd;

@@ -20,7 +20,7 @@ FUSEDATTN_INLINE float highest_above_0(const T* x, int64_t n, bool ahead) {
   if (n < w) return 0;
   words high[unroll] = {};
   const auto take = [&](int v, int64_t i) __attribute__((always_inline)) {
-    const words y = (words) * reinterpret_cast<const loose_bits*>(x + i);
+    const words y = load_bits<words>(x + i);
     high[v] = y > high[v] ? y : high[v];
   };
   int64_t i = 0;

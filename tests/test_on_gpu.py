@@ -103,7 +103,12 @@ def test_a_part_is_interrupted_with_time_to_write_what_it_has(tmp_path):
         finally:
             pathlib.Path({str(tmp_path / "kept")!r}).touch()
     """
-    (outcome,) = run(python("long", code, 16.0, grace=10.0))
+    # As on_gpu.py does: jobs in a shell's background ignore the signal, and hand that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        (outcome,) = run(python("long", code, 16.0, grace=10.0))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.status == "ended: its time was over"
     assert outcome.failed
     assert outcome.text.startswith("begun")

@@ -11,30 +11,30 @@ struct Nothing {
   FUSEDATTN_MEMBER void operator()(int64_t) const {}
 };
 
-// The largest of n numbers of 16 bits if one is above 0, else something that is not: as integers
-// such numbers are in their order, and above all others but a NaN.
-template <class T>
-FUSEDATTN_INLINE float highest_above_0(const T* x, int64_t n, bool ahead) {
-  typedef int16_t words __attribute__((vector_size(vector_bytes)));
+// The largest of numbers of 16 bits, found among integers: if one is above 0 it is the largest word
+// with a sign, else the least without. n is at least a vector.
+template <class Word, class T>
+FUSEDATTN_INLINE float highest_among(const T* x, int64_t n, bool ahead) {
+  typedef Word words __attribute__((vector_size(vector_bytes)));
+  constexpr bool least = std::is_unsigned_v<Word>;
   constexpr int w = 2 * width<float>;
-  if (n < w) return 0;
-  words high[unroll] = {};
-  const auto take = [&](int v, int64_t i) __attribute__((always_inline)) {
-    const words y = load_bits<words>(x + i);
-    high[v] = y > high[v] ? y : high[v];
+  words high[unroll];
+  for (auto& each : high) each = words{} - Word(least);
+  const auto take = [&](int v, words y) __attribute__((always_inline)) {
+    high[v] = (least ? y < high[v] : y > high[v]) ? y : high[v];
   };
   int64_t i = 0;
   for (; i + unroll * w <= n; i += unroll * w) {
     if (ahead) [[unlikely]]
       fetch_ahead(x + i, unroll * w, prefetch);
 #pragma GCC unroll 4
-    for (int v = 0; v < unroll; ++v) take(v, i + v * w);
+    for (int v = 0; v < unroll; ++v) take(v, load_bits<words>(x + i + v * w));
   }
-  for (; i + w <= n; i += w) take(0, i);
-  take(1, n - w);
+  for (; i + w <= n; i += w) take(0, load_bits<words>(x + i));
+  take(1, load_bits<words>(x + n - w));
 #pragma GCC unroll 3
-  for (int v = 1; v < unroll; ++v) high[0] = high[v] > high[0] ? high[v] : high[0];
-  // In the upper half of a float they keep their order.
+  for (int v = 1; v < unroll; ++v) take(0, high[v]);
+  // In the upper half of a float each is its number, or close to it.
   const ints<float> pairs = (ints<float>)high[0];
   const vec<float> one = (vec<float>)(pairs << 16);
   const vec<float> other = (vec<float>)(pairs & int32_t(0xffff0000));
@@ -44,15 +44,16 @@ FUSEDATTN_INLINE float highest_above_0(const T* x, int64_t n, bool ahead) {
   return to_float(T{uint16_t(bits >> 16)});
 }
 
-// The largest of n numbers; a NaN is passed over, and shows in the sum.
+// The largest of n numbers; a NaN is passed over or taken, and shows in the sum.
 template <class T>
 FUSEDATTN_INLINE compute_t<T> highest(const T* x, int64_t n, bool ahead) {
   typedef compute_t<T> S;
   constexpr int w = width<S>;
   if constexpr (sizeof(T) == 2) {
-    const float above = highest_above_0(x, n, ahead);
-    if (above > 0) [[likely]]
-      return above;
+    if (n >= 2 * w) {
+      const S above_0 = highest_among<int16_t>(x, n, ahead);
+      return above_0 > 0 ? above_0 : highest_among<uint16_t>(x, n, ahead);
+    }
   }
   vec<S> high[unroll];
   for (auto& each : high) each = splat(-infinity<S>);

@@ -76,7 +76,7 @@ struct Scores {
       if (p.bias) x += load(scratch + j);
       store(s + j, x);
     }
-    if (p.mask) apply_mask(s, b, h, i, j0, n);
+    if (p.mask) mask_row(p.mask.at<const uint8_t>(b, h, i, j0), p.mask.stride[3], n, s);
   }
 
   // A row relative to `origin`, and no more than `most` above it: then factor · s is the exponent.
@@ -103,19 +103,6 @@ struct Scores {
     } else {
       load_from(static_cast<const f16*>(p.bias.data));
     }
-  }
-
-  void apply_mask(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) const {
-    constexpr int w = width<S>;
-    const uint8_t* row = p.mask.at<const uint8_t>(b, h, i, j0);
-    const int64_t stride = p.mask.stride[3];
-    int64_t j = 0;
-    if (stride == 1) {
-      for (; j + w <= n; j += w)
-        store(s + j, select_bytes<S>(row + j, load(s + j), splat(-infinity<S>)));
-    }
-    for (; j < n; ++j)
-      if (!row[j * stride]) s[j] = -infinity<S>;
   }
 };
 

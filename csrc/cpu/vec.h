@@ -486,4 +486,14 @@ FUSEDATTN_INLINE void store_row(T* dst, int64_t stride, int64_t n, const S* src,
   for (; i < n; ++i) put(dst + i * stride, src[i] * factor);
 }
 
+// A row takes −inf where the mask's byte, at a stride, is 0.
+template <class S>
+FUSEDATTN_INLINE void mask_row(const uint8_t* mask, int64_t stride, int64_t n, S* row) {
+  int64_t i = 0;
+  for (; stride == 1 && i + width<S> <= n; i += width<S>)
+    store(row + i, select_bytes<S>(mask + i, load(row + i), splat(-infinity<S>)));
+  for (; i < n; ++i)
+    if (!mask[i * stride]) row[i] = -infinity<S>;
+}
+
 }  // namespace fusedattn::FUSEDATTN_ISA

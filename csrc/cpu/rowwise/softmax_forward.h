@@ -281,20 +281,8 @@ struct ForwardRows {
     } else if (scores.multiplier != 1) {
       for (int64_t j = 0; j < n; j += width<S>) store(e + j, load(e + j) * scores.multiplier);
     }
-    if (p.mask) apply_mask(p.mask.at<const uint8_t>(at.b, at.h, at.i, j0), n, e);
+    if (p.mask) mask_row(p.mask.at<const uint8_t>(at.b, at.h, at.i, j0), p.mask.stride[3], n, e);
     for (int64_t j = n; j < wide; ++j) e[j] = -infinity<S>;
-  }
-
-  void apply_mask(const uint8_t* mask, int64_t n, S* e) const {
-    constexpr int w = width<S>;
-    const int64_t stride = p.mask.stride[3];
-    int64_t j = 0;
-    if (stride == 1) {
-      for (; j + w <= n; j += w)
-        store(e + j, select_bytes<S>(mask + j, load(e + j), splat(-infinity<S>)));
-    }
-    for (; j < n; ++j)
-      if (!mask[j * stride]) e[j] = -infinity<S>;
   }
 };
 

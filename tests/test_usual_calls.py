@@ -6,8 +6,10 @@ import fusedattn
 import pytest
 import torch
 from fusedattn import _native
-from fusedattn.ops import norm, softmax
+from fusedattn.ops import norm, norm_library, softmax
 from fusedattn.ops.norm_config import NormConfig
+from fusedattn.ops.norm_library import Gradients
+from fusedattn.ops.softmax_config import SoftmaxConfig
 from torch import Tensor
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -73,6 +75,29 @@ OTHER_NORMS = {
     "a residual in columns": (X, 8, None, None, torch.randn(8, 4).t()),
     "a wider residual": (X, 8, None, None, X.to(F64)),
 }
+LAYER_NORM = NormConfig(True, 1e-5, 0.0, 0.0)
+ROWS, WANTED = torch.rand(4), Gradients(F32, None, F32, F32)
+# dout, dz, z, weight, mean, rstd, dtypes
+USUAL_BACKWARDS = {
+    "layer norm": (X, None, X, W, ROWS, ROWS, WANTED),
+    "RMS norm": (X, None, X, W, None, ROWS, Gradients(F32, None, F32, None)),
+    "no weight": (X, None, X, None, ROWS, ROWS, Gradients(F32, None, None, None)),
+    "a stream": (X.to(BF16), X, X, W, ROWS, ROWS, Gradients(BF16, F32, F32, None)),
+    "a parameter": (X, X, X, torch.nn.Parameter(W), ROWS, ROWS, WANTED),
+}
+OTHER_BACKWARDS = {
+    "no dout": (None, X, X, W, ROWS, ROWS, WANTED),
+    "one number as dout": (torch.ones(()).expand(4, 8), None, X, W, ROWS, ROWS, WANTED),
+    "dout of another shape": (X[:2], None, X, W, ROWS, ROWS, WANTED),
+    "dout of another dtype": (X.to(BF16), None, X, W, ROWS, ROWS, WANTED),
+    "a negative dout": (torch._neg_view(X), None, X, W, ROWS, ROWS, WANTED),
+    "dz in columns": (X, torch.randn(8, 4).t(), X, W, ROWS, ROWS, WANTED),
+    "a subclass": (X, None, X.as_subclass(Subclass), W, ROWS, ROWS, WANTED),
+    "rows of another tensor": (X, None, X, W, ROWS[:2], ROWS[:2], WANTED),
+    "a bias alone": (X, None, X, None, ROWS, ROWS, Gradients(F32, None, None, F32)),
+    "a bias of another dtype": (X, None, X, W, ROWS, ROWS, Gradients(F32, None, F32, F64)),
+    "a stream of another dtype": (X, None, X, W, ROWS, ROWS, Gradients(F32, BF16, F32, F32)),
+}
 SOFTMAXES = {
     "last": ((X, -1), True),
     "last, counted from the first": ((X, 1), True),
@@ -103,13 +128,30 @@ def test_usual_norms(arguments):
 @pytest.mark.parametrize("arguments", OTHER_NORMS.values(), ids=OTHER_NORMS)
 def test_norms_that_python_looks_at(arguments):
     assert not _native.cpu.usual_norm(*arguments)
-    config = NormConfig(True, 1e-5, 0.0, 0.0)
-    assert _native.cpu.usual_norm_forward(*arguments, config) is None
+    for statistics in (False, True):
+        assert _native.cpu.usual_norm_forward(*arguments, LAYER_NORM, statistics) is None
+
+
+@pytest.mark.parametrize("arguments", USUAL_BACKWARDS.values(), ids=USUAL_BACKWARDS)
+def test_usual_backwards_of_norms(arguments):
+    found = _native.cpu.usual_norm_backward(*arguments, LAYER_NORM)
+    assert tuple(None if x is None else x.dtype for x in found) == arguments[-1]
+
+
+@pytest.mark.parametrize("arguments", OTHER_BACKWARDS.values(), ids=OTHER_BACKWARDS)
+def test_backwards_of_norms_that_python_looks_at(arguments):
+    assert _native.cpu.usual_norm_backward(*arguments, LAYER_NORM) is None
 
 
 @pytest.mark.parametrize(("arguments", "usual"), SOFTMAXES.values(), ids=SOFTMAXES)
 def test_usual_softmaxes(arguments, usual):
     assert _native.cpu.usual_softmax(*arguments) == usual
+    config = SoftmaxConfig(0, 1.0)
+    assert (_native.cpu.usual_softmax_forward(*arguments, config) is not None) == usual
+    x, dim = arguments
+    assert (_native.cpu.usual_softmax_backward(X, x, dim, config) is not None) == (
+        usual and x.shape == X.shape
+    )
 
 
 def _outcome(call, leaves) -> list[Tensor]:
@@ -122,10 +164,11 @@ def _outcome(call, leaves) -> list[Tensor]:
     return [*(alone if isinstance(alone, tuple) else (alone,)), *outs, *grads]
 
 
-def _check_same(monkeypatch, module, call, leaves) -> None:
+def _check_same(monkeypatch, modules, call, leaves) -> None:
     usual = _outcome(call, leaves)
     looked = []
-    monkeypatch.setattr(module, "cpu_at_once", looked.append)
+    for module in modules:
+        monkeypatch.setattr(module, "cpu_at_once", looked.append)
     checked = _outcome(call, leaves)
     assert looked
     for a, b in zip(usual, checked, strict=True):
@@ -147,7 +190,7 @@ def test_a_usual_norm_is_the_checked_one(op, arguments, monkeypatch):
     def call():
         return getattr(fusedattn, op)(x, shape, weight, residual=residual, **options)
 
-    _check_same(monkeypatch, norm, call, leaves)
+    _check_same(monkeypatch, (norm, norm_library), call, leaves)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +200,20 @@ def test_a_usual_norm_is_the_checked_one(op, arguments, monkeypatch):
 def test_a_usual_softmax_is_the_checked_one(arguments, usual, monkeypatch):
     x = arguments[0].detach().clone(memory_format=torch.preserve_format).requires_grad_()
     options = {"scale": 0.5, "causal": x.dim() > 1}
-    _check_same(monkeypatch, softmax, lambda: fusedattn.softmax(x, arguments[1], **options), [x])
+    _check_same(monkeypatch, (softmax,), lambda: fusedattn.softmax(x, arguments[1], **options), [x])
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "softmax"])
+def test_a_usual_call_with_a_gradient_stays_native(op, monkeypatch):
+    for module in (norm_library, softmax):
+        monkeypatch.delattr(module, "_run_forward")
+        monkeypatch.delattr(module, "_run_backward")
+    leaves = [y.clone().requires_grad_() for y in (X, W, X)]
+    x, weight, residual = leaves
+    if op == "softmax":
+        fusedattn.softmax(x, -1).backward(torch.ones_like(X))
+        assert x.grad is not None
+        return
+    out, _ = getattr(fusedattn, op)(x, 8, weight, residual=residual)
+    out.backward(torch.ones_like(out))
+    assert all(y.grad is not None for y in leaves)

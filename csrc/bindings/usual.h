@@ -1,9 +1,10 @@
 // Whether a call on the CPU is the usual one, of plain tensors that fit together: then it needs
-// none of Python's checks, which say what is wrong but take longer than a small kernel; a norm
-// without a gradient is run at once. Anything unusual is no, and looked at there.
+// none of Python's checks, which say what is wrong but take longer than a small kernel, and is run
+// at once, with its outputs allocated. Anything unusual is no, and looked at there.
 #pragma once
 
 #include "bind_norm.h"
+#include "bind_softmax.h"
 
 namespace fusedattn::bindings {
 
@@ -11,19 +12,30 @@ inline PyTypeObject* tensor_type = nullptr;
 inline PyTypeObject* parameter_type = nullptr;
 inline PyObject* is_neg = nullptr;      // Tensor.is_neg
 inline PyObject* empty_like = nullptr;  // torch.empty_like
+inline PyObject* empty = nullptr;       // torch.empty
+inline PyObject* float32 = nullptr;
+inline PyObject* float64 = nullptr;
+inline PyObject* dtype_name = nullptr;     // "dtype"
+inline PyObject* dtype_keyword = nullptr;  // ("dtype",)
 
-inline py::object empty_as(py::handle tensor) {
-  PyObject* const made = PyObject_CallOneArg(empty_like, tensor.ptr());
+inline py::object owned(PyObject* made) {
   if (made == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(made);
 }
 
+inline py::object empty_as(py::handle tensor) {
+  return owned(PyObject_CallOneArg(empty_like, tensor.ptr()));
+}
+
+inline py::object empty_vector(int64_t n, PyObject* dtype) {
+  const py::object length = owned(PyLong_FromLongLong(n));
+  PyObject* const arguments[] = {length.ptr(), dtype};
+  return owned(PyObject_Vectorcall(empty, arguments, 1, dtype_keyword));
+}
+
 // Whether it stands for the negative of its memory, as z.conj().imag does.
 inline bool is_negative(py::handle tensor) {
-  PyObject* const answer = PyObject_CallOneArg(is_neg, tensor.ptr());
-  if (answer == nullptr) throw py::error_already_set();
-  Py_DECREF(answer);
-  return answer != Py_False;
+  return !owned(PyObject_CallOneArg(is_neg, tensor.ptr())).is(py::handle(Py_False));
 }
 
 // A Tensor or Parameter itself, floating-point, on the CPU, not empty and not negative.
@@ -51,6 +63,11 @@ class Usual {
   explicit operator bool() const { return found; }
   int rank() const { return raw.dimensions; }
   int64_t width() const { return raw.shape[raw.dimensions - 1]; }
+  int64_t rows() const {
+    int64_t count = 1;
+    for (int i = 0; i < raw.dimensions - 1; ++i) count *= raw.shape[i];
+    return count;
+  }
   bool is_double() const { return raw.dtype.bits == 64; }
 
   bool is_contiguous() const {
@@ -64,6 +81,9 @@ class Usual {
     for (int i = 0; i < raw.dimensions; ++i)
       if (raw.shape[i] != other.raw.shape[i]) return false;
     return true;
+  }
+  bool is_contiguous_like(const Usual& other) const {
+    return found && is_contiguous() && has_shape_of(other);
   }
 };
 
@@ -95,8 +115,24 @@ inline bool usual_norm(py::handle x, py::handle normalized_shape, py::handle wei
     return false;
   if (residual.is_none()) return true;
   const Usual added(residual);
-  return added && added.is_contiguous() && added.has_shape_of(input) && !residual.is(x) &&
+  return added.is_contiguous_like(input) && !residual.is(x) &&
          (input.is_double() || !added.is_double());
+}
+
+// Whether a gradient of `dtype`, if one is wanted, is like a tensor.
+inline bool is_like(py::handle dtype, py::handle tensor) {
+  if (dtype.is_none()) return true;
+  return !tensor.is_none() && owned(PyObject_GetAttr(tensor.ptr(), dtype_name)).is(dtype);
+}
+
+inline bool usual_norm_backward(py::handle dout, py::handle dz, py::handle z, py::handle weight,
+                                py::handle mean, py::handle rstd, const py::tuple& dtypes) {
+  const Usual input(z);
+  return input && input.is_contiguous() && Usual(dout).is_contiguous_like(input) &&
+         (dz.is_none() || Usual(dz).is_contiguous_like(input)) &&
+         is_vector(weight, input.width()) && is_vector(mean, input.rows()) &&
+         is_vector(rstd, input.rows()) && is_like(dtypes[0], dout) && is_like(dtypes[1], z) &&
+         is_like(dtypes[2], weight) && is_like(dtypes[3], weight);
 }
 
 // Along the last dimension of at most four.
@@ -108,37 +144,112 @@ inline bool usual_softmax(py::handle x, py::handle dim) {
   return overflow == 0 && (last == -1 || last == input.rank() - 1);
 }
 
-inline void bind_usual(py::module_& m, void (*norm_forward)(const NormForward&, Stream)) {
+inline void import_usual() {
   const py::module_ torch = py::module_::import("torch");
-  tensor_type = reinterpret_cast<PyTypeObject*>(torch.attr("Tensor").ptr());
-  parameter_type = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
-  is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
-  empty_like = py::object(torch.attr("empty_like")).release().ptr();
+  const auto keep = [](const py::object& found) { return py::object(found).release().ptr(); };
+  tensor_type = reinterpret_cast<PyTypeObject*>(keep(torch.attr("Tensor")));
+  parameter_type = reinterpret_cast<PyTypeObject*>(keep(torch.attr("nn").attr("Parameter")));
+  is_neg = keep(torch.attr("Tensor").attr("is_neg"));
+  empty_like = keep(torch.attr("empty_like"));
+  empty = keep(torch.attr("empty"));
+  float32 = keep(torch.attr("float32"));
+  float64 = keep(torch.attr("float64"));
+  dtype_name = keep(py::str("dtype"));
+  dtype_keyword = keep(py::make_tuple("dtype"));
+}
+
+inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, Stream),
+                            void (*backward)(const NormBackward&, Stream)) {
   m.def("usual_norm", &usual_norm, py::arg("x"), py::arg("normalized_shape"), py::arg("weight"),
         py::arg("bias"), py::arg("residual"),
         "Whether norm_forward takes these as they are; False where Python has to look.");
   m.def(
       "usual_norm_forward",
-      [norm_forward](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
-                     py::handle residual, const py::tuple& config) -> py::object {
+      [forward](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
+                py::handle residual, const py::tuple& config, bool statistics) -> py::object {
         if (!usual_norm(x, normalized_shape, weight, bias, residual)) return py::none();
-        const py::object out = empty_as(x);
-        const py::object z = residual.is_none() ? py::none() : empty_as(residual);
+        const TensorView source = matrix_view(x);
+        const NormOptions options = norm_options(config);
+        PyObject* const wide = source.dtype == DType::f64 ? float64 : float32;
+        const py::object none = py::none(), out = empty_as(x);
+        const py::object z = residual.is_none() ? none : empty_as(residual);
+        const py::object rstd = statistics ? empty_vector(source.shape[0], wide) : none;
+        const py::object mean = statistics && options.centre ? empty_as(rstd) : none;
         {
-          const NormForward params{matrix_view(x),      matrix_view(residual), view(weight),
-                                   view(bias),          TensorView{},          matrix_view(out),
-                                   matrix_view(z),      TensorView{},          TensorView{},
-                                   norm_options(config)};
+          const NormForward params{
+              source,           matrix_view(residual), view(weight), view(bias), TensorView{},
+              matrix_view(out), matrix_view(z),        view(mean),   view(rstd), options};
           const WithoutGil release;
-          norm_forward(params, Stream(0));
+          forward(params, Stream(0));
         }
-        return z.is_none() ? out : py::make_tuple(out, z);
+        return py::make_tuple(out, z, mean, rstd);
       },
       py::arg("x"), py::arg("normalized_shape"), py::arg("weight"), py::arg("bias"),
-      py::arg("residual"), py::arg("config"),
-      "out, with a residual (out, z), of such a call; None where Python has to look.");
+      py::arg("residual"), py::arg("config"), py::arg("statistics"),
+      "(out, z, mean, rstd) of such a call; None where Python has to look.");
+  m.def(
+      "usual_norm_backward",
+      [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
+                 py::handle rstd, const py::tuple& dtypes, const py::tuple& config) -> py::object {
+        if (!usual_norm_backward(dout, dz, z, weight, mean, rstd, dtypes)) return py::none();
+        const auto gradient = [&](int i, py::handle like) {
+          return py::handle(dtypes[i]).is_none() ? py::object(py::none()) : empty_as(like);
+        };
+        const py::object dx = gradient(0, dout), dresidual = gradient(1, z);
+        const py::object dweight = gradient(2, weight), dbias = gradient(3, weight);
+        {
+          const NormBackward params{matrix_view(dout), matrix_view(dz), matrix_view(z),
+                                    view(weight),      view(mean),      view(rstd),
+                                    TensorView{},      matrix_view(dx), matrix_view(dresidual),
+                                    view(dweight),     view(dbias),     norm_options(config)};
+          const WithoutGil release;
+          backward(params, Stream(0));
+        }
+        return py::make_tuple(dx, dresidual, dweight, dbias);
+      },
+      py::arg("dout"), py::arg("dz"), py::arg("z"), py::arg("weight"), py::arg("mean"),
+      py::arg("rstd"), py::arg("dtypes"), py::arg("config"),
+      "The gradients of such a call, each None where `dtypes` has None for it; None where Python "
+      "has to look.");
+}
+
+inline void bind_usual_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, Stream),
+                               void (*backward)(const SoftmaxBackward&, Stream)) {
   m.def("usual_softmax", &usual_softmax, py::arg("x"), py::arg("dim"),
         "Whether softmax_forward takes these as they are; False where Python has to look.");
+  m.def(
+      "usual_softmax_forward",
+      [forward](py::handle x, py::handle dim, const py::tuple& config) -> py::object {
+        if (!usual_softmax(x, dim)) return py::none();
+        py::object out = empty_as(x);
+        {
+          const SoftmaxForward params{view(x, last), TensorView{}, TensorView{}, view(out, last),
+                                      softmax_options(config)};
+          const WithoutGil release;
+          forward(params, Stream(0));
+        }
+        return out;
+      },
+      py::arg("x"), py::arg("dim"), py::arg("config"),
+      "out of such a call; None where Python has to look.");
+  m.def(
+      "usual_softmax_backward",
+      [backward](py::handle dout, py::handle out, py::handle dim,
+                 const py::tuple& config) -> py::object {
+        const Usual gradient(dout);
+        if (!gradient || !usual_softmax(out, dim) || !gradient.has_shape_of(Usual(out)))
+          return py::none();
+        py::object dx = empty_as(out);
+        {
+          const SoftmaxBackward params{view(dout, last), view(out, last), view(dx, last),
+                                       TensorView{}, softmax_options(config)};
+          const WithoutGil release;
+          backward(params, Stream(0));
+        }
+        return dx;
+      },
+      py::arg("dout"), py::arg("out"), py::arg("dim"), py::arg("config"),
+      "dx of such a call; None where Python has to look.");
 }
 
 }  // namespace fusedattn::bindings

@@ -31,7 +31,9 @@ PYBIND11_MODULE(_cpu, m) {
   bindings::bind_softmax(m, on_cpu<SoftmaxForward>, on_cpu<SoftmaxBackward>);
   bindings::bind_rotary(m, on_cpu<Rotary>);
   bindings::bind_sinusoidal(m, on_cpu<Sinusoidal>);
-  bindings::bind_usual(m, on_cpu<NormForward>);
+  bindings::import_usual();
+  bindings::bind_usual_norm(m, on_cpu<NormForward>, on_cpu<NormBackward>);
+  bindings::bind_usual_softmax(m, on_cpu<SoftmaxForward>, on_cpu<SoftmaxBackward>);
   m.def("instruction_sets", &instruction_sets,
         "Names of the instruction sets usable on this processor, simplest first.");
   m.def("select_instruction_set", &select_instruction_set, pybind11::arg("name"),

@@ -193,17 +193,15 @@ def normalise(
     """Check the arguments, choose a backend and run: out, with a residual (out, residual_out)."""
     native = cpu_at_once(backend)
     if native is not None and config.dropout_p == 0.0 and residual_dtype is None:
-        if not _grad_enabled():
-            found = native.usual_norm_forward(x, normalized_shape, weight, bias, residual, config)
-            if found is not None:
-                return found
-        elif native.usual_norm(x, normalized_shape, weight, bias, residual):
-            if not _requires_grad(x, residual, weight, bias):
-                return native.usual_norm_forward(
-                    x, normalized_shape, weight, bias, residual, config
-                )
+        usual = _grad_enabled() and native.usual_norm(x, normalized_shape, weight, bias, residual)
+        if usual and _requires_grad(x, residual, weight, bias):
             z_dtype = None if residual is None else residual.dtype
             return _differentiable(x, residual, weight, bias, None, 1, z_dtype, config, "cpu")
+        found = native.usual_norm_forward(
+            x, normalized_shape, weight, bias, residual, config, False
+        )
+        if found is not None:
+            return found[0] if residual is None else found[:2]
     name = "layer_norm" if config.centre else "rms_norm"
     shape = shape_of(name, x, normalized_shape)
     dims = len(shape)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import define, plain
+from ._library import cpu_at_once, define, plain
 from ._registry import Op
 from .norm_backends import BACKENDS
 from .norm_config import NormConfig
@@ -187,6 +187,10 @@ norm_bwd = define(
 )  # fmt: skip
 
 
+def _dtype_of(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
 def call_forward(
     x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics=True
 ):  # fmt: skip
@@ -194,6 +198,11 @@ def call_forward(
 
     Without `statistics`, which only a gradient needs, mean and rstd may be None.
     """
+    native = cpu_at_once(backend)
+    if native is not None and seed is None and dims == 1 and z_dtype is _dtype_of(residual):
+        found = native.usual_norm_forward(x, x.size(-1), weight, bias, residual, config, statistics)
+        if found is not None:
+            return found
     if plain(x, residual, weight, bias):
         return _run_forward(
             x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics
@@ -204,6 +213,11 @@ def call_forward(
 
 def call_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend):
     """dx, dresidual, dweight and dbias; what has no dtype in `dtypes` is None."""
+    native = cpu_at_once(backend)
+    if native is not None and seed is None and dims == 1:
+        found = native.usual_norm_backward(dout, dz, z, weight, mean, rstd, dtypes, config)
+        if found is not None:
+            return found
     if plain(dout, dz, z, weight):
         return _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend)
     found = norm_bwd(dout, dz, z, weight, mean, rstd, seed, dims, *dtypes, backend, *config)

@@ -118,6 +118,11 @@ softmax_bwd = define(
 
 
 def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
+    native = cpu_at_once(backend)
+    if native is not None and mask is None and bias is None:
+        found = native.usual_softmax_forward(x, dim, config)
+        if found is not None:
+            return found
     if plain(x, bias):
         return _run_forward(x, mask, bias, dim, config, backend)
     return softmax_fwd(x, mask, bias, backend, dim, *config)
@@ -125,6 +130,11 @@ def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
 
 def call_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
     """dx where `x_grad`, and the bias's gradient where there is a `bias_shape`; else None."""
+    native = cpu_at_once(backend)
+    if native is not None and x_grad and bias_shape is None:
+        dx = native.usual_softmax_backward(dout, out, dim, config)
+        if dx is not None:
+            return dx, None
     if plain(dout, out):
         return _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend)
     dx, dbias = softmax_bwd(dout, out, bias_shape, bias_dtype, x_grad, backend, dim, *config)
@@ -251,9 +261,7 @@ def softmax(
         config = configure(x.dim(), dim, causal, scale)
         if x.requires_grad and _grad_enabled():
             return _Function.apply(x, None, None, dim, config, "cpu")
-        out = torch.empty_like(x)
-        native.softmax_forward(x, None, None, out, config)
-        return out
+        return native.usual_softmax_forward(x, dim, config)
     call = prepare(x, dim, mask, bias, scale, causal)
     chosen = op.choose(backend, call)
     config = call.config

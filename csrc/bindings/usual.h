@@ -15,8 +15,9 @@ inline PyObject* empty_like = nullptr;  // torch.empty_like
 inline PyObject* empty = nullptr;       // torch.empty
 inline PyObject* float32 = nullptr;
 inline PyObject* float64 = nullptr;
-inline PyObject* dtype_name = nullptr;     // "dtype"
-inline PyObject* dtype_keyword = nullptr;  // ("dtype",)
+inline PyObject* dtype_name = nullptr;          // "dtype"
+inline PyObject* requires_grad_name = nullptr;  // "requires_grad"
+inline PyObject* dtype_keyword = nullptr;       // ("dtype",)
 
 inline py::object owned(PyObject* made) {
   if (made == nullptr) throw py::error_already_set();
@@ -119,6 +120,11 @@ inline bool usual_norm(py::handle x, py::handle normalized_shape, py::handle wei
          (input.is_double() || !added.is_double());
 }
 
+inline bool requires_grad(py::handle tensor) {
+  return !tensor.is_none() &&
+         owned(PyObject_GetAttr(tensor.ptr(), requires_grad_name)).is(py::handle(Py_True));
+}
+
 // Whether a gradient of `dtype`, if one is wanted, is like a tensor.
 inline bool is_like(py::handle dtype, py::handle tensor) {
   if (dtype.is_none()) return true;
@@ -155,21 +161,21 @@ inline void import_usual() {
   float32 = keep(torch.attr("float32"));
   float64 = keep(torch.attr("float64"));
   dtype_name = keep(py::str("dtype"));
+  requires_grad_name = keep(py::str("requires_grad"));
   dtype_keyword = keep(py::make_tuple("dtype"));
 }
 
 inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, Stream),
                             void (*backward)(const NormBackward&, Stream)) {
-  m.def("usual_norm", &usual_norm, py::arg("x"), py::arg("normalized_shape"), py::arg("weight"),
-        py::arg("bias"), py::arg("residual"),
-        "Whether norm_forward takes these as they are; False where Python has to look.");
   m.def(
       "usual_norm_forward",
       [forward](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
-                py::handle residual, const py::tuple& config, bool statistics) -> py::object {
+                py::handle residual, const py::tuple& config, bool with_gradient) -> py::object {
         if (!usual_norm(x, normalized_shape, weight, bias, residual)) return py::none();
         const TensorView source = matrix_view(x);
         const NormOptions options = norm_options(config);
+        const bool statistics = with_gradient && (requires_grad(x) || requires_grad(residual) ||
+                                                  requires_grad(weight) || requires_grad(bias));
         PyObject* const wide = source.dtype == DType::f64 ? float64 : float32;
         const py::object none = py::none(), out = empty_as(x);
         const py::object z = residual.is_none() ? none : empty_as(residual);
@@ -185,8 +191,9 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
         return py::make_tuple(out, z, mean, rstd);
       },
       py::arg("x"), py::arg("normalized_shape"), py::arg("weight"), py::arg("bias"),
-      py::arg("residual"), py::arg("config"), py::arg("statistics"),
-      "(out, z, mean, rstd) of such a call; None where Python has to look.");
+      py::arg("residual"), py::arg("config"), py::arg("with_gradient"),
+      "(out, z, mean, rstd) of such a call, rstd None unless `with_gradient` and a tensor requires "
+      "one; None where Python has to look.");
   m.def(
       "usual_norm_backward",
       [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,

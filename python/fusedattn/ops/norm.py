@@ -82,22 +82,8 @@ class NormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, seed, dims, z_dtype, config, backend):
-        out, z, mean, rstd = call_forward(
-            x, residual, weight, bias, seed, dims, z_dtype, config, backend
-        )
-        ctx.save_for_backward(x if z is None else z, weight, mean, rstd, seed)
-        ctx.set_materialize_grads(False)
-        _, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
-        # Without dropout x and a residual of its dtype have one gradient.
-        shared = for_residual and config.dropout_p == 0.0 and residual.dtype is x.dtype
-        wanted = Gradients(
-            x.dtype,
-            residual.dtype if for_residual and not shared else None,
-            weight.dtype if for_weight else None,
-            bias.dtype if for_bias else None,
-        )
-        ctx.shared, ctx.options = shared, (dims, wanted, config, backend)
-        return out if z is None else (out, z)
+        outputs = call_forward(x, residual, weight, bias, seed, dims, z_dtype, config, backend)
+        return _keep(ctx, outputs, x, residual, weight, bias, seed, dims, config, backend)
 
     @staticmethod
     def backward(ctx: Any, dout, dz=None):
@@ -116,7 +102,33 @@ class NormFunction(torch.autograd.Function):
         return dx, dx if ctx.shared else dresidual, dweight, dbias, None, None, None, None, None
 
 
-_Function = direct(NormFunction)
+def _keep(ctx: Any, outputs, x, residual, weight, bias, seed, dims, config, backend):
+    """Keep for the backward what it needs; returns what the function does."""
+    out, z, mean, rstd = outputs
+    ctx.save_for_backward(x if z is None else z, weight, mean, rstd, seed)
+    ctx.set_materialize_grads(False)
+    _, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
+    # Without dropout x and a residual of its dtype have one gradient.
+    shared = for_residual and config.dropout_p == 0.0 and residual.dtype is x.dtype
+    wanted = Gradients(
+        x.dtype,
+        residual.dtype if for_residual and not shared else None,
+        weight.dtype if for_weight else None,
+        bias.dtype if for_bias else None,
+    )
+    ctx.shared, ctx.options = shared, (dims, wanted, config, backend)
+    return out if z is None else (out, z)
+
+
+class _ServedFunction(NormFunction):
+    """The same of a call that is served already: `outputs` has all four of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, seed, dims, outputs, config, backend):
+        return _keep(ctx, outputs, x, residual, weight, bias, seed, dims, config, backend)
+
+
+_Function, _Served = direct(NormFunction), direct(_ServedFunction)
 
 
 class _NormBackward(torch.autograd.Function):
@@ -193,14 +205,14 @@ def normalise(
     """Check the arguments, choose a backend and run: out, with a residual (out, residual_out)."""
     native = cpu_at_once(backend)
     if native is not None and config.dropout_p == 0.0 and residual_dtype is None:
-        usual = _grad_enabled() and native.usual_norm(x, normalized_shape, weight, bias, residual)
-        if usual and _requires_grad(x, residual, weight, bias):
-            z_dtype = None if residual is None else residual.dtype
-            return _differentiable(x, residual, weight, bias, None, 1, z_dtype, config, "cpu")
         found = native.usual_norm_forward(
-            x, normalized_shape, weight, bias, residual, config, False
+            x, normalized_shape, weight, bias, residual, config, _grad_enabled()
         )
         if found is not None:
+            if found[3] is not None:  # kept for a gradient
+                return _differentiable(
+                    _Served, x, residual, weight, bias, None, 1, found, config, "cpu"
+                )
             return found[0] if residual is None else found[:2]
     name = "layer_norm" if config.centre else "rms_norm"
     shape = shape_of(name, x, normalized_shape)
@@ -229,7 +241,9 @@ def normalise(
     if transformed():
         out, z = _formula(x, residual, weight, bias, seed, dims, z_dtype, config)
     elif _grad_enabled() and _requires_grad(x, residual, weight, bias):
-        found = _differentiable(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
+        found = _differentiable(
+            _Function, x, residual, weight, bias, seed, dims, z_dtype, config, chosen
+        )
         out, z = (found, None) if z_dtype is None else found
     else:
         out, z, _, _ = call_forward(
@@ -240,11 +254,11 @@ def normalise(
     return out if residual is None else (out, z)
 
 
-def _differentiable(x, residual, weight, bias, *options: Any):
-    """`NormFunction`; one tensor passed as both would get the gradient of one."""
+def _differentiable(function, x, residual, weight, bias, *options: Any):
+    """One tensor passed as both weight and bias would get the gradient of one."""
     if bias is weight and bias is not None:
         bias = bias.view_as(bias)
-    return _Function.apply(x, residual, weight, bias, *options)
+    return function.apply(x, residual, weight, bias, *options)
 
 
 def _requires_grad(x, residual, weight, bias) -> bool:

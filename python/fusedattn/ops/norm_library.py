@@ -187,10 +187,6 @@ norm_bwd = define(
 )  # fmt: skip
 
 
-def _dtype_of(x: Tensor | None) -> torch.dtype | None:
-    return None if x is None else x.dtype
-
-
 def call_forward(
     x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics=True
 ):  # fmt: skip
@@ -198,11 +194,6 @@ def call_forward(
 
     Without `statistics`, which only a gradient needs, mean and rstd may be None.
     """
-    native = cpu_at_once(backend)
-    if native is not None and seed is None and dims == 1 and z_dtype is _dtype_of(residual):
-        found = native.usual_norm_forward(x, x.size(-1), weight, bias, residual, config, statistics)
-        if found is not None:
-            return found
     if plain(x, residual, weight, bias):
         return _run_forward(
             x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics

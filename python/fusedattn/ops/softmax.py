@@ -118,11 +118,6 @@ softmax_bwd = define(
 
 
 def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
-    native = cpu_at_once(backend)
-    if native is not None and mask is None and bias is None:
-        found = native.usual_softmax_forward(x, dim, config)
-        if found is not None:
-            return found
     if plain(x, bias):
         return _run_forward(x, mask, bias, dim, config, backend)
     return softmax_fwd(x, mask, bias, backend, dim, *config)
@@ -154,11 +149,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, mask, bias, dim, config, backend):
         out = call_forward(x, mask, bias, dim, config, backend)
-        ctx.save_for_backward(out)
-        x_grad, _, bias_grad = ctx.needs_input_grad[:3]
-        of_bias = (bias.shape, bias.dtype) if bias_grad else (None, None)
-        ctx.options = (*of_bias, x_grad, dim, config, backend)
-        return out
+        return _keep(ctx, out, bias, dim, config, backend)
 
     @staticmethod
     def backward(ctx: Any, dout):
@@ -169,7 +160,24 @@ class SoftmaxFunction(torch.autograd.Function):
         return dx, None, dbias, None, None, None
 
 
-_Function = direct(SoftmaxFunction)
+def _keep(ctx: Any, out, bias, dim, config, backend) -> Tensor:
+    """Keep for the backward what it needs; returns out."""
+    ctx.save_for_backward(out)
+    x_grad, _, bias_grad = ctx.needs_input_grad[:3]
+    of_bias = (bias.shape, bias.dtype) if bias_grad else (None, None)
+    ctx.options = (*of_bias, x_grad, dim, config, backend)
+    return out
+
+
+class _ServedFunction(SoftmaxFunction):
+    """The same of a call that is served already: `outputs` is (out,), else it were an input."""
+
+    @staticmethod
+    def forward(ctx: Any, x, outputs, bias, dim, config, backend):
+        return _keep(ctx, outputs[0], bias, dim, config, backend)
+
+
+_Function, _Served = direct(SoftmaxFunction), direct(_ServedFunction)
 
 
 class _SoftmaxBackward(torch.autograd.Function):
@@ -259,9 +267,10 @@ def softmax(
     native = cpu_at_once(backend)
     if native is not None and mask is None and bias is None and native.usual_softmax(x, dim):
         config = configure(x.dim(), dim, causal, scale)
+        out = native.usual_softmax_forward(x, dim, config)
         if x.requires_grad and _grad_enabled():
-            return _Function.apply(x, None, None, dim, config, "cpu")
-        return native.usual_softmax_forward(x, dim, config)
+            return _Served.apply(x, (out,), None, dim, config, "cpu")
+        return out
     call = prepare(x, dim, mask, bias, scale, causal)
     chosen = op.choose(backend, call)
     config = call.config

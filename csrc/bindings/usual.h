@@ -142,8 +142,7 @@ inline bool usual_norm_backward(py::handle dout, py::handle dz, py::handle z, py
 }
 
 // Along the last dimension of at most four.
-inline bool usual_softmax(py::handle x, py::handle dim) {
-  const Usual input(x);
+inline bool usual_softmax(const Usual& input, py::handle dim) {
   if (!input || input.rank() > 4 || !PyLong_CheckExact(dim.ptr())) return false;
   int overflow = 0;
   const long long last = PyLong_AsLongLongAndOverflow(dim.ptr(), &overflow);
@@ -222,12 +221,14 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
 
 inline void bind_usual_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, Stream),
                                void (*backward)(const SoftmaxBackward&, Stream)) {
-  m.def("usual_softmax", &usual_softmax, py::arg("x"), py::arg("dim"),
-        "Whether softmax_forward takes these as they are; False where Python has to look.");
+  m.def(
+      "usual_softmax", [](py::handle x, py::handle dim) { return usual_softmax(Usual(x), dim); },
+      py::arg("x"), py::arg("dim"),
+      "Whether softmax_forward takes these as they are; False where Python has to look.");
   m.def(
       "usual_softmax_forward",
       [forward](py::handle x, py::handle dim, const py::tuple& config) -> py::object {
-        if (!usual_softmax(x, dim)) return py::none();
+        if (!usual_softmax(Usual(x), dim)) return py::none();
         py::object out = empty_as(x);
         {
           const SoftmaxForward params{view(x, last), TensorView{}, TensorView{}, view(out, last),
@@ -243,8 +244,8 @@ inline void bind_usual_softmax(py::module_& m, void (*forward)(const SoftmaxForw
       "usual_softmax_backward",
       [backward](py::handle dout, py::handle out, py::handle dim,
                  const py::tuple& config) -> py::object {
-        const Usual gradient(dout);
-        if (!gradient || !usual_softmax(out, dim) || !gradient.has_shape_of(Usual(out)))
+        const Usual gradient(dout), result(out);
+        if (!gradient || !usual_softmax(result, dim) || !gradient.has_shape_of(result))
           return py::none();
         py::object dx = empty_as(out);
         {

@@ -13,11 +13,7 @@ FUSEDATTN_INLINE void gradient_of_row(const T* dout, const T* out, int64_t n, S 
   const auto value = [=](int64_t j, auto left) {
     return load_some(out + j, left, S(0)) * (load_some(dout + j, left, S(0)) * scale - row * scale);
   };
-  const int64_t i = streamed ? stream_vectors<S>(d, n, value, fetch) : 0;
-  for_vectors<S>(n - i, [=](int v, int64_t j, auto left) {
-    if (v == 0) fetch(i + j, unroll * width<S>);
-    store_some(d + i + j, left, value(i + j, left));
-  });
+  write_values(d, n, streamed, value, fetch);
 }
 
 template <class T, class Out, class S>

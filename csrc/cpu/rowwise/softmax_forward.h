@@ -86,16 +86,7 @@ FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, const Exponent
 // out = inverse · e.
 template <class T, class S = compute_t<T>>
 FUSEDATTN_INLINE void scaled(const S* e, int64_t n, S inverse, bool streamed, T* out) {
-  constexpr int w = width<S>;
-  const auto value = [=](int64_t j, Whole) { return load(e + j) * inverse; };
-  int64_t i = streamed ? stream_vectors<S>(out, n, value) : 0;
-  if constexpr (std::is_same_v<T, bf16>) {
-    for (; i + 2 * w <= n; i += 2 * w)
-      set_pair<S>(out + i, load(e + i) * inverse, load(e + i + w) * inverse);
-  }
-  for_vectors<S>(n - i, [=](int, int64_t j, auto left) {
-    store_some(out + i + j, left, load(e + i + j) * inverse);
-  });
+  write_values(out, n, streamed, [=](int64_t j, auto) { return load(e + j) * inverse; });
 }
 
 // A row whose exponentials wait to be written: out = inverse · e.

@@ -45,6 +45,25 @@ FUSEDATTN_INLINE void for_vectors(int64_t n, Step step) {
   }
 }
 
+// value(j, left) for the vectors of n elements, rounded, at to + j; fetch as in stream_vectors.
+template <class T, class Value, class Fetch = FetchNothing>
+FUSEDATTN_INLINE void write_values(T* to, int64_t n, bool streamed, const Value& value,
+                                   const Fetch& fetch = {}) {
+  typedef compute_t<T> S;
+  constexpr int w = width<S>;
+  int64_t i = streamed ? stream_vectors<S>(to, n, value, fetch) : 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (; i + 2 * w <= n; i += 2 * w) {
+      fetch(i, 2 * w);
+      set_pair<S>(to + i, value(i, Whole{}), value(i + w, Whole{}));
+    }
+  }
+  for_vectors<S>(n - i, [=](int v, int64_t j, auto left) {
+    if (v == 0) fetch(i + j, unroll * w);
+    store_some(to + i + j, left, value(i + j, left));
+  });
+}
+
 // How many elements later dout and out are fetched, if at all.
 struct On {
   int64_t dout = 0, out = 0;

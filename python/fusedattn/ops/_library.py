@@ -121,7 +121,7 @@ def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 
 
 # Looked up once: what follows runs on every call.
-_is_compiling = torch.compiler.is_compiling
+_traced = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiled = torch.autograd._profiler_enabled
 _transforms = torch._C._are_functorch_transforms_active
@@ -134,7 +134,7 @@ def transformed() -> bool:
 
 
 def _watched() -> bool:
-    return _is_compiling() or _dispatch_modes() != 0 or _profiled()
+    return _traced() or _dispatch_modes() != 0 or _profiled()
 
 
 def cpu_at_once(backend: str) -> Any:
@@ -142,7 +142,15 @@ def cpu_at_once(backend: str) -> Any:
 
     It may in plain eager mode; the module then says whether it is a usual call.
     """
-    if _watched() or transformed() or (backend != "auto" and backend != "cpu"):
+    # `_watched` and `transformed`, in one call in place of three.
+    if (
+        (backend != "auto" and backend != "cpu")
+        or _traced()
+        or _dispatch_modes() != 0
+        or _profiled()
+        or _transforms()
+        or forward_ad._current_level >= 0
+    ):
         return None
     return _native.cpu
 

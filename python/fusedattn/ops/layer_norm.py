@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .norm import normalise, options
+from .norm import normalise
 
 
 def layer_norm(
@@ -51,7 +51,7 @@ def layer_norm(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    config = options(True, eps, 0.0, dropout_p)
+    options = (True, eps, 0.0, dropout_p)
     return normalise(
-        x, normalized_shape, weight, bias, residual, seed, residual_dtype, config, backend
+        x, normalized_shape, weight, bias, residual, seed, residual_dtype, options, backend
     )

@@ -199,11 +199,17 @@ def normalise(
     residual: Tensor | None,
     seed: int | Tensor | None,
     residual_dtype: torch.dtype | None,
-    config: NormConfig,
+    options: tuple[bool, float, float, float],
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Check the arguments, choose a backend and run: out, with a residual (out, residual_out)."""
+    """Check the arguments, choose a backend and run: out, with a residual (out, residual_out).
+
+    The options are centre, eps, weight_offset and dropout_p.
+    """
     native = cpu_at_once(backend)
+    # Dynamo traces through a cached function, but warns about it.
+    uncached = native is None and _is_compiling()
+    config = (configure.__wrapped__ if uncached else configure)(*options)
     if native is not None and config.dropout_p == 0.0 and residual_dtype is None:
         found = native.usual_norm_forward(
             x, normalized_shape, weight, bias, residual, config, _grad_enabled()
@@ -268,9 +274,3 @@ def _requires_grad(x, residual, weight, bias) -> bool:
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-
-
-def options(centre: bool, eps: float, weight_offset: float, dropout_p: float) -> NormConfig:
-    """The checked config; dynamo traces through a cached function, but warns about it."""
-    checked = configure.__wrapped__ if _is_compiling() else configure
-    return checked(centre, eps, weight_offset, dropout_p)

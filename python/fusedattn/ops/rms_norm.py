@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .norm import normalise, options
+from .norm import normalise
+
+_EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
 
 def rms_norm(
@@ -54,9 +56,8 @@ def rms_norm(
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
     if eps is None:
-        wide = isinstance(x, Tensor) and x.dtype == torch.float64
-        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
-    config = options(False, eps, weight_offset, dropout_p)
+        eps = _EPS64 if isinstance(x, Tensor) and x.dtype is torch.float64 else _EPS32
+    options = (False, eps, weight_offset, dropout_p)
     return normalise(
-        x, normalized_shape, weight, None, residual, seed, residual_dtype, config, backend
+        x, normalized_shape, weight, None, residual, seed, residual_dtype, options, backend
     )

@@ -46,6 +46,24 @@ def test_empty_tensors(op):
     assert x.grad is not None
 
 
+def _rotary_in_place(x):
+    angles = torch.arange(20.0).view(5, 4)
+    return fusedattn.apply_rotary(x * 2, angles.cos(), angles.sin(), inplace=True)
+
+
+TRACED = [(name, op, grad) for name, op in OPS.items() for grad in (False, True)]
+TRACED += [("in place", _rotary_in_place, False)]  # torch's trace takes no differentiable one
+
+
+@pytest.mark.parametrize(("name", "op", "grad"), TRACED)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_jit_trace_holds_the_op(name, op, grad):
+    """Not the result of the inputs with which it was made."""
+    x, y = torch.randn(2, 1, 2, 5, 8)
+    traced = torch.jit.trace(op, (x.requires_grad_(grad),), check_trace=False)
+    assert torch.equal(traced(y), op(y))
+
+
 @pytest.mark.parametrize("name", ["Attention", "Norm", "Rotary", "Sinusoidal", "Softmax"])
 def test_functions_refuse_transforms(name):
     """They have no rule for torch.func; its `apply` says so, and is theirs in public."""

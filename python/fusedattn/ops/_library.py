@@ -124,6 +124,7 @@ def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 _traced = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiled = torch.autograd._profiler_enabled
+_recorded = torch._C._is_tracing  # by torch.jit.trace and what is built on it
 _transforms = torch._C._are_functorch_transforms_active
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -134,7 +135,7 @@ def transformed() -> bool:
 
 
 def _watched() -> bool:
-    return _traced() or _dispatch_modes() != 0 or _profiled()
+    return _traced() or _dispatch_modes() != 0 or _profiled() or _recorded()
 
 
 def cpu_at_once(backend: str) -> Any:
@@ -148,6 +149,7 @@ def cpu_at_once(backend: str) -> Any:
         or _traced()
         or _dispatch_modes() != 0
         or _profiled()
+        or _recorded()
         or _transforms()
         or forward_ad._current_level >= 0
     ):

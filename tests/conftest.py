@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -39,9 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--deterministic"):
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist's own order of files
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that call compilers for minutes begin, so that no process ends alone with one. They have
+    # few tests; the others come by their number, most first.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = collections.Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (0, tests[item.path]) if item.path in slow else (1, -tests[item.path])
+    )
     if HAS_GPU:
         return
     for item in items:

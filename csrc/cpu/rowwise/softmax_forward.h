@@ -34,7 +34,7 @@ FUSEDATTN_INLINE float highest_among(const T* x, int64_t n, bool ahead) {
   take(1, load_bits<words>(x + n - w));
 #pragma GCC unroll 3
   for (int v = 1; v < unroll; ++v) take(0, high[v]);
-  // In the upper half of a float each is its number, or close to it.
+  // In the upper half of a float they are in the order of their numbers.
   const ints<float> pairs = (ints<float>)high[0];
   const vec<float> one = (vec<float>)(pairs << 16);
   const vec<float> other = (vec<float>)(pairs & int32_t(0xffff0000));

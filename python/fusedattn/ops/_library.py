@@ -1,8 +1,8 @@
 """Library ops: how an op of ours becomes one of torch's, and when a call needs the dispatcher.
 
 `define` gives an op its schema, kernel, fake, FLOP rule and autocast rule. Autograd stands outside:
-a Function calls the op through `run`, which in plain eager mode goes straight to the kernel and
-where something watches or traces (compile, export, dispatch modes, the profiler) goes through
+a Function asks `plain`. In plain eager mode it goes straight to the kernel; where something watches
+or traces (compile, export, jit.trace, dispatch modes, the profiler) it goes through
 `torch.ops.fusedattn`.
 """
 

@@ -1,8 +1,8 @@
 """Attention as library ops: schemas, fake kernels, FLOP rules, and how a call reaches a backend.
 
 `call_forward` and `call_backward` are what autograd uses. In plain eager mode they run the kernel
-at once; where something watches or traces (compile, export, dispatch modes, the profiler) they go
-through `torch.ops.fusedattn`.
+at once; where something watches or traces (compile, export, jit.trace, dispatch modes, the
+profiler) they go through `torch.ops.fusedattn`.
 """
 
 from __future__ import annotations

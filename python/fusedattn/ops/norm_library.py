@@ -1,8 +1,9 @@
 """The norms as library ops: schemas, fake kernels, and how a call reaches a backend.
 
 `call_forward` and `call_backward` are what autograd uses. In plain eager mode they run the kernel
-at once; where something watches or traces (compile, export, dispatch modes, the profiler) they go
-through `torch.ops.fusedattn`. Every dtype pair is native, so there is no autocast rule.
+at once; where something watches or traces (compile, export, jit.trace, dispatch modes, the
+profiler) they go through `torch.ops.fusedattn`. Every dtype pair is native, so there is no autocast
+rule.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ OPS = {
     "layer_norm": lambda x: fusedattn.layer_norm(x, 8),
     "rms_norm": lambda x: fusedattn.rms_norm(x, 8, residual=x)[0],
     "softmax": lambda x: fusedattn.softmax(x),
-    "apply_rotary": lambda x: fusedattn.apply_rotary(x, torch.ones(5, 4), torch.ones(5, 4)),
+    "apply_rotary": lambda x: fusedattn.apply_rotary(x, *x.new_ones(2, 5, 4)),
     "add_sinusoidal": lambda x: fusedattn.add_sinusoidal(x),
 }
 
@@ -44,6 +44,20 @@ def test_empty_tensors(op):
     out.sum().backward()
     assert out.shape == x.shape
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_the_default_device_is_for_new_tensors(op, grad):
+    """What an op allocates lies where its inputs do."""
+    found = []
+    for device in ("cpu", "meta"):
+        x = torch.linspace(-1, 1, 80, device="cpu").view(1, 2, 5, 8).requires_grad_(grad)
+        with torch.device(device):
+            out = OPS[op](x)
+            found.append((out, *torch.autograd.grad(out, x, x.detach())) if grad else (out,))
+    for with_cpu, with_meta in zip(*found, strict=True):
+        assert torch.equal(with_cpu, with_meta)
 
 
 def _rotary_in_place(x):

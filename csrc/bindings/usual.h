@@ -17,7 +17,8 @@ inline PyObject* float32 = nullptr;
 inline PyObject* float64 = nullptr;
 inline PyObject* dtype_name = nullptr;          // "dtype"
 inline PyObject* requires_grad_name = nullptr;  // "requires_grad"
-inline PyObject* dtype_keyword = nullptr;       // ("dtype",)
+inline PyObject* cpu = nullptr;                 // torch.device("cpu")
+inline PyObject* vector_keywords = nullptr;     // ("dtype", "device")
 
 inline py::object owned(PyObject* made) {
   if (made == nullptr) throw py::error_already_set();
@@ -28,10 +29,11 @@ inline py::object empty_as(py::handle tensor) {
   return owned(PyObject_CallOneArg(empty_like, tensor.ptr()));
 }
 
+// On the CPU, whatever torch.set_default_device says.
 inline py::object empty_vector(int64_t n, PyObject* dtype) {
   const py::object length = owned(PyLong_FromLongLong(n));
-  PyObject* const arguments[] = {length.ptr(), dtype};
-  return owned(PyObject_Vectorcall(empty, arguments, 1, dtype_keyword));
+  PyObject* const arguments[] = {length.ptr(), dtype, cpu};
+  return owned(PyObject_Vectorcall(empty, arguments, 1, vector_keywords));
 }
 
 // Whether it stands for the negative of its memory, as z.conj().imag does.
@@ -161,7 +163,8 @@ inline void import_usual() {
   float64 = keep(torch.attr("float64"));
   dtype_name = keep(py::str("dtype"));
   requires_grad_name = keep(py::str("requires_grad"));
-  dtype_keyword = keep(py::make_tuple("dtype"));
+  cpu = keep(torch.attr("device")("cpu"));
+  vector_keywords = keep(py::make_tuple("dtype", "device"));
 }
 
 inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, Stream),

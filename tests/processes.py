@@ -1,12 +1,24 @@
-"""Tests that need a process of their own: imports, forks, memory, crashes."""
+"""Tests that need a process of their own: imports, forks, memory, crashes, compilers."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 # Seconds for builds and compilers: several times what they take on two slow, shared cores.
 PATIENCE = 1800
+
+# For which GPUs the suite compiles kernels to look at their machine code; "none" for none.
+ARCHITECTURES = re.findall(r"\d+[af]?", os.environ.get("FUSEDATTN_CUDA_ARCHS", "90a"))
+
+
+def wanted(targets: Iterable[str]) -> list[str]:
+    """Those of Triton's targets (sm_90) that ARCHITECTURES name."""
+    names = {f"sm_{each.rstrip('af')}" for each in ARCHITECTURES}
+    return [each for each in targets if each in names]
 
 
 def in_a_new_process(code: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import PATIENCE
+from processes import PATIENCE, wanted
 
 # Which tiles spill depends on the compiler: attention_tiles.py was made with this one.
 pytest.importorskip("triton", minversion="3.9")
@@ -178,10 +178,10 @@ def records_of(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list[dict[str, Any]]]:
     """The records of every target, two compiling at a time."""
-    waiting, found = list(TARGETS), {}
-    while waiting:
-        pair = [(name, start_compiling(__file__, name)) for name in (waiting.pop(), waiting.pop())]
-        found |= {name: records_of(process) for name, process in pair}
+    names, found = wanted(TARGETS), {}
+    for first in range(0, len(names), 2):
+        pair = {name: start_compiling(__file__, name) for name in names[first : first + 2]}
+        found |= {name: records_of(process) for name, process in pair.items()}
     return found
 
 
@@ -191,7 +191,7 @@ def half(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", wanted(TARGETS))
 class TestMachineCode:
     def test_every_kernel_is_there(self, compiled: dict, target: str) -> None:
         expected = MATRIX_KERNELS | {"delta_kernel"}

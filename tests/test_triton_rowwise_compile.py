@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import wanted
 from test_triton_compile import CompileOnly, disassemble, records_of, start_compiling
 
 TARGETS = {"sm_80": (80, 166_912), "sm_90": (90, 232_448), "sm_100": (100, 232_448)}
@@ -90,7 +91,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
 # --- the tests -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=wanted(TARGETS))
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     records = records_of(start_compiling(__file__, request.param))
     return [{"target": request.param} | record for record in records]

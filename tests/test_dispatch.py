@@ -2,18 +2,23 @@
 
 import shutil
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import fusedattn
 import pytest
 import torch
+from fusedattn import _native
+from fusedattn.ops import _backends
 from processes import in_a_new_process
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPS = {
     "attention": lambda x: fusedattn.attention(x, x, x),
     "layer_norm": lambda x: fusedattn.layer_norm(x, 8),
     "rms_norm": lambda x: fusedattn.rms_norm(x, 8, residual=x)[0],
     "softmax": lambda x: fusedattn.softmax(x),
-    "apply_rotary": lambda x: fusedattn.apply_rotary(x, *x.new_ones(2, 5, 4)),
+    "apply_rotary": lambda x: fusedattn.apply_rotary(x, x.new_ones(5, 4), x.new_ones(5, 4)),
     "add_sinusoidal": lambda x: fusedattn.add_sinusoidal(x),
 }
 
@@ -58,6 +63,30 @@ def test_the_default_device_is_for_new_tensors(op, grad):
             found.append((out, *torch.autograd.grad(out, x, x.detach())) if grad else (out,))
     for with_cpu, with_meta in zip(*found, strict=True):
         assert torch.equal(with_cpu, with_meta)
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_on_a_gpu_compiles_whole(op, built, monkeypatch):
+    """Which backend serves it is settled while dynamo traces, which cannot trace native code."""
+    module = SimpleNamespace(runs_on=sys.getrefcount)  # as native as that of the real one
+    monkeypatch.setattr(_native, "cuda", module if built else None)
+    monkeypatch.setattr(_backends, "_mismatch", _backends._mismatch.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 5, 8, dtype=torch.bfloat16, device="cuda")
+        out = torch.compile(OPS[op], fullgraph=True, backend=capture)(x)
+    assert out.is_cuda
+    (graph,) = graphs
+    (call,) = (node for node in graph.graph.nodes if "fusedattn." in str(node.target))
+    assert ("cuda" if built else "triton") in call.args
 
 
 def _rotary_in_place(x):

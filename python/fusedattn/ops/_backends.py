@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import _native
 from ._registry import Refusal
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def cpu_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
     """Why the native CPU kernels do not take tensors like `x`; meta tensors pass."""
@@ -30,17 +32,23 @@ def cuda_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
         return Refusal(f"native module missing ({_native.cuda_error})", _native.CUDA_REMEDY)
     if x.dtype == torch.float64:
         return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
-    arch = _capability(x.device.index)
-    if not _native.cuda.runs_on(arch):
-        targets = ", ".join(f"sm_{each}" for each in _native.cuda.architectures())
-        return Refusal(f"built for {targets}, the GPU is sm_{arch}", _native.CUDA_REMEDY)
-    return None
+    mismatch = _mismatch_on(x.device.index)
+    return None if mismatch is None else Refusal(mismatch, _native.CUDA_REMEDY)
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot trace native code
+def _mismatch_on(index: int) -> str | None:
+    return _mismatch(index)
 
 
 @functools.cache
-def _capability(index: int) -> int:
+def _mismatch(index: int) -> str | None:
+    """What the CUDA module was built for, where a GPU cannot run that."""
     major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    if _native.cuda.runs_on(10 * major + minor):
+        return None
+    targets = ", ".join(f"sm_{each}" for each in _native.cuda.architectures())
+    return f"built for {targets}, the GPU is sm_{major}{minor}"
 
 
 def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
@@ -58,7 +66,7 @@ def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
 
 def triton_refuses(x: Tensor, requested: bool, what: str = "the tensors") -> Refusal | None:
     """Why Triton does not take tensors like `x`; on a CPU it is interpreted, on request."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
     device = x.device.type
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -7,9 +7,10 @@ import pytest
 import torch
 from fusedattn.ops.rotary_config import RotaryConfig
 from fusedattn.ops.sinusoidal import SinusoidalConfig
+from packaging.version import Version
 from position_kernels import RotaryTests, SinusoidalTests
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
@@ -19,6 +20,8 @@ class TestRotary(RotaryTests):
 
 class TestSinusoidal(SinusoidalTests):
     backend = "triton"
+    if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
+        ulps = 2.5  # interpreters before rounded a fused multiply-add twice
 
 
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -120,6 +121,18 @@ def test_compiles_without_a_break(call: str) -> None:
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_under_a_default_device() -> None:
+    module = MultiheadAttention(E, H, batch_first=True)
+    x, memory, mask = torch.randn(N, L, E), torch.randn(N, 5, E), torch.randn(N * H, L, 5)
+    for call in ((x, x, x), (x, memory, memory), (x, memory, memory + 1)):
+        attn_mask = None if call[1] is x else mask
+        run = functools.partial(module, *call, need_weights=False, attn_mask=attn_mask)
+        with torch.device("cpu"):
+            got, _ = torch.compile(run, fullgraph=True, backend="aot_eager")()
+        torch.testing.assert_close(got, run()[0])
 
 
 @pytest.mark.parametrize("add_bias_kv", [False, True])

@@ -155,22 +155,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return out, weights if query.dim() == 3 else weights[0]
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v, their last dimension split into (H, D); one product for inputs that agree."""
+        """q, k and v, their last dimension split into (H, D); one product for inputs that agree.
+
+        By torch.unflatten: dynamo does not trace Tensor.unflatten under a default device.
+        """
         heads = (self.num_heads, self.head_dim)
         weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         if weight is not None and query is key and key is value:
-            return F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+            return torch.unflatten(F.linear(query, weight, bias), -1, (3, *heads)).unbind(-3)
         b_q, b_k, b_v = (None,) * 3 if bias is None else bias.chunk(3)
         if weight is not None and key is value:
             b_kv = None if bias is None else bias[width:]
-            q = F.linear(query, weight[:width], b_q).unflatten(-1, heads)
-            return q, *F.linear(key, weight[width:], b_kv).unflatten(-1, (2, *heads)).unbind(-3)
+            q, kv = F.linear(query, weight[:width], b_q), F.linear(key, weight[width:], b_kv)
+            kv = torch.unflatten(kv, -1, (2, *heads))
+            return torch.unflatten(q, -1, heads), *kv.unbind(-3)
         if weight is not None:
             w_q, w_k, w_v = weight.chunk(3)
         else:
             w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         inputs = ((query, w_q, b_q), (key, w_k, b_k), (value, w_v, b_v))
-        return tuple(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)
+        return tuple(torch.unflatten(F.linear(x, w, b), -1, heads) for x, w, b in inputs)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """A view (N, H, L, D) of (L, H, D), (N, L, H, D) or (L, N, H, D)."""
@@ -205,8 +209,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """The op's `mask` (True = may attend) and `bias` from torch's two masks."""
         parts = []
         if attn_mask is not None:
-            by_head = (q.shape[0], self.num_heads)
-            parts.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, by_head))
+            if attn_mask.dim() == 3:
+                attn_mask = torch.unflatten(attn_mask, 0, (q.shape[0], self.num_heads))
+            parts.append(attn_mask)
         if padding is not None:
             parts.append(padding[..., None, None, :])
         blocked = bias = None

@@ -205,8 +205,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, source: Tensor, lengths: Tensor | None, rotary: Any = None
     ) -> Tensor:
-        q = self.query(x).unflatten(-1, (self.heads, -1))
-        k, v = self.key_value(source).unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
+        q = torch.unflatten(self.query(x), -1, (self.heads, -1))
+        kv = torch.unflatten(self.key_value(source), -1, (2, self.kv_heads, -1))
+        k, v = kv.unbind(-3)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, D), views
         if rotary is not None:
             q, k = self.ops.apply_rotary_qk(q, k, *rotary)

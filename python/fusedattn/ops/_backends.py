@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,13 @@ def cuda_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
     return None if mismatch is None else Refusal(mismatch, _native.CUDA_REMEDY)
 
 
-@torch.compiler.assume_constant_result  # dynamo cannot trace native code
+def _constant_in_graphs(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which imports dynamo and with it triton."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_in_graphs  # dynamo cannot trace native code
 def _mismatch_on(index: int) -> str | None:
     return _mismatch(index)
 

@@ -38,7 +38,7 @@ def cuda_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
 
 
 def _constant_in_graphs(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which imports dynamo and with it triton."""
+    """As torch.compiler.assume_constant_result, which itself imports dynamo, and so triton."""
     function._dynamo_marked_constant = True
     return function
 

@@ -1,15 +1,16 @@
 """Library ops: how an op of ours becomes one of torch's, and when a call needs the dispatcher.
 
-`define` gives an op its schema, kernel, fake, FLOP rule and autocast rule. Autograd stands outside:
-a Function asks `plain`. In plain eager mode it goes straight to the kernel; where something watches
-or traces (compile, export, jit.trace, dispatch modes, the profiler) it goes through
-`torch.ops.fusedattn`.
+`define` gives an op its schema, kernel, fake, FLOP rule and autocast rule, `differentiate` its
+gradient. In plain eager mode a call goes straight to the kernel, or to the autograd Function around
+it. Where something watches or traces (compile, export, jit.trace, dispatch modes, the profiler) it
+is one call of `torch.ops.fusedattn`, which differentiates itself. Such a call may come back from a
+saved program with other tensors, so that the op's kernel checks what the public function did.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .. import _native
 
 _library = torch.library.Library("fusedattn", "DEF")
 _flops: dict[Any, Callable[..., int]] = {}
+_differentiable: dict[Any, Callable[..., Any]] = {}
 
 
 def define(
@@ -28,23 +30,67 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    instead: str,
     flops: Callable[..., int] | None = None,
 ) -> Any:
     """Define torch.ops.fusedattn.<name> from `schema`, "name(Tensor x, ...) -> ...", and return it.
 
-    Called directly on tensors that require a gradient the op runs, and raises in its backward:
-    the differentiable function is `instead`.
+    `kernel` checks its arguments: the op is what remains of a call in a traced program, whose
+    tensors may be others than those it was traced with.
     """
     name = schema.split("(")[0]
     _library.define(schema)
     packet = getattr(torch.ops.fusedattn, name)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    _library.impl(name, _below_autograd(packet, instead), "Autograd")
+    _library.impl(name, _on_data(packet, kernel), "CompositeExplicitAutograd")
+    _library.impl(name, _recorded_by(packet), "Autograd")
     torch.library.register_fake(f"fusedattn::{name}", fake, lib=_library)
     if flops is not None:
         _flops[packet] = flops
     return packet
+
+
+def differentiate(packet: Any, function: Callable[..., Any]) -> None:
+    """Where a gradient is recorded, `packet` is `function` of the same arguments."""
+    _differentiable[packet] = function
+
+
+def _on_data(packet: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, for tensors that are there and have the elements that they stand for."""
+    arguments = [(each.name, str(each.type)) for each in packet.default._schema.arguments]
+
+    def checked(*args: Any) -> Any:
+        for (name, kind), x in zip(arguments, args, strict=False):
+            if not isinstance(x, Tensor):
+                if kind == "Tensor":  # torch takes None for an undefined one
+                    raise TypeError(f"{packet}: got {name}={x!r}, expected a Tensor")
+            elif x.numel() != 0 and x.data_ptr() == 0:
+                raise ValueError(
+                    f"{packet}: got {name} of shape {tuple(x.shape)} without data, expected its "
+                    "elements: its storage was freed, or it is a subclass that has none"
+                )
+        return kernel(*args)
+
+    return checked
+
+
+def expect(
+    op: str, name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A ValueError unless x is of this shape, dtype and device."""
+    if x.shape != torch.Size(shape) or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{op}: got {name} of shape {tuple(x.shape)}, {x.dtype}, on {x.device}, expected "
+            f"{tuple(shape)}, {dtype}, on {device}"
+        )
+
+
+def _recorded_by(packet: Any) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return _differentiable[packet](*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return packet(*args)
+
+    return kernel
 
 
 def define_autocast(packet: Any, tensors: int) -> None:
@@ -62,31 +108,6 @@ def _cast(packet: Any, tensors: int, device: str) -> Callable[..., Any]:
         cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:tensors])
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return packet(*cast, *args[tensors:])
-
-    return kernel
-
-
-class _Undifferentiable(torch.autograd.Function):
-    """A raw op on tensors that require a gradient: it runs, but nothing flows back through it."""
-
-    @staticmethod
-    def forward(ctx: Any, raw: Any, instead: str, *args: Any) -> Any:
-        ctx.message = f"torch.ops.{raw} has no gradient: call {instead} instead"
-        with torch._C._AutoDispatchBelowAutograd():
-            return raw(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(ctx.message)
-
-
-def _below_autograd(raw: Any, instead: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        tensors = (x for x in args if isinstance(x, Tensor))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return _Undifferentiable.apply(raw, instead, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return raw(*args)
 
     return kernel
 
@@ -120,21 +141,96 @@ def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
     return found
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, and what `kept` compares where hooks may give back other tensors."""
+    ctx.save_for_backward(*tensors)
+    ctx.kept = _layouts(tensors) if _saving_hooks(False) is not None else None
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """The tensors that `keep` saved.
+
+    Raises:
+        RuntimeError: a saved-tensor hook gave back another dtype or shape.
+    """
+    tensors = ctx.saved_tensors
+    if ctx.kept is not None and ctx.kept != (found := _layouts(tensors)):
+        got, expected = next(
+            pair for pair in zip(found, ctx.kept, strict=True) if pair[0] != pair[1]
+        )
+        raise RuntimeError(
+            f"{type(ctx).__name__}: got a saved tensor (dtype, shape) {got} from a saved-tensor "
+            f"hook, expected it as it was saved, {expected}"
+        )
+    return tensors
+
+
+def _layouts(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    return [None if x is None else (x.dtype, tuple(x.shape)) for x in tensors]
+
+
+def second_order(
+    formula: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of Σ cotangent · output over the outputs of `formula(*inputs)`.
+
+    One for each input that requires a gradient, else None. They are taken with respect to views of
+    the inputs: these may share a history, which is for autograd to go on with and not for this.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        pairs = [
+            (output, cotangent.to(output.dtype))
+            for output, cotangent in zip(formula(*views), cotangents, strict=True)
+            if output is not None and cotangent is not None and output.requires_grad
+        ]
+    chosen = [x for x in views if x is not None and x.requires_grad]
+    found: Any = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            chosen,
+            [cotangent for _, cotangent in pairs],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
+        if pairs and chosen
+        else [None] * len(chosen)
+    )
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
 # Looked up once: what follows runs on every call.
 _traced = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiled = torch.autograd._profiler_enabled
 _recorded = torch._C._is_tracing  # by torch.jit.trace and what is built on it
 _transforms = torch._C._are_functorch_transforms_active
+_exports_onnx = torch.onnx.is_in_onnx_export
+_is_compiling = torch.compiler.is_compiling
+has_override = torch._C._has_torch_function_variadic
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_USUAL_TYPES = (*_PLAIN_TYPES, type(None), bool, int, float, str, tuple)
 
 
 def transformed() -> bool:
-    """Under vmap, torch.func or forward mode, which batch and differentiate the formula itself."""
-    return _transforms() or forward_ad._current_level >= 0
+    """Where the formula itself is wanted, in torch's own ops.
+
+    Under vmap, torch.func or forward mode, which batch and differentiate it, and in an export to
+    ONNX, which knows no others.
+    """
+    return (
+        _transforms()
+        or forward_ad._current_level >= 0
+        or ((_recorded() or _dispatch_modes() != 0 or _traced()) and _exports_onnx())
+    )
 
 
-def _watched() -> bool:
+def watched() -> bool:
+    """Something watches or traces: the call is to be one op of torch's, gradient and all."""
     return _traced() or _dispatch_modes() != 0 or _profiled() or _recorded()
 
 
@@ -143,7 +239,7 @@ def cpu_at_once(backend: str) -> Any:
 
     It may in plain eager mode; the module then says whether it is a usual call.
     """
-    # `_watched` and `transformed`, in one call in place of three.
+    # `watched` and `transformed`, in one call in place of three.
     if (
         (backend != "auto" and backend != "cpu")
         or _traced()
@@ -157,12 +253,30 @@ def cpu_at_once(backend: str) -> Any:
     return _native.cpu
 
 
+def is_overridden(given: dict[str, Any]) -> bool:
+    """Whether an argument has a `__torch_function__`: a subclass of Tensor, or torch.fx's Proxy.
+
+    Asked where torch's `has_override` says yes, as it does in a mode too. Dynamo traces what is
+    inside; modes see that as well.
+    """
+    return not _is_compiling() and torch.overrides.has_torch_function(_unusual(given))
+
+
+def hand_over(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """What `__torch_function__` makes of `function(**given)`, as in torch's own functions."""
+    return torch.overrides.handle_torch_function(function, _unusual(given), **given)
+
+
+def _unusual(given: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(x for x in given.values() if type(x) not in _USUAL_TYPES)
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Nothing is watching or tracing: the dispatcher's 5 µs a call would find our kernel anyway.
 
     It does more for a tensor that stands for its negative, as `z.conj().imag` does.
     """
-    if _watched():
+    if watched():
         return False
     try:
         for x in tensors:  # a generator takes twice as long

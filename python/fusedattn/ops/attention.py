@@ -18,9 +18,26 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
-from ._library import direct, transformed
-from .attention_config import AttentionCall, configure, validate, validate_extras
-from .attention_library import call_backward, call_forward, op
+from ._library import (
+    differentiate,
+    direct,
+    hand_over,
+    has_override,
+    is_overridden,
+    keep,
+    kept,
+    second_order,
+    transformed,
+    watched,
+)
+from .attention_config import (
+    AttentionCall,
+    AttentionConfig,
+    configure,
+    validate,
+    validate_extras,
+)
+from .attention_library import attention_bwd, attention_fwd, call_backward, call_forward, op
 
 # Looked up once: what follows runs on every call.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -39,6 +56,20 @@ def _formula(q, k, v, mask, bias, kv_lengths, config) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
 
 
+def _backward_formula(
+    dout, dlse, q, k, v, mask, bias, kv_lengths, bias_grad, config
+) -> tuple[Tensor | None, ...]:
+    """The gradients by the reference's formula: dq, dk, dv and, where wanted, dbias."""
+    if q.dtype in (torch.float16, torch.bfloat16):
+        dout, q, k, v = (None if x is None else x.float() for x in (dout, q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        *grads, ds = reference.attention_backward(
+            dout, dlse, q, k, v, mask=mask, bias=bias, causal=config.causal_name,
+            scale=config.scale, kv_lengths=kv_lengths,
+        )  # fmt: skip
+    return *grads, ds.sum_to_size(bias.shape) if bias_grad else None
+
+
 # --- autograd ------------------------------------------------------------------------------------
 
 
@@ -52,17 +83,14 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, mask, bias, kv_lengths, config, backend):
-        out, lse = call_forward(q, k, v, mask, bias, kv_lengths, config, backend)
-        ctx.save_for_backward(q, k, v, out, lse, mask, bias, kv_lengths)
-        ctx.set_materialize_grads(False)
-        ctx.config, ctx.backend = config, backend
-        return out, lse
+        outputs = call_forward(q, k, v, mask, bias, kv_lengths, config, backend)
+        return _keep(ctx, outputs, q, k, v, mask, bias, kv_lengths, config, backend)
 
     @staticmethod
     def backward(ctx: Any, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * 8
-        q, k, v, out, lse, mask, bias, kv_lengths = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        q, k, v, out, lse, mask, bias, kv_lengths = kept(ctx)
         bias_grad = ctx.needs_input_grad[4]
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         backward = _AttentionBackward.apply if differentiable else call_backward
@@ -71,7 +99,25 @@ class AttentionFunction(torch.autograd.Function):
             bias_grad, ctx.config, ctx.backend,
         )  # fmt: skip
         dq, dk, dv, dbias = grads
-        return dq, dk, dv, None, dbias if bias_grad else None, None, None, None
+        rest = (None,) * (len(ctx.needs_input_grad) - 5)
+        return dq, dk, dv, None, dbias if bias_grad else None, *rest
+
+
+def _keep(ctx: Any, outputs, q, k, v, mask, bias, kv_lengths, config, backend):
+    """Keep for the backward what it needs; returns the outputs."""
+    keep(ctx, q, k, v, *outputs, mask, bias, kv_lengths)
+    ctx.set_materialize_grads(False)
+    ctx.config, ctx.backend = config, backend
+    return outputs
+
+
+class _LibraryFunction(AttentionFunction):
+    """The gradient of the library op, whose kernel checks the arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, mask, bias, kv_lengths, config, backend, *unused):
+        outputs = attention_fwd(q, k, v, mask, bias, kv_lengths, *unused, backend, *config)
+        return _keep(ctx, outputs, q, k, v, mask, bias, kv_lengths, config, backend)
 
 
 _Function = direct(AttentionFunction)
@@ -82,43 +128,47 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest):
-        ctx.save_for_backward(dout, dlse, q, k, v, mask, bias, kv_lengths)
+        keep(ctx, dout, dlse, q, k, v, mask, bias, kv_lengths)
         ctx.bias_grad, ctx.config, _ = rest
         ctx.set_materialize_grads(False)
         return call_backward(dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest)
 
     @staticmethod
     def backward(ctx: Any, *cotangents):
-        dout, dlse, q, k, v, mask, bias, kv_lengths = ctx.saved_tensors
-        outer = (dout, dlse, q, k, v, bias)
-        wanted = [x is not None and x.requires_grad for x in outer]
-        with torch.enable_grad():
-            # Fresh leaves for what carries no graph, so that the formula can be differentiated.
-            q, k, v = (x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v))
-            if bias is not None and not bias.requires_grad:
-                bias = bias.detach().requires_grad_()
-            out, lse = _formula(q, k, v, mask, bias, kv_lengths, ctx.config)
-            seeds = [(o, g.to(o.dtype)) for o, g in ((out, dout), (lse, dlse)) if g is not None]
-            inner = (q, k, v) if not ctx.bias_grad else (q, k, v, bias)
-            grads = torch.autograd.grad(
-                [o for o, _ in seeds], inner, [g for _, g in seeds], create_graph=True
+        dout, dlse, q, k, v, mask, bias, kv_lengths = kept(ctx)
+
+        def formula(dout, dlse, q, k, v, bias):
+            return _backward_formula(
+                dout, dlse, q, k, v, mask, bias, kv_lengths, ctx.bias_grad, ctx.config
             )
-        pairs = [(g, c) for g, c in zip(grads, cotangents, strict=False) if c is not None]
-        chosen = [x for x, want in zip(outer, wanted, strict=True) if want]
-        if not pairs or not chosen:
-            return (None,) * 13
-        second = iter(
-            torch.autograd.grad(
-                [g for g, _ in pairs],
-                chosen,
-                [c for _, c in pairs],
-                allow_unused=True,
-                create_graph=torch.is_grad_enabled(),
-            )
+
+        ddout, ddlse, dq, dk, dv, dbias = second_order(
+            formula, (dout, dlse, q, k, v, bias), cotangents
         )
-        ddout, ddlse, dq, dk, dv, dbias = (next(second) if want else None for want in wanted)
         return ddout, ddlse, dq, dk, dv, None, None, None, dbias, None, None, None, None
 
+
+def _differentiable_forward(
+    q, k, v, mask, bias, kv_lengths, slopes, sinks, seed, backend, *options
+):
+    return _LibraryFunction.apply(
+        q, k, v, mask, bias, kv_lengths, AttentionConfig(*options), backend, slopes, sinks, seed
+    )
+
+
+def _differentiable_backward(
+    dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, slopes, sinks, seed, bias_grad, backend,
+    *options,
+):  # fmt: skip
+    grads = _AttentionBackward.apply(
+        dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad,
+        AttentionConfig(*options), backend,
+    )  # fmt: skip
+    return *grads[:3], q.new_empty(0) if grads[3] is None else grads[3]
+
+
+differentiate(attention_fwd, _differentiable_forward)
+differentiate(attention_bwd, _differentiable_backward)
 
 # --- public functions ----------------------------------------------------------------------------
 
@@ -199,6 +249,8 @@ def attention(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if has_override(q, k, v, mask, bias, kv_lengths) and is_overridden(locals()):
+        return hand_over(attention, locals())
     call = _prepare(
         q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
         dropout_p, deterministic,
@@ -210,14 +262,15 @@ def attention(
         out, lse = _formula(q, k, v, mask, bias, kv_lengths, config)
         result = out.to(q.dtype), lse
     elif (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ) and torch.is_grad_enabled():
-        # One tensor passed twice would break the graph under torch.compile.
-        k = k.view_as(k) if k is q else k
-        v = v.view_as(v) if v is q or v is call.k else v
+        (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+        and torch.is_grad_enabled()
+        and not watched()
+    ):
         result = _Function.apply(q, k, v, mask, bias, kv_lengths, config, chosen)
     else:
         result = call_forward(q, k, v, mask, bias, kv_lengths, config, chosen)

@@ -7,15 +7,16 @@ profiler) they go through `torch.ops.fusedattn`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._library import define, define_autocast, plain, register_flops
-from ._registry import Op
+from ._library import define, define_autocast, expect, plain, register_flops
+from ._registry import Op, UnsupportedError
 from .attention_backends import BACKENDS
-from .attention_config import AttentionConfig
+from .attention_config import AttentionCall, AttentionConfig, validate, validate_extras
 
 op = Op("attention", BACKENDS)
 
@@ -89,23 +90,43 @@ def _run_backward(
     return grads
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    kv_lengths: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    seed: Tensor | None, backend: str, *options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _run_forward(q, k, v, mask, bias, kv_lengths, AttentionConfig(*options), backend)
+def _check(
+    inputs: Sequence[Any], config: AttentionConfig, backend: str
+) -> tuple[AttentionCall, str]:
+    """The call, if its tensors and options fit together, and the backend that takes it."""
+    q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, seed = inputs
+    validate(q, k, v)
+    mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
+    if config.causal not in (0, 1, 2):
+        raise ValueError(f"attention: got causal={config.causal}, expected 0, 1 or 2")
+    if seed is not None:
+        raise UnsupportedError("attention: seed is not supported yet; leave seed out")
+    call = AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config)
+    return call, op.choose(backend, call)
 
 
-def _backward(
-    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    kv_lengths: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    seed: Tensor | None, bias_grad: bool, backend: str, *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    config = AttentionConfig(*options)
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    config = AttentionConfig(*args[10:])
+    call, chosen = _check(args[:9], config, args[9])
+    return _run_forward(*call[:6], config, chosen)
+
+
+def _backward(dout, dlse, out, lse, *args: Any) -> tuple[Tensor, ...]:
+    bias_grad, config = args[9], AttentionConfig(*args[11:])
+    call, chosen = _check(args[:9], config, args[10])
+    q, k, v, mask, bias, kv_lengths = call[:6]
+    if bias_grad and bias is None:
+        raise ValueError("attention_bwd: got bias_grad=True without a bias, expected one")
+    wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    shape, rows = (*q.shape[:3], v.shape[3]), q.shape[:3]
+    for name, x, of, dtype in (
+        ("dout", dout, shape, q.dtype), ("out", out, shape, q.dtype),
+        ("dlse", dlse, rows, wide), ("lse", lse, rows, wide),
+    ):  # fmt: skip
+        if x is not None:
+            expect("attention_bwd", name, x, of, dtype, q.device)
     grads = _run_backward(
-        dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
+        dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, chosen
     )
     return _present(q, grads)
 
@@ -124,18 +145,18 @@ def _backward_flops(
 
 attention_fwd = define(
     f"attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    _forward, _forward_fake, instead="fusedattn.attention", flops=_forward_flops,
+    _forward, _forward_fake, flops=_forward_flops,
 )  # fmt: skip
 attention_bwd = define(
     f"attention_bwd(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool bias_grad, "
     f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    _backward, _backward_fake, instead="fusedattn.attention", flops=_backward_flops,
+    _backward, _backward_fake, flops=_backward_flops,
 )  # fmt: skip
 define_autocast(attention_fwd, tensors=3)  # q, k and v; a bias keeps its dtype
 
 
 def call_forward(q, k, v, mask, bias, kv_lengths, config, backend):
-    if plain(q, k, v, bias):
+    if plain(q, k, v, mask, bias, kv_lengths):
         return _run_forward(q, k, v, mask, bias, kv_lengths, config, backend)
     register_flops()
     return attention_fwd(q, k, v, mask, bias, kv_lengths, None, None, None, backend, *config)
@@ -144,7 +165,7 @@ def call_forward(q, k, v, mask, bias, kv_lengths, config, backend):
 def call_backward(
     dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
 ):
-    if plain(dout, dlse, q, k, v, bias):
+    if plain(dout, dlse, q, k, v, mask, bias, kv_lengths):
         return _run_backward(
             dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, backend
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._library import hand_over, has_override, is_overridden
 from .norm import normalise
 
 
@@ -51,6 +52,8 @@ def layer_norm(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if has_override(x, weight, bias, residual) and is_overridden(locals()):
+        return hand_over(layer_norm, locals())
     options = (True, eps, 0.0, dropout_p)
     return normalise(
         x, normalized_shape, weight, bias, residual, seed, residual_dtype, options, backend

@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
-from ._library import cpu_at_once, direct, transformed
+from ._library import (
+    cpu_at_once,
+    differentiate,
+    direct,
+    keep,
+    kept,
+    second_order,
+    transformed,
+    watched,
+)
 from .norm_config import (
     NormCall,
     NormConfig,
@@ -40,6 +49,8 @@ from .norm_library import (
     call_backward,
     call_forward,
     layer_norm_op,
+    norm_bwd,
+    norm_fwd,
     rms_norm_op,
 )
 
@@ -55,18 +66,19 @@ def _wide(*tensors: Tensor | None, dtype: torch.dtype) -> list[Any]:
 def _formula(x, residual, weight, bias, seed, dims, z_dtype, config: NormConfig):
     """The reference, differentiable to any order, with the rounding of the kernels: (out, z)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    lead, tail = x.shape[: x.dim() - dims], x.shape[x.dim() - dims :]
-    flat = (lead.numel(), tail.numel())
+    start = x.dim() - dims
     source, weight, bias = _wide(x, weight, bias, dtype=wide)
-    z = reference.dropout(source.reshape(flat), config.dropout_p, seed).reshape(x.shape)
-    z = z if residual is None else z + residual.to(wide)
+    if config.dropout_p != 0.0:  # by rows; else shapes stay symbols in what is exported
+        rows = (x.shape[:start].numel(), x.shape[start:].numel())
+        source = reference.dropout(source.reshape(rows), config.dropout_p, seed).reshape(x.shape)
+    z = source if residual is None else source + residual.to(wide)
     z = z if z_dtype is None else z.to(z_dtype)
-    weight, bias = (None if y is None else y.reshape(-1) for y in (weight, bias))
+    weight, bias = (None if y is None else y.flatten() for y in (weight, bias))
     out = reference.norm(
-        z.to(wide).reshape(flat), weight, bias,
+        z.to(wide).flatten(start), weight, bias,
         centre=config.centre, eps=config.eps, weight_offset=config.weight_offset,
     )[0]  # fmt: skip
-    return out.reshape(x.shape).to(x.dtype), z
+    return out.reshape_as(x).to(x.dtype), z
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -89,7 +101,7 @@ class NormFunction(torch.autograd.Function):
     def backward(ctx: Any, dout, dz=None):
         if dout is None and dz is None:
             return (None,) * 9
-        z, weight, mean, rstd, seed = ctx.saved_tensors
+        z, weight, mean, rstd, seed = kept(ctx)
         differentiable = _grad_enabled() and not _is_compiling()
         backward = _NormBackward.apply if differentiable else call_backward
         dx, dresidual, dweight, dbias = backward(
@@ -105,7 +117,7 @@ class NormFunction(torch.autograd.Function):
 def _keep(ctx: Any, outputs, x, residual, weight, bias, seed, dims, config, backend):
     """Keep for the backward what it needs; returns what the function does."""
     out, z, mean, rstd = outputs
-    ctx.save_for_backward(x if z is None else z, weight, mean, rstd, seed)
+    keep(ctx, x if z is None else z, weight, mean, rstd, seed)
     ctx.set_materialize_grads(False)
     _, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
     # Without dropout x and a residual of its dtype have one gradient.
@@ -128,6 +140,23 @@ class _ServedFunction(NormFunction):
         return _keep(ctx, outputs, x, residual, weight, bias, seed, dims, config, backend)
 
 
+class _LibraryFunction(NormFunction):
+    """The gradient of the library op, whose kernel checks the arguments: all four outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, seed, dims, z_dtype, config, backend):
+        outputs = norm_fwd(x, residual, weight, bias, seed, dims, z_dtype, backend, *config)
+        out, z, mean, rstd = outputs
+        found = out, z if z_dtype else None, mean if config.centre else None, rstd
+        _keep(ctx, found, x, residual, weight, bias, seed, dims, config, backend)
+        ctx.mark_non_differentiable(mean, rstd, *(() if z_dtype else (z,)))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dout, dz=None, *statistics):
+        return NormFunction.backward(ctx, dout, dz)
+
+
 _Function, _Served = direct(NormFunction), direct(_ServedFunction)
 
 
@@ -136,37 +165,39 @@ class _NormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend):
-        ctx.save_for_backward(dout, dz, z, weight, seed)
+        keep(ctx, dout, dz, z, weight, seed)
         ctx.dims, ctx.config = dims, config
         ctx.set_materialize_grads(False)
         return call_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend)
 
     @staticmethod
     def backward(ctx: Any, *cotangents):
-        dout, dz, z, weight, seed = ctx.saved_tensors
-        inputs = (dout, dz, z, weight)
-        wanted = [x is not None and x.requires_grad for x in inputs]
-        with torch.enable_grad():
-            # Views, so that nothing is differentiated past the inputs.
-            leaves: list[Any] = [None if x is None else x.view_as(x) for x in inputs]
-            grads = _backward_formula(leaves, seed, ctx.dims, ctx.config)
-        pairs = [
-            (g, c.to(g.dtype))
-            for g, c in zip(grads, cotangents, strict=True)
-            if c is not None and g.requires_grad
-        ]
-        if not pairs:  # the gradient of a weight does not depend on the weight
-            return (None,) * 11
-        chosen = [x for x, want in zip(leaves, wanted, strict=True) if want]
-        found: Any = torch.autograd.grad(
-            [g for g, _ in pairs],
-            chosen,
-            [c for _, c in pairs],
-            allow_unused=True,
-            create_graph=torch.is_grad_enabled(),
-        )
-        second = iter(found)
-        return *(next(second) if want else None for want in wanted), *(None,) * 7
+        *inputs, seed = kept(ctx)
+
+        def formula(*inputs):
+            return _backward_formula(inputs, seed, ctx.dims, ctx.config)
+
+        return *second_order(formula, inputs, cotangents), *(None,) * 7
+
+
+def _differentiable_forward(x, residual, weight, bias, seed, dims, z_dtype, backend, *options):
+    arguments = (x, residual, weight, bias, seed, dims, z_dtype, NormConfig(*options), backend)
+    return _LibraryFunction.apply(*arguments)
+
+
+def _differentiable_backward(
+    dout, dz, z, weight, mean, rstd, seed, dims, x_dtype, residual_dtype, weight_dtype, bias_dtype,
+    backend, *options,
+):  # fmt: skip
+    dtypes = Gradients(x_dtype, residual_dtype, weight_dtype, bias_dtype)
+    found = _NormBackward.apply(
+        dout, dz, z, weight, mean, rstd, seed, dims, dtypes, NormConfig(*options), backend
+    )
+    return tuple(z.new_empty(0) if x is None else x for x in found)
+
+
+differentiate(norm_fwd, _differentiable_forward)
+differentiate(norm_bwd, _differentiable_backward)
 
 
 def _backward_formula(inputs, seed, dims: int, config: NormConfig) -> tuple[Tensor, ...]:
@@ -246,7 +277,7 @@ def normalise(
     chosen = op.choose(backend, NormCall(x, residual, weight, bias, z_dtype, config))
     if transformed():
         out, z = _formula(x, residual, weight, bias, seed, dims, z_dtype, config)
-    elif _grad_enabled() and _requires_grad(x, residual, weight, bias):
+    elif _grad_enabled() and _requires_grad(x, residual, weight, bias) and not watched():
         found = _differentiable(
             _Function, x, residual, weight, bias, seed, dims, z_dtype, config, chosen
         )

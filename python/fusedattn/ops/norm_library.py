@@ -2,8 +2,9 @@
 
 `call_forward` and `call_backward` are what autograd uses. In plain eager mode they run the kernel
 at once; where something watches or traces (compile, export, jit.trace, dispatch modes, the
-profiler) they go through `torch.ops.fusedattn`. Every dtype pair is native, so there is no autocast
-rule.
+profiler) they go through `torch.ops.fusedattn`. There a call may have come with other tensors
+than it was traced with, so that it is checked again. Every dtype pair is native, so there is no
+autocast rule.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import cpu_at_once, define, plain
+from ._library import cpu_at_once, define, expect, plain
 from ._registry import Op
 from .norm_backends import BACKENDS
-from .norm_config import NormConfig
+from .norm_config import (
+    NormCall,
+    NormConfig,
+    check_parameter,
+    configure,
+    shape_of,
+    stream_dtype,
+)
 
 layer_norm_op = Op("layer_norm", BACKENDS)
 rms_norm_op = Op("rms_norm", BACKENDS)
@@ -143,9 +151,39 @@ def _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, b
 _OPTIONS = "str backend, bool centre, float eps, float weight_offset, float dropout_p"
 
 
+def _check(name, x, weight, seed, dims, config: NormConfig) -> tuple[int, ...]:
+    """What both directions have in common; returns the normalised shape."""
+    if not 1 <= dims <= x.dim():
+        raise ValueError(
+            f"{name}: got dims={dims} of x of {x.dim()} dimensions, expected 1 or more"
+        )
+    shape = shape_of(name, x, x.shape[x.dim() - dims :])
+    if weight is not None:
+        check_parameter(name, "weight", weight, x, shape)
+    if config.dropout_p != 0.0:
+        if seed is None:
+            raise ValueError(f"{name}: got dropout_p={config.dropout_p} without a seed")
+        expect(name, "seed", seed, (1,), torch.int64, x.device)
+    return shape
+
+
 def _forward(x, residual, weight, bias, seed, dims, z_dtype, backend, *options):
-    config = NormConfig(*options)
-    found = _run_forward(x, residual, weight, bias, seed, dims, z_dtype, config, backend)
+    config = configure(*options)
+    name = config.name
+    shape = _check(name, x, weight, seed, dims, config)
+    if bias is not None:
+        check_parameter(name, "bias", bias, x, shape)
+    if residual is not None:
+        check_parameter(name, "residual", residual, x, x.shape)
+    if (residual is not None or config.dropout_p != 0.0) != (z_dtype is not None):
+        raise ValueError(f"{name}: got z_dtype={z_dtype}, expected one with a residual or dropout")
+    if z_dtype is not None:
+        streams = (stream_dtype(name, x, z_dtype), None if residual is None else residual.dtype)
+        if torch.float64 in streams and x.dtype != torch.float64:
+            raise ValueError(f"{name}: got x of {x.dtype} in a stream of float64, expected float64")
+    op = layer_norm_op if config.centre else rms_norm_op
+    chosen = op.choose(backend, NormCall(x, residual, weight, bias, z_dtype, config))
+    found = _run_forward(x, residual, weight, bias, seed, dims, z_dtype, config, chosen)
     return _present(x, found)
 
 
@@ -158,11 +196,28 @@ def _backward(
     backend, *options,
 ):  # fmt: skip
     dtypes = Gradients(x_dtype, residual_dtype, weight_dtype, bias_dtype)
-    config = NormConfig(*options)
-    found = _run_backward(
-        dout, dz, z, weight, None if not config.centre else mean, rstd, seed, dims, dtypes, config,
-        backend,
-    )  # fmt: skip
+    config = configure(*options)
+    name = f"{config.name}'s backward"
+    _check(name, z, weight, seed, dims, config)
+    mean = mean if config.centre else None
+    for dtype in dtypes:
+        if dtype is not None:
+            stream_dtype(name, z, dtype)
+    if weight_dtype is not None and weight is None:
+        raise ValueError(f"{name}: got weight_dtype={weight_dtype} without a weight")
+    wide = torch.float64 if x_dtype == torch.float64 else torch.float32
+    rows = (_matrix_shape(z, dims)[0],)
+    if config.centre and mean is None:
+        raise ValueError(f"{name}: got no mean, expected that of each row")
+    for what, x, shape, dtype in (
+        ("dout", dout, z.shape, x_dtype), ("dz", dz, z.shape, z.dtype),
+        ("mean", mean, rows, wide), ("rstd", rstd, rows, wide),
+    ):  # fmt: skip
+        if x is not None:
+            expect(name, what, x, shape, dtype, z.device)
+    op = layer_norm_op if config.centre else rms_norm_op
+    chosen = op.choose(backend, NormCall(z, None, weight, None, z.dtype, config))
+    found = _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, chosen)
     return _present(z, found)
 
 
@@ -177,14 +232,14 @@ def _backward_fake(
 norm_fwd = define(
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int dims, "
     f"ScalarType? z_dtype, {_OPTIONS}) -> (Tensor out, Tensor z, Tensor mean, Tensor rstd)",
-    _forward, _forward_fake, instead="fusedattn.layer_norm or fusedattn.rms_norm",
+    _forward, _forward_fake,
 )  # fmt: skip
 norm_bwd = define(
     "norm_bwd(Tensor? dout, Tensor? dz, Tensor z, Tensor? weight, Tensor? mean, Tensor rstd, "
     "Tensor? seed, int dims, ScalarType x_dtype, ScalarType? residual_dtype, "
     f"ScalarType? weight_dtype, ScalarType? bias_dtype, {_OPTIONS}) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    _backward, _backward_fake, instead="fusedattn.layer_norm or fusedattn.rms_norm",
+    _backward, _backward_fake,
 )  # fmt: skip
 
 
@@ -195,7 +250,7 @@ def call_forward(
 
     Without `statistics`, which only a gradient needs, mean and rstd may be None.
     """
-    if plain(x, residual, weight, bias):
+    if plain(x, residual, weight, bias, seed):
         return _run_forward(
             x, residual, weight, bias, seed, dims, z_dtype, config, backend, statistics
         )
@@ -210,7 +265,7 @@ def call_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, b
         found = native.usual_norm_backward(dout, dz, z, weight, mean, rstd, dtypes, config)
         if found is not None:
             return found
-    if plain(dout, dz, z, weight):
+    if plain(dout, dz, z, weight, mean, rstd, seed):
         return _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, backend)
     found = norm_bwd(dout, dz, z, weight, mean, rstd, seed, dims, *dtypes, backend, *config)
     return tuple(x if dtype else None for x, dtype in zip(found, dtypes, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._library import hand_over, has_override, is_overridden
 from .norm import normalise
 
 _EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
@@ -55,6 +56,8 @@ def rms_norm(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if has_override(x, weight, residual) and is_overridden(locals()):
+        return hand_over(rms_norm, locals())
     if eps is None:
         eps = _EPS64 if isinstance(x, Tensor) and x.dtype is torch.float64 else _EPS32
     options = (False, eps, weight_offset, dropout_p)

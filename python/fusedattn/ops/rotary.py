@@ -16,9 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import direct, transformed
+from ._library import (
+    differentiate,
+    direct,
+    hand_over,
+    has_override,
+    is_overridden,
+    keep,
+    kept,
+    transformed,
+    watched,
+)
 from .rotary_config import RotaryConfig, prepare
-from .rotary_library import call, call_in_place, formula, op
+from .rotary_library import call, call_in_place, formula, op, rotary_, rotary_fwd
+
+_NO_GRADIENT_OF_TABLES = (
+    "apply_rotary: got cos or sin that requires a gradient, expected tables without one: pass "
+    ".detach(), or fusedattn.reference.functional.apply_rotary's formula"
+)
 
 # Looked up once: what follows runs on every call.
 _is_compiling = torch.compiler.is_compiling
@@ -36,9 +51,8 @@ class RotaryFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cos, sin, positions, start, config, backend, *xs):
-        ctx.save_for_backward(cos, sin, positions, start)
+        _keep(ctx, cos, sin, positions, start, config, backend)
         ctx.set_materialize_grads(False)
-        ctx.config, ctx.backend = config, backend
         return call(xs, cos, sin, positions, start, config, backend)
 
     @staticmethod
@@ -49,7 +63,7 @@ class RotaryFunction(torch.autograd.Function):
         ]
         grads = tuple(dout for dout, want in zip(douts, wanted, strict=True) if want)
         if grads:
-            cos, sin, positions, start = ctx.saved_tensors
+            cos, sin, positions, start = kept(ctx)
             options = (
                 cos,
                 sin,
@@ -66,6 +80,42 @@ class RotaryFunction(torch.autograd.Function):
         return (None,) * 6 + tuple(next(turned) if want else None for want in wanted)
 
 
+def _keep(ctx: Any, cos, sin, positions, start, config, backend) -> None:
+    """Keep for the backward what it needs."""
+    keep(ctx, cos, sin, positions, start)
+    ctx.config, ctx.backend = config, backend
+
+
+class _LibraryFunction(RotaryFunction):
+    """The gradient of the library op, whose kernel checks the arguments; out2 may be empty."""
+
+    @staticmethod
+    def forward(ctx: Any, cos, sin, positions, start, config, backend, x, x2):
+        _keep(ctx, cos, sin, positions, start, config, backend)
+        ctx.set_materialize_grads(False)
+        out, out2 = rotary_fwd(x, x2, cos, sin, positions, start, backend, *config)
+        if x2 is None:
+            ctx.mark_non_differentiable(out2)
+        return out, out2
+
+
+def _differentiable_forward(x, x2, cos, sin, positions, start, backend, *options):
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError(_NO_GRADIENT_OF_TABLES)
+    config = RotaryConfig(*options)
+    return _LibraryFunction.apply(cos, sin, positions, start, config, backend, x, x2)
+
+
+def _differentiable_in_place(x, x2, *rest):
+    raise RuntimeError(
+        "torch.ops.fusedattn.rotary_ has no gradient: call fusedattn.apply_rotary instead"
+    )
+
+
+differentiate(rotary_fwd, _differentiable_forward)
+differentiate(rotary_, _differentiable_in_place)
+
+
 class RotaryInPlaceFunction(torch.autograd.Function):
     """The same in the memory of one x, which it returns: apply(x, cos, …, backend) -> x.
 
@@ -75,15 +125,14 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, cos, sin, positions, start, config, backend):
-        ctx.save_for_backward(cos, sin, positions, start)
-        ctx.config, ctx.backend = config, backend
+        _keep(ctx, cos, sin, positions, start, config, backend)
         call_in_place(x, None, cos, sin, positions, start, config, backend)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, dout):
-        cos, sin, positions, start = ctx.saved_tensors
+        cos, sin, positions, start = kept(ctx)
         config = ctx.config._replace(inverse=not ctx.config.inverse)
         options = cos, sin, positions, start, config, ctx.backend
         if torch.is_grad_enabled():
@@ -105,13 +154,8 @@ def _apply(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, 
         return tuple(formula(y, cos, sin, positions, start, config) for y in xs)
     if torch.is_grad_enabled():
         if cos.requires_grad or sin.requires_grad:
-            raise ValueError(
-                "apply_rotary: got cos or sin that requires a gradient, expected tables without "
-                "one: pass .detach(), or fusedattn.reference.functional.apply_rotary's formula"
-            )
-        if x.requires_grad or (x2 is not None and x2.requires_grad):
-            # One tensor passed twice would break the graph under torch.compile.
-            xs = (x, x.view_as(x)) if x2 is x else xs
+            raise ValueError(_NO_GRADIENT_OF_TABLES)
+        if (x.requires_grad or (x2 is not None and x2.requires_grad)) and not watched():
             return _Function.apply(cos, sin, positions, start, config, backend, *xs)
     return call(xs, cos, sin, positions, start, config, backend)
 
@@ -134,7 +178,7 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
                 f"tensor of shape {tuple(y.shape)} and strides {y.stride()} refers to a single "
                 "memory location; clone() it first"
             )
-    tracing = transformed() or (_is_compiling() and recorded)
+    tracing = transformed() or (recorded and watched())
     if tracing or any(y.dim() > 4 or (not _is_compiling() and y.is_neg()) for y in xs):
         for y, out in zip(
             xs, _apply(x, x2, cos, sin, positions, start, config, backend), strict=True
@@ -191,6 +235,8 @@ def apply_rotary(
         RuntimeError: in place, on a leaf that requires a gradient or an expanded tensor.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if has_override(x, cos, sin, positions, offset) and is_overridden(locals()):
+        return hand_over(apply_rotary, locals())
     checked = prepare("apply_rotary", x, None, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
     return run(*checked, op.choose(backend, checked))[0]
@@ -213,6 +259,8 @@ def apply_rotary_qk(
     q and k have one batch size, length, head dim and dtype; the heads may differ. In place on
     tensors that carry a gradient they are two launches.
     """
+    if has_override(q, k, cos, sin, positions, offset) and is_overridden(locals()):
+        return hand_over(apply_rotary_qk, locals())
     checked = prepare("apply_rotary_qk", q, k, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
     q, k = run(*checked, op.choose(backend, checked))

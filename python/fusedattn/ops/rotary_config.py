@@ -68,6 +68,25 @@ def validate_input(op: str, name: str, x: Tensor) -> None:
         )
 
 
+def validate_inputs(op: str, x: Tensor, x2: Tensor | None) -> None:
+    """x alone, or q and k that turn together."""
+    validate_input(op, "x" if x2 is None else "q", x)
+    if x2 is not None:
+        validate_input(op, "k", x2)
+        if x2.dtype != x.dtype or x2.device != x.device:
+            raise ValueError(
+                f"{op}: got q and k of {x.dtype} on {x.device} and {x2.dtype} on {x2.device}, "
+                "expected one dtype and device"
+            )
+        shape, shape2 = x.shape, x2.shape
+        batch, batch2 = (s[0] if len(s) > 2 else 1 for s in (shape, shape2))
+        if batch != batch2 or shape[-2:] != shape2[-2:]:
+            raise ValueError(
+                f"{op}: got q of shape {tuple(shape)} and k of shape {tuple(shape2)}, expected "
+                "one batch size, length and head dim"
+            )
+
+
 def validate_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> int:
     """Check cos and sin against x; returns their rows."""
     device = x.device
@@ -180,21 +199,7 @@ def prepare(
         TypeError: not tensors, not floating point, positions not int32 or int64.
         ValueError: shapes, dtypes or devices that do not fit together, or a position without row.
     """
-    validate_input(op, "x" if x2 is None else "q", x)
-    if x2 is not None:
-        validate_input(op, "k", x2)
-        if x2.dtype != x.dtype or x2.device != x.device:
-            raise ValueError(
-                f"{op}: got q and k of {x.dtype} on {x.device} and {x2.dtype} on {x2.device}, "
-                "expected one dtype and device"
-            )
-        shape, shape2 = x.shape, x2.shape
-        batch, batch2 = (s[0] if len(s) > 2 else 1 for s in (shape, shape2))
-        if batch != batch2 or shape[-2:] != shape2[-2:]:
-            raise ValueError(
-                f"{op}: got q of shape {tuple(shape)} and k of shape {tuple(shape2)}, expected "
-                "one batch size, length and head dim"
-            )
+    validate_inputs(op, x, x2)
     rows = validate_tables(op, x, cos, sin)
     positions, start, offset = validate_positions(op, x, positions, offset)
     length = x.shape[-2]

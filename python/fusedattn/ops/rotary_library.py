@@ -17,7 +17,14 @@ from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
 from ._library import define, plain
 from ._registry import Backend, Op
-from .rotary_config import RotaryConfig, as_heads
+from .rotary_config import (
+    RotaryCall,
+    RotaryConfig,
+    as_heads,
+    validate_inputs,
+    validate_positions,
+    validate_tables,
+)
 
 # --- backends: forward(x, x2, cos, sin, positions, offset, out, out2, config) --------------------
 
@@ -104,11 +111,28 @@ def _run_in_place(x, x2, cos, sin, positions, start, backend, config) -> None:
             torch.autograd.graph.increment_version(changed)
 
 
+def _check(x, x2, cos, sin, positions, start, backend, *options: Any) -> tuple[Any, ...]:
+    """The arguments of a run, if the tensors fit together and the backend takes them.
+
+    No position is looked at: one without a row gives NaN.
+    """
+    name, config = "apply_rotary", RotaryConfig(*options)
+    validate_inputs(name, x, x2)
+    for y in (x, x2):
+        if y is not None and y.dim() != 4:
+            raise ValueError(f"{name}: got x of shape {tuple(y.shape)}, expected (B, H, S, D)")
+    validate_tables(name, x, cos, sin)
+    offset = config.offset if start is None else start
+    positions, start, _ = validate_positions(name, x, positions, offset)
+    call = RotaryCall(x, x2, cos, sin, positions, start, config)
+    return *call[:6], op.choose(backend, call), config
+
+
 def _rotary(
     x: Tensor, x2: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     start: Tensor | None, backend: str, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, out2 = _run(x, x2, cos, sin, positions, start, backend, RotaryConfig(*options))
+    out, out2 = _run(*_check(x, x2, cos, sin, positions, start, backend, *options))
     return out, x.new_empty(0) if out2 is None else out2
 
 
@@ -120,23 +144,23 @@ def _rotary_in_place(
     x: Tensor, x2: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
     start: Tensor | None, backend: str, *options: Any,
 ) -> None:  # fmt: skip
-    _run_in_place(x, x2, cos, sin, positions, start, backend, RotaryConfig(*options))
+    _run_in_place(*_check(x, x2, cos, sin, positions, start, backend, *options))
 
 
 rotary_fwd = define(
     f"rotary_fwd(Tensor x, Tensor? x2, {_REST}) -> (Tensor out, Tensor out2)",
-    _rotary, _rotary_fake, instead="fusedattn.apply_rotary",
+    _rotary, _rotary_fake,
 )  # fmt: skip
 rotary_ = define(
     f"rotary_(Tensor(a!) x, Tensor(b!)? x2, {_REST}) -> ()",
-    _rotary_in_place, lambda *_: None, instead="fusedattn.apply_rotary",
+    _rotary_in_place, lambda *_: None,
 )  # fmt: skip
 
 
 def call(xs, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
     """The rotation of one or two tensors, in new ones of their shapes."""
     x, x2 = as_heads(xs[0]), as_heads(xs[1]) if len(xs) == 2 else None
-    if plain(x, x2, cos, sin):
+    if plain(x, x2, cos, sin, positions, start):
         out, out2 = _run(x, x2, cos, sin, positions, start, backend, config)
     else:
         out, out2 = rotary_fwd(x, x2, cos, sin, positions, start, backend, *config)
@@ -149,7 +173,7 @@ def call(xs, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
 def call_in_place(x, x2, cos, sin, positions, start, config, backend) -> None:
     """The rotation in the memory of x and x2 themselves, of at most four dimensions."""
     x, x2 = as_heads(x), None if x2 is None else as_heads(x2)
-    if plain(x, x2, cos, sin):
+    if plain(x, x2, cos, sin, positions, start):
         _run_in_place(x, x2, cos, sin, positions, start, backend, config)
     else:
         rotary_(x, x2, cos, sin, positions, start, backend, *config)

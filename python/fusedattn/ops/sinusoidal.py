@@ -19,7 +19,17 @@ from torch import Tensor
 from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
-from ._library import define, direct, plain, transformed
+from ._library import (
+    define,
+    differentiate,
+    direct,
+    hand_over,
+    has_override,
+    is_overridden,
+    plain,
+    transformed,
+    watched,
+)
 from ._registry import Backend, Op
 from .rotary_config import INDICES, validate_input
 
@@ -157,13 +167,17 @@ def _run(x, positions, start, backend, config) -> Tensor:
 def _sinusoidal(
     x: Tensor, positions: Tensor | None, start: Tensor | None, backend: str, *options: Any
 ) -> Tensor:
-    return _run(x, positions, start, backend, SinusoidalConfig(*options))
+    base, scale, offset = options
+    checked = prepare(x, positions, offset if start is None else start, base, scale)
+    if x.dim() != 3:
+        raise ValueError(f"add_sinusoidal: got x of shape {tuple(x.shape)}, expected (B, S, W)")
+    return _run(*checked[:3], op.choose(backend, checked), SinusoidalConfig(*options))
 
 
 sinusoidal_fwd = define(
     "sinusoidal_fwd(Tensor x, Tensor? positions, Tensor? start, str backend, float base, "
     "float scale, SymInt offset) -> Tensor",
-    _sinusoidal, lambda x, *_: torch.empty_like(x), instead="fusedattn.add_sinusoidal",
+    _sinusoidal, lambda x, *_: torch.empty_like(x),
 )  # fmt: skip
 
 
@@ -176,7 +190,7 @@ def _as_rows(x: Tensor) -> Tensor:
 def call(x, positions, start, config, backend) -> Tensor:
     """scale · x + positions in a new tensor of the shape of x."""
     flat = _as_rows(x)
-    if plain(x):
+    if plain(x, positions, start):
         out = _run(flat, positions, start, backend, config)
     else:
         out = sinusoidal_fwd(flat, positions, start, backend, *config)
@@ -202,6 +216,21 @@ class SinusoidalFunction(torch.autograd.Function):
     def backward(ctx: Any, dout):
         return dout if ctx.scale == 1.0 else ctx.scale * dout, None, None, None, None
 
+
+class _LibraryFunction(SinusoidalFunction):
+    """The gradient of the library op, whose kernel checks the arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x, positions, start, config, backend):
+        ctx.scale = config.scale
+        return sinusoidal_fwd(x, positions, start, backend, *config)
+
+
+def _differentiable_forward(x, positions, start, backend, *options):
+    return _LibraryFunction.apply(x, positions, start, SinusoidalConfig(*options), backend)
+
+
+differentiate(sinusoidal_fwd, _differentiable_forward)
 
 _Function = direct(SinusoidalFunction)
 
@@ -237,10 +266,12 @@ def add_sinusoidal(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if has_override(x, positions, offset) and is_overridden(locals()):
+        return hand_over(add_sinusoidal, locals())
     checked = prepare(x, positions, offset, base, scale)
     chosen = op.choose(backend, checked)
     if transformed():
         return _formula(_as_rows(x), *checked[1:]).view(x.shape)
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled() and not watched():
         return _Function.apply(*checked, chosen)
     return call(*checked, chosen)

@@ -16,10 +16,25 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
-from ._library import cpu_at_once, define, direct, plain, transformed
+from ._library import (
+    cpu_at_once,
+    define,
+    differentiate,
+    direct,
+    expect,
+    hand_over,
+    has_override,
+    is_overridden,
+    keep,
+    kept,
+    plain,
+    second_order,
+    transformed,
+    watched,
+)
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
-from .softmax_config import HALVES, SoftmaxConfig, configure, prepare
+from .softmax_config import HALVES, SoftmaxCall, SoftmaxConfig, configure, prepare
 
 op = Op("softmax", BACKENDS)
 
@@ -79,17 +94,31 @@ def _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backen
     return dx, dbias
 
 
+def _check(
+    x: Tensor, mask: Any, bias: Any, backend: str, dim: int, causal: int, scale: float
+) -> tuple[SoftmaxCall, str]:
+    """The call, if its tensors and options fit together, and the backend that takes it."""
+    if causal not in (0, 1, 2):
+        raise ValueError(f"softmax: got causal={causal}, expected 0, 1 or 2")
+    call = prepare(x, dim, mask, bias, scale, SoftmaxConfig(causal, scale).causal_name)
+    return call, op.choose(backend, call)
+
+
 def _forward(x: Tensor, mask: Tensor | None, bias: Tensor | None, backend: str, dim: int,
              *options: Any) -> Tensor:  # fmt: skip
-    return _run_forward(x, mask, bias, dim, SoftmaxConfig(*options), backend)
+    call, chosen = _check(x, mask, bias, backend, dim, *options)
+    return _run_forward(x, mask, bias, dim, call.config, chosen)
 
 
 def _backward(dout: Tensor, out: Tensor, bias_shape: Any, bias_dtype: Any, x_grad: bool,
               backend: str, dim: int, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `call_backward`; a library op returns an empty tensor for an unwanted gradient."""
-    dx, dbias = _run_backward(
-        dout, out, bias_shape, bias_dtype, x_grad, dim, SoftmaxConfig(*options), backend
-    )
+    expect("softmax_bwd", "dout", dout, out.shape, out.dtype, out.device)
+    bias = None
+    if bias_shape is not None:
+        bias = torch.empty((), dtype=bias_dtype, device=out.device).expand(bias_shape)
+    call, chosen = _check(out, None, bias, backend, dim, *options)
+    dx, dbias = _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, call.config, chosen)
     return (out.new_empty(0) if dx is None else dx), (out.new_empty(0) if dbias is None else dbias)
 
 
@@ -108,17 +137,17 @@ def _backward_fake(dout: Tensor, out: Tensor, bias_shape: Any, bias_dtype: Any, 
 _OPTIONS = "str backend, int dim, int causal, float scale"
 softmax_fwd = define(
     f"softmax_fwd(Tensor x, Tensor? mask, Tensor? bias, {_OPTIONS}) -> Tensor",
-    _forward, _forward_fake, instead="fusedattn.softmax",
+    _forward, _forward_fake,
 )  # fmt: skip
 softmax_bwd = define(
     "softmax_bwd(Tensor dout, Tensor out, SymInt[]? bias_shape, ScalarType? bias_dtype, "
     f"bool x_grad, {_OPTIONS}) -> (Tensor dx, Tensor dbias)",
-    _backward, _backward_fake, instead="fusedattn.softmax",
+    _backward, _backward_fake,
 )  # fmt: skip
 
 
 def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
-    if plain(x, bias):
+    if plain(x, mask, bias):
         return _run_forward(x, mask, bias, dim, config, backend)
     return softmax_fwd(x, mask, bias, backend, dim, *config)
 
@@ -153,7 +182,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout):
-        (out,) = ctx.saved_tensors
+        (out,) = kept(ctx)
         differentiable = _grad_enabled() and not _is_compiling()
         backward = _SoftmaxBackward.apply if differentiable else call_backward
         dx, dbias = backward(dout, out, *ctx.options)
@@ -162,7 +191,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
 def _keep(ctx: Any, out, bias, dim, config, backend) -> Tensor:
     """Keep for the backward what it needs; returns out."""
-    ctx.save_for_backward(out)
+    keep(ctx, out)
     x_grad, _, bias_grad = ctx.needs_input_grad[:3]
     of_bias = (bias.shape, bias.dtype) if bias_grad else (None, None)
     ctx.options = (*of_bias, x_grad, dim, config, backend)
@@ -177,6 +206,15 @@ class _ServedFunction(SoftmaxFunction):
         return _keep(ctx, outputs[0], bias, dim, config, backend)
 
 
+class _LibraryFunction(SoftmaxFunction):
+    """The gradient of the library op, whose kernel checks the arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x, mask, bias, dim, config, backend):
+        out = softmax_fwd(x, mask, bias, backend, dim, *config)
+        return _keep(ctx, out, bias, dim, config, backend)
+
+
 _Function, _Served = direct(SoftmaxFunction), direct(_ServedFunction)
 
 
@@ -188,37 +226,34 @@ class _SoftmaxBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
-        ctx.save_for_backward(dout, out)
+        keep(ctx, dout, out)
         ctx.bias_shape, ctx.dim, ctx.scale = bias_shape, dim, config.scale
         ctx.set_materialize_grads(False)
         return call_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend)
 
     @staticmethod
-    def backward(ctx: Any, ddx, ddbias):
-        wanted = ctx.needs_input_grad[:2]
-        dout, out = ctx.saved_tensors
-        with torch.enable_grad():
-            # Not `out` itself: the chain of the forward is autograd's, this is one link.
-            inputs = [x.view_as(x) if x.requires_grad else x for x in (dout, out)]
-            g, y = (x.float() if x.dtype in HALVES else x for x in inputs)
+    def backward(ctx: Any, *cotangents):
+        def formula(dout, out):
+            g, y = (x.float() if x.dtype in HALVES else x for x in (dout, out))
             dx, ds = reference.softmax_backward(g, y, ctx.dim, scale=ctx.scale)
-            found = [] if ddx is None else [(dx, ddx.to(dx.dtype))]
-            if ddbias is not None:
-                found.append((ds.sum_to_size(ctx.bias_shape), ddbias.to(ds.dtype)))
-            chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
-            if not found or not chosen:
-                return (None,) * 8
-            second = iter(
-                torch.autograd.grad(
-                    [g for g, _ in found],
-                    chosen,
-                    [c for _, c in found],
-                    allow_unused=True,
-                    create_graph=torch.is_grad_enabled(),
-                )
-            )
-        ddout, dout_of_out = (next(second) if want else None for want in wanted)
-        return ddout, dout_of_out, None, None, None, None, None, None
+            return dx, None if ctx.bias_shape is None else ds.sum_to_size(ctx.bias_shape)
+
+        return *second_order(formula, kept(ctx), cotangents), *(None,) * 6
+
+
+def _differentiable_forward(x, mask, bias, backend, dim, *options):
+    return _LibraryFunction.apply(x, mask, bias, dim, SoftmaxConfig(*options), backend)
+
+
+def _differentiable_backward(dout, out, bias_shape, bias_dtype, x_grad, backend, dim, *options):
+    dx, dbias = _SoftmaxBackward.apply(
+        dout, out, bias_shape, bias_dtype, x_grad, dim, SoftmaxConfig(*options), backend
+    )
+    return (out.new_empty(0) if dx is None else dx), (out.new_empty(0) if dbias is None else dbias)
+
+
+differentiate(softmax_fwd, _differentiable_forward)
+differentiate(softmax_bwd, _differentiable_backward)
 
 
 # --- public function -----------------------------------------------------------------------------
@@ -264,6 +299,8 @@ def softmax(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if has_override(x, mask, bias) and is_overridden(locals()):
+        return hand_over(softmax, locals())
     native = cpu_at_once(backend)
     if native is not None and mask is None and bias is None and native.usual_softmax(x, dim):
         config = configure(x.dim(), dim, causal, scale)
@@ -276,6 +313,7 @@ def softmax(
     config = call.config
     if transformed():
         return _formula(x, mask, bias, dim, config)
-    if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+    recorded = x.requires_grad or (bias is not None and bias.requires_grad)
+    if recorded and _grad_enabled() and not watched():
         return _Function.apply(x, mask, bias, dim, config, chosen)
     return call_forward(x, mask, bias, dim, config, chosen)

@@ -1,0 +1,224 @@
+"""The ops as they stay in a program: traced, exported, called raw, with whatever tensors come."""
+
+from __future__ import annotations
+
+import io
+
+import fusedattn
+import pytest
+import torch
+from op_calls import OP_CALLS, arguments, outputs
+from processes import in_a_new_process
+
+ARGUMENTS = pytest.mark.parametrize(("op", "name"), list(arguments()))
+
+
+class Call(torch.nn.Module):
+    """An op as a module of its tensors, in the order of its public arguments."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.run, self.names = OP_CALLS[op].run, list(OP_CALLS[op].tensors(torch.float32))
+
+    def forward(self, *tensors: torch.Tensor):
+        return self.run(**dict(zip(self.names, tensors, strict=True)))
+
+
+def gradients(program, op, tensors):
+    """The outputs and the gradients of the sum of their squares."""
+    given = {
+        name: x.clone().requires_grad_(name in OP_CALLS[op].differentiable)
+        for name, x in tensors.items()
+    }
+    found = outputs(program(*given.values()))
+    loss = sum(y.square().sum() for y in found)
+    wanted = [x for x in given.values() if x.requires_grad]
+    return [*found, *torch.autograd.grad(loss, wanted)]
+
+
+@pytest.mark.parametrize("op", OP_CALLS)
+def test_an_exported_program_trains(op):
+    call = OP_CALLS[op]
+    made, given = call.tensors(torch.float32), call.tensors(torch.float32)
+    program = torch.export.export(Call(op), tuple(made.values())).module()
+    for found, want in zip(
+        gradients(program, op, given), gradients(Call(op), op, given), strict=True
+    ):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_saved_and_trains(op):
+    """Made of tensors that require a gradient, as people make them, and checked by torch."""
+    call = OP_CALLS[op]
+    made = [
+        x.requires_grad_(name in call.differentiable)
+        for name, x in call.tensors(torch.float32).items()
+    ]
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(Call(op), tuple(made)), file)
+    file.seek(0)
+    given = call.tensors(torch.float32)
+    for found, want in zip(
+        gradients(torch.jit.load(file), op, given), gradients(Call(op), op, given), strict=True
+    ):
+        assert torch.equal(found, want)
+
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@ARGUMENTS
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_whose_storage_was_freed(op, name, grad):
+    call = OP_CALLS[op]
+    tensors = call.tensors(torch.float32)
+    with torch.set_grad_enabled(grad):
+        if grad:
+            tensors[call.differentiable[0]].requires_grad_()
+        tensors[name] = freed(tensors[name].detach())
+        with pytest.raises((ValueError, RuntimeError), match=r"without data|storage"):
+            call.run(**tensors)
+
+
+@pytest.mark.parametrize("op", [op for op in OP_CALLS if op != "add_sinusoidal"])
+def test_a_gradient_whose_storage_was_freed(op):
+    call = OP_CALLS[op]
+    tensors = call.tensors(torch.float32)
+    out = outputs(
+        call.run(
+            **tensors | {call.differentiable[0]: next(iter(tensors.values())).requires_grad_()}
+        )
+    )[0]
+    with pytest.raises((ValueError, RuntimeError), match=r"without data|storage"):
+        out.backward(freed(torch.ones_like(out)))
+
+
+@ARGUMENTS
+def test_a_tensor_that_stands_for_zeros(op, name):
+    """torch's ZeroTensor, of forward mode and undefined gradients, has no memory."""
+    tensors = OP_CALLS[op].tensors(torch.float32)
+    zeros = torch.zeros_like(tensors[name])
+    stand_in = torch._efficientzerotensor(zeros.shape, dtype=zeros.dtype)
+    for found, want in zip(
+        outputs(OP_CALLS[op].run(**tensors | {name: stand_in})),
+        outputs(OP_CALLS[op].run(**tensors | {name: zeros})),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, want)
+
+
+CHANGES = {
+    "half": torch.Tensor.half,
+    "double": torch.Tensor.double,
+    "fewer": lambda x: x.narrow(-1, 0, x.shape[-1] - 1),
+    "flat": torch.Tensor.flatten,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("op", [op for op in OP_CALLS if op != "add_sinusoidal"])
+def test_a_saved_tensor_comes_back_as_it_was(op, change):
+    """A hook may move or compress what was saved, not hand out something else."""
+    call = OP_CALLS[op]
+    tensors = call.tensors(torch.float32)
+    for name in call.differentiable:
+        tensors[name].requires_grad_()
+
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        return CHANGES[change](x) if x.is_floating_point() and x.dim() > 1 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        out = outputs(call.run(**tensors))[0]
+    with pytest.raises(RuntimeError, match="from a saved-tensor hook, expected it as it was saved"):
+        out.sum().backward()
+
+
+def valid_calls():
+    """Raw library ops and arguments that they take."""
+    R = torch.randn
+    q, k, dout, lse = R(2, 2, 5, 8), R(2, 1, 6, 8), R(2, 2, 5, 8), R(2, 2, 5)
+    extras = (torch.ones(2, 1, 5, 6, dtype=torch.bool), R(1, 2, 5, 6), torch.tensor([6, 4]))
+    options = ("cpu", 2, 0.3, -1, -1, 0.0, 0.0, False)
+    inputs = (q, k, k.clone(), *extras, None, None, None)
+    yield "attention_fwd", (*inputs, *options)
+    yield "attention_bwd", (dout, lse.clone(), dout.clone(), lse, *inputs, True, *options)
+    x, w, b, rows = R(4, 3, 8), R(8), R(8), R(12)
+    seed, f32 = torch.tensor([7]), torch.float32
+    for centre in (True, False):
+        norm = ("cpu", centre, 1e-5, 0.0, 0.0)
+        yield "norm_fwd", (x, x.clone(), w, b, None, 1, f32, *norm)
+        yield "norm_fwd", (x, None, w, b, seed, 1, f32, *norm[:-1], 0.5)
+        yield "norm_bwd", (x, x.clone(), x, w, rows, rows, None, 1, f32, f32, f32, f32, *norm)
+    soft = ("cpu", -1, 0, 1.0)
+    yield "softmax_fwd", (x, torch.ones(3, 8, dtype=torch.bool), R(3, 8), *soft)
+    yield "softmax_bwd", (x, x.clone(), (3, 8), f32, True, *soft)
+    tables = (R(9, 4), R(9, 4), torch.randint(5, (2, 5)), torch.tensor([2]))
+    yield "rotary_fwd", (q, k[:, :, :5], *tables, "cpu", False, False, 0)
+    yield "rotary_", (q.clone(), k[:, :, :5].clone(), *tables, "cpu", True, True, 0)
+    yield "sinusoidal_fwd", (x, torch.randint(5, (4, 3)), torch.tensor([2]), "cpu", 1e4, 1.0, 0)
+
+
+def hostile(value):
+    """What may stand in place of an argument, and is wrong in most."""
+    if isinstance(value, torch.Tensor):
+        yield from (value[..., :-1], value[:1], value[None], value.flatten(), value.new_empty(0))
+        yield from (value.half(), value.double(), value.int(), value.to("meta"), freed(value))
+        yield value.expand(3, *value.shape)
+        yield value.to(torch.complex64)
+        yield value.repeat(*[3] * value.dim())
+    elif isinstance(value, (bool, float, int)):
+        yield from (-3, 2, 2**31, 2**62, float("nan"), float("inf"), True)
+    elif isinstance(value, str):
+        yield from ("triton", "cuda", "cuda_emulated", "reference", "nothing", "")
+    elif isinstance(value, torch.dtype):
+        yield from (torch.int32, torch.bool, torch.complex64, torch.float64, torch.bfloat16)
+    elif isinstance(value, tuple):
+        yield from ((8,), (3, 9), (), (2, 2, 2, 2, 2), (-1, 8))
+    yield None
+
+
+def call_hostile() -> int:
+    """How many hostile calls were answered; for a process of its own, which they may kill."""
+    count = 0
+    for name, good in valid_calls():
+        op = getattr(torch.ops.fusedattn, name)
+        op(*good)
+        for i, value in enumerate(good):
+            for bad in hostile(value):
+                args = [x.clone() if isinstance(x, torch.Tensor) else x for x in good]
+                args[i] = bad
+                try:
+                    op(*args)
+                except (ValueError, TypeError, RuntimeError):
+                    count += 1
+    return count
+
+
+def test_hostile_calls_of_raw_ops():
+    """No call reads or writes out of bounds, or takes the process with it."""
+    code = "import test_library_ops as t; print(t.call_hostile())"
+    path = f"import sys; sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r}); "
+    assert int(in_a_new_process(path + code)) > 900
+
+
+def test_the_raw_op_in_place_has_no_gradient():
+    *_, (_, args), _ = valid_calls()
+    x = args[0].requires_grad_().clone()
+    with pytest.raises(RuntimeError, match=r"call fusedattn\.apply_rotary instead"):
+        torch.ops.fusedattn.rotary_(x, *args[1:])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(0, 1), (1, 1), (2, 3.0), (3, 0.5)], ids=["left", "right", "cap", "drop"]
+)
+def test_options_of_the_schema_are_refused_until_they_are_served(option, value):
+    (_, args), *_ = valid_calls()
+    args = [*args]
+    args[12 + option] = value
+    with pytest.raises(fusedattn.UnsupportedError, match="not supported yet"):
+        torch.ops.fusedattn.attention_fwd(*args)

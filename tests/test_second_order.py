@@ -1,0 +1,84 @@
+"""Second derivatives as people take them: of inputs that share a history, through any loss."""
+
+from __future__ import annotations
+
+import fusedattn
+import pytest
+import torch
+from fusedattn.reference import functional as reference
+from op_calls import OP_CALLS, OpCall, outputs
+from torch.autograd import gradgradcheck
+
+
+def of_one_input(call: OpCall, chosen: tuple[str, ...], backend: str):
+    """x → the squares of an op's outputs, whose `chosen` tensors are functions of x; and an x."""
+    tensors = call.tensors(torch.float64)
+    x = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    maps = {name: torch.randn(6, tensors[name].numel(), dtype=torch.float64) for name in chosen}
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = {name: (x @ m).sin().view(tensors[name].shape) for name, m in maps.items()}
+        return tuple(y.square() for y in outputs(call.run(**tensors | made, backend=backend)))
+
+    return function, x
+
+
+@pytest.mark.parametrize("op", OP_CALLS)
+def test_inputs_that_share_a_history(op, backend):
+    call = OP_CALLS[op]
+    function, x = of_one_input(call, call.differentiable, backend)
+    assert gradgradcheck(function, x, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, call in OP_CALLS.items() for name in call.differentiable]
+)
+def test_one_input_with_a_history(op, name, fast_backend):
+    function, x = of_one_input(OP_CALLS[op], (name,), fast_backend)
+    assert gradgradcheck(function, x, fast_mode=True)
+
+
+def test_one_tensor_in_every_place(backend):
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(
+        lambda x: fusedattn.attention(x, x, x[..., :2], bias=x, backend=backend).square(),
+        x,
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fusedattn.nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64),
+        fusedattn.nn.LayerNorm(4, dtype=torch.float64),
+        fusedattn.nn.RMSNorm(4, dtype=torch.float64),
+        fusedattn.nn.Softmax(-1),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules(module):
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    inputs = 3 if isinstance(module, torch.nn.MultiheadAttention) else 1
+
+    def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(dict(module.named_parameters()), parameters, strict=True))
+        return outputs(torch.func.functional_call(module, named, (x.sin(),) * inputs))[0].square()
+
+    assert gradgradcheck(function, (x, *module.parameters()), fast_mode=True)
+
+
+def test_third_derivatives(backend):
+    """The formula of the backward goes on being differentiable."""
+    x = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def third(attention):
+        found = attention(x, x.sin(), x.cos()).square().sum()
+        for _ in range(3):
+            (found,) = torch.autograd.grad(found, x, create_graph=True)
+            found = found.square().sum()
+        return found
+
+    want = third(lambda q, k, v: reference.attention(q, k, v)[0])
+    found = third(lambda q, k, v: fusedattn.attention(q, k, v, backend=backend))
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=0)

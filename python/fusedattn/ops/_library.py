@@ -225,7 +225,8 @@ def transformed() -> bool:
     return (
         _transforms()
         or forward_ad._current_level >= 0
-        or ((_recorded() or _dispatch_modes() != 0 or _traced()) and _exports_onnx())
+        # Asked last: torch imports a module to answer.
+        or ((_traced() or _recorded() or _dispatch_modes() != 0) and _exports_onnx())
     )
 
 

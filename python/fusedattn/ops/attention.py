@@ -132,12 +132,12 @@ def _prepare(
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
         if bias is not None and bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
-    validate(q, k, v)
+    head_dim = validate(q, k, v)
     # Dynamo traces through a cached function, but warns about it.
     checked = configure.__wrapped__ if _is_compiling() else configure
     if deterministic is None:
         deterministic = _deterministic()
-    config = checked(q.size(3), causal, scale, window, softcap, dropout_p, deterministic)
+    config = checked(head_dim, causal, scale, window, softcap, dropout_p, deterministic)
     if mask is not None or bias is not None or kv_lengths is not None:
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config)

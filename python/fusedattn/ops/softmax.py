@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
+from ._checks import HALVES
 from ._library import cpu_at_once, define, direct, plain, transformed
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
-from .softmax_config import HALVES, SoftmaxConfig, configure, prepare
+from .softmax_config import SoftmaxConfig, configure, prepare
 
 op = Op("softmax", BACKENDS)
 

@@ -5,7 +5,10 @@ They run before anything is launched, and on the tensors of traced and exported 
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,9 @@ INDICES = (torch.int32, torch.int64)
 CAUSAL = {False: 0, True: 2, "top_left": 1, "bottom_right": 2}
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_MANY = 1000  # ways in which the elements of two tensors may lie between one another
 _strided = torch.strided
+_is_tracing = torch._C._is_tracing
 
 # --- tensors -------------------------------------------------------------------------------------
 
@@ -42,7 +47,13 @@ def check_tensor(
 
 
 def _has_values(x: object) -> bool:
-    return isinstance(x, Tensor) and not torch.nn.parameter.is_lazy(x)
+    return isinstance(x, Tensor) and not (torch.nn.parameter.is_lazy(x) or is_causal_bias(x))
+
+
+def is_causal_bias(x: object) -> bool:
+    """torch's CausalBias says which keys are masked; its memory is never written."""
+    bias = sys.modules.get("torch.nn.attention.bias")  # importing it would import dynamo
+    return bias is not None and isinstance(x, bias.CausalBias)
 
 
 def _kind(x: object) -> str:
@@ -134,3 +145,108 @@ def check_causal(op: str, causal: bool | str) -> int:
             f"{op}: got causal={causal!r}, expected False, True, 'top_left' or 'bottom_right'"
         )
     return CAUSAL[causal]
+
+
+# --- memory that is written in place -------------------------------------------------------------
+
+
+def check_in_place(
+    op: str, names: Sequence[str], tensors: Sequence[Tensor | None], written: int
+) -> None:
+    """Check that each element of the first `written` tensors has memory of its own.
+
+    Tensors whose elements lie between one another, as queries and keys of one projection do, pass.
+
+    Raises:
+        RuntimeError: as torch's own in-place operations.
+    """
+    if _is_tracing():  # by torch.jit: sizes are tensors
+        return
+    storages: list[Any] = []
+    for i, x in enumerate(tensors):
+        if x is None:
+            continue
+        storage = x.untyped_storage()
+        try:
+            for j, other in enumerate(storages):
+                if other is storage and _overlap(*_layout(tensors[j], x)):
+                    raise RuntimeError(
+                        f"{op}: unsupported operation: some elements of {names[j]}, which is "
+                        f"written to, and {names[i]} refer to a single memory location; clone() "
+                        f"{names[j]} first"
+                    )
+            if i < written:
+                storages.append(storage)
+                if _overlaps_itself(x.shape, x.stride()):
+                    raise RuntimeError(
+                        f"{op}: unsupported operation: more than one element of {names[i]}, of "
+                        f"shape {tuple(x.shape)} and strides {x.stride()}, refers to a single "
+                        "memory location, and it is written to; clone() it first"
+                    )
+        except TypeError:  # symbolic sizes have no hash
+            return
+
+
+@functools.lru_cache(maxsize=256)
+def _overlaps_itself(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether two elements of one tensor lie at one place."""
+    if shape.numel() == 0:
+        return False
+    last = reach = 0
+    apart = True
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride == last:
+                return True
+            apart = apart and stride > reach
+            last, reach = stride, reach + stride * (size - 1)
+    return not apart and _meet(0, _steps(1, 1, shape, strides, shape, strides), moved=False)
+
+
+def _layout(x: Any, y: Tensor) -> tuple[Any, ...]:
+    """All that the overlap of two tensors in one storage depends on, sizes in bytes."""
+    size, size_y = x.element_size(), y.element_size()
+    distance = y.storage_offset() * size_y - x.storage_offset() * size
+    return distance, size, size_y, x.shape, x.stride(), y.shape, y.stride()
+
+
+@functools.lru_cache(maxsize=256)
+def _overlap(distance, size, size_y, shape, strides, shape_y, strides_y) -> bool:
+    """Whether two tensors in one storage have a byte in common."""
+    if shape.numel() == 0 or shape_y.numel() == 0:
+        return False
+    return _meet(distance, _steps(size, size_y, shape, strides, shape_y, strides_y), moved=True)
+
+
+def _steps(size, size_y, shape, strides, shape_y, strides_y) -> dict[int, tuple[int, int]]:
+    """How often each stride, in bytes, may be taken from a byte of one to one of the other."""
+    steps = {1: (1 - size_y, size - 1)}
+    of_x = [(n, stride * size, 0) for n, stride in zip(shape, strides, strict=True)]
+    of_y = [(n, stride * size_y, 1) for n, stride in zip(shape_y, strides_y, strict=True)]
+    for n, step, back in of_x + of_y:
+        low, high = steps.get(step, (0, 0))
+        steps[step] = (low - n + 1, high) if back else (low, high + n - 1)
+    steps.pop(0, None)
+    return steps
+
+
+def _meet(distance: int, steps: dict[int, tuple[int, int]], moved: bool) -> bool:
+    """Whether steps lead over the distance, one of them at least unless `moved`; if in doubt, yes.
+
+    The longest are taken first: those that follow must be able to cover what is left.
+    """
+    left = {(distance, moved)}
+    order = sorted(steps.items(), reverse=True)
+    for i, (step, (low, high)) in enumerate(order):
+        shortest, longest = (sum(s * ends[e] for s, ends in order[i + 1 :]) for e in (0, 1))
+        found = set()
+        for rest, moving in left:
+            least = max(low, -((longest - rest) // step))
+            most = min(high, (rest - shortest) // step)
+            if most - least > _MANY:
+                return True
+            found |= {(rest - step * n, moving or n != 0) for n in range(least, most + 1)}
+        if len(found) > _MANY:
+            return True
+        left = found
+    return (0, True) in left

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import (
     FLOATS,
+    HALVES,
     INDICES,
     check_broadcast,
     check_causal,
@@ -17,6 +18,7 @@ from ._checks import (
     check_number,
     check_probability,
     check_tensor,
+    is_causal_bias,
 )
 
 
@@ -94,6 +96,21 @@ def configure(
     )
 
 
+def autocast(q, k, v, bias):
+    """q, k, v and bias in autocast's dtype where it is on; what is float64 stays as it is."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor("attention", name, x)
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v, bias
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    # A bias in float32 is more exact, and one that is not floating point is an error.
+    if q.dtype == dtype and isinstance(bias, Tensor) and bias.dtype in (torch.float64, *HALVES):
+        bias = bias.to(dtype)
+    return q, k, v, bias
+
+
 def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Check q, k and v against each other; returns the head dim of q and k.
 
@@ -160,6 +177,33 @@ def _broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     check_device("attention", name, x, "q", q)
     check_broadcast("attention", name, x, (*q.shape[:3], k.shape[2]), "(B, Hq, Sq, Sk) =")
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def replace_causal_bias(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str
+) -> tuple[Tensor | None, Tensor | None, bool | str]:
+    """mask, bias and causal, where one of torch's CausalBias in place of the first two is the last.
+
+    Raises:
+        ValueError: it is for other lengths, or there is a `causal` already.
+    """
+    for name, x in (("mask", mask), ("bias", bias)):
+        if is_causal_bias(x):
+            given: Any = x
+            lengths, expected = (given.seq_len_q, given.seq_len_kv), (q.shape[2], k.shape[2])
+            if lengths != expected:
+                raise ValueError(
+                    f"attention: got {name}, a CausalBias for lengths {lengths} of q and k, "
+                    f"expected {expected}"
+                )
+            if causal is not False:
+                raise ValueError(
+                    f"attention: got causal={causal!r} and {name}, a CausalBias, expected one of "
+                    "the two"
+                )
+            causal = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}[given.variant.name]
+            mask, bias = (None, bias) if name == "mask" else (mask, None)
+    return mask, bias, causal
 
 
 def validate_extras(

@@ -24,13 +24,13 @@ def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 # What is passed, the error, and what its message names: argument, what was got, what is expected.
 BAD = {
-    "q is a list": ({"q": [1.0]}, TypeError, ["q of type list", "expected a Tensor"]),
-    "v is None": ({"v": None}, TypeError, ["v of type NoneType", "expected a Tensor"]),
+    "q is a list": ({"q": [1.0]}, TypeError, ["q of type list", "a dense float32, bf"]),
+    "v is None": ({"v": None}, TypeError, ["v of type NoneType", "a dense float32, bf"]),
     "q of rank 3": ({"q": (4, 6, 8)}, ValueError, ["q of shape (4, 6, 8)", "expected 4 dim"]),
     "k of rank 5": ({"k": (1, *K)}, ValueError, ["k of shape (1, 2, 2, 10, 8)", "expected 4 dim"]),
     "v of rank 2": ({"v": (10, 5)}, ValueError, ["v of shape (10, 5)", "expected 4 dim"]),
-    "integers": ({"dtype": torch.int32}, TypeError, ["q of dtype torch.int32", "expected float16"]),
-    "complex": ({"dtype": torch.complex64}, TypeError, ["torch.complex64", "expected float16"]),
+    "integers": ({"dtype": torch.int32}, TypeError, ["q of dtype torch.int32", "float64"]),
+    "complex": ({"dtype": torch.complex64}, TypeError, ["complex64", "float64 tensor"]),
     "k of another dtype": (
         {"k": of(torch.bfloat16, *K)},
         TypeError,
@@ -68,8 +68,8 @@ BAD = {
     ),
     "mask of rank 5": ({"mask": of(torch.bool, 1, 1, 1, 6, 10)}, ValueError, ["mask", "(B, Hq"]),
     "float mask": ({"mask": of(torch.float32, 6, 10)}, TypeError, ["mask", "float32", "as bias"]),
-    "uint8 mask": ({"mask": of(torch.uint8, 6, 10)}, TypeError, ["mask", "uint8", "a bool"]),
-    "mask is a list": ({"mask": [[True]]}, TypeError, ["mask of type list", "a bool"]),
+    "uint8 mask": ({"mask": of(torch.uint8, 6, 10)}, TypeError, ["mask", "uint8", "dense bool"]),
+    "mask is a list": ({"mask": [[True]]}, TypeError, ["mask of type list", "a dense bool"]),
     "mask of another device": (
         {"mask": torch.ones(6, 10, dtype=torch.bool, device="meta")},
         ValueError,
@@ -85,9 +85,9 @@ BAD = {
     "half bias of float32 queries": (
         {"bias": of(torch.float16, 6, 10)},
         TypeError,
-        ["bias", "torch.float16", "expected a tensor of torch.float32"],
+        ["bias", "torch.float16", "expected a dense float32 tensor"],
     ),
-    "bias is a float": ({"bias": 1.0}, TypeError, ["bias of type float", "expected a tensor"]),
+    "bias is a float": ({"bias": 1.0}, TypeError, ["bias of type float", "a dense float32"]),
     "bias of another device": (
         {"bias": torch.zeros(6, 10, device="meta")},
         ValueError,

@@ -114,7 +114,7 @@ def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 # What is passed, the error, and what its message names: argument, what was got, what is expected.
 BAD = {
-    "x is a list": ({"x": [1.0]}, TypeError, ["x of type list", "expected a Tensor"]),
+    "x is a list": ({"x": [1.0]}, TypeError, ["x of type list", "a dense float32, bf"]),
     "integers": ({"x": of(torch.int64, 3)}, TypeError, ["x of dtype torch.int64", "float16"]),
     "dim too high": ({"dim": 3}, ValueError, ["dim=3", "-3 <= dim < 3", "3 dimensions"]),
     "dim too low": ({"dim": -4}, ValueError, ["dim=-4", "-3 <= dim < 3"]),
@@ -125,13 +125,13 @@ BAD = {
     "causal of rank 1": ({"x": of(F32, 3), "causal": True}, ValueError, ["at least 2 dimensions"]),
     "scale is a string": ({"scale": "1"}, TypeError, ["scale of type str", "expected a float"]),
     "float mask": ({"mask": of(F32, 4)}, TypeError, ["mask", "torch.float32", "passed as bias"]),
-    "mask is a list": ({"mask": [True]}, TypeError, ["mask of type list", "a bool"]),
+    "mask is a list": ({"mask": [True]}, TypeError, ["mask of type list", "a dense bool"]),
     "mask does not broadcast": ({"mask": of(torch.bool, 3)}, ValueError, ["(3,)", "(2, 3, 4)"]),
     "mask of higher rank": ({"mask": of(torch.bool, 1, 2, 3, 4)}, ValueError, ["(1, 2, 3, 4)"]),
     "mask elsewhere": ({"mask": of(torch.bool, 4).to("meta")}, ValueError, ["mask on meta", "cpu"]),
     "integer bias": ({"bias": of(torch.int32, 4)}, TypeError, ["bias", "torch.int32", "float32"]),
     "float64 bias": ({"bias": of(torch.float64, 4)}, TypeError, ["torch.float64", "bfloat16"]),
-    "bias is a float": ({"bias": 1.0}, TypeError, ["bias of type float", "expected a tensor"]),
+    "bias is a float": ({"bias": 1.0}, TypeError, ["bias of type float", "a dense float32, bf"]),
     "bias does not broadcast": ({"bias": of(F32, 2, 1)}, ValueError, ["bias of shape (2, 1)"]),
     "unknown backend": ({"backend": "cuda9"}, ValueError, ["backend='cuda9'", "'reference'"]),
 }  # fmt: skip

@@ -72,17 +72,6 @@ def _on_data(packet: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def expect(
-    op: str, name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """A ValueError unless x is of this shape, dtype and device."""
-    if x.shape != torch.Size(shape) or x.dtype != dtype or x.device != device:
-        raise ValueError(
-            f"{op}: got {name} of shape {tuple(x.shape)}, {x.dtype}, on {x.device}, expected "
-            f"{tuple(shape)}, {dtype}, on {device}"
-        )
-
-
 def _recorded_by(packet: Any) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):

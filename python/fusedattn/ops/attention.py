@@ -33,7 +33,9 @@ from ._library import (
 from .attention_config import (
     AttentionCall,
     AttentionConfig,
+    autocast,
     configure,
+    replace_causal_bias,
     validate,
     validate_extras,
 )
@@ -177,19 +179,17 @@ def _prepare(
     q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
     deterministic=None,
 ) -> AttentionCall:  # fmt: skip
-    if _autocast_anywhere() and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-        if bias is not None and bias.dtype not in (dtype, torch.float32):
-            bias = bias.to(dtype)
-    validate(q, k, v)
+    if _autocast_anywhere():
+        q, k, v, bias = autocast(q, k, v, bias)
+    head_dim = validate(q, k, v)
     # Dynamo traces through a cached function, but warns about it.
     checked = configure.__wrapped__ if _is_compiling() else configure
     if deterministic is None:
         deterministic = _deterministic()
-    config = checked(q.size(3), causal, scale, window, softcap, dropout_p, deterministic)
     if mask is not None or bias is not None or kv_lengths is not None:
+        mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
+    config = checked(head_dim, causal, scale, window, softcap, dropout_p, deterministic)
     return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config)
 
 
@@ -223,7 +223,8 @@ def attention(
         q: queries (B, Hq, Sq, D), float16, bfloat16, float32 or float64.
         k: keys (B, Hkv, Sk, D); Hq is a multiple of Hkv (grouped queries).
         v: values (B, Hkv, Sk, Dv).
-        mask: bool, True = may attend, broadcastable to (B, Hq, Sq, Sk).
+        mask: bool, True = may attend, broadcastable to (B, Hq, Sq, Sk). As mask or bias also a
+            `torch.nn.attention.bias.CausalBias`, which stands for `causal`.
         bias: added to the scaled scores, broadcastable likewise, in the dtype of q or float32.
             Its gradient has its own shape.
         causal: True or "bottom_right": the last query sees every key. "top_left": the first query

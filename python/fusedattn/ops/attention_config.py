@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-CAUSAL = {False: 0, True: 2, "top_left": 1, "bottom_right": 2}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ._checks import (
+    FLOATS,
+    HALVES,
+    INDICES,
+    check_broadcast,
+    check_causal,
+    check_device,
+    check_number,
+    check_probability,
+    check_tensor,
+    is_causal_bias,
+)
 
 
 class AttentionConfig(NamedTuple):
@@ -68,88 +78,66 @@ def configure(
     deterministic: bool,
 ) -> AttentionConfig:
     """Check the options and fill in the defaults."""
-    if causal not in CAUSAL:
-        raise ValueError(
-            f"attention: got causal={causal!r}, expected False, True, 'top_left' or 'bottom_right'"
-        )
-    if scale is None:
-        scale = head_dim**-0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"attention: got scale of type {type(scale).__name__}, expected a float")
+    op = "attention"
     left, right = window if window is not None else (None, None)
     for side in (left, right):
         if side is not None and side < 0:
-            raise ValueError(f"attention: got window={window}, expected sides >= 0 or None")
+            raise ValueError(f"{op}: got window={window}, expected sides >= 0 or None")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: got softcap={softcap}, expected a float > 0 or None")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"attention: got dropout_p={dropout_p}, expected 0 <= dropout_p <= 1")
+        raise ValueError(f"{op}: got softcap={softcap}, expected a float > 0 or None")
     return AttentionConfig(
-        CAUSAL[causal],
-        float(scale),
+        check_causal(op, causal),
+        head_dim**-0.5 if scale is None else check_number(op, "scale", scale),
         -1 if left is None else left,
         -1 if right is None else right,
         softcap or 0.0,
-        float(dropout_p),
+        check_probability(op, "dropout_p", dropout_p),
         bool(deterministic),
     )
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check q, k and v against each other.
+def autocast(q, k, v, bias):
+    """q, k, v and bias in autocast's dtype where it is on; what is float64 stays as it is."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor("attention", name, x)
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v, bias
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    # A bias in float32 is more exact, and one that is not floating point is an error.
+    if q.dtype == dtype and isinstance(bias, Tensor) and bias.dtype in (torch.float64, *HALVES):
+        bias = bias.to(dtype)
+    return q, k, v, bias
+
+
+def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Check q, k and v against each other; returns the head dim of q and k.
 
     Raises:
-        TypeError: not tensors, not floating point, or of different dtypes.
+        TypeError: not dense tensors, not floating point, or of different dtypes.
         ValueError: wrong rank, shapes that do not fit together, or different devices.
     """
     try:
         batch, heads, _, head_dim = q.shape
         batch_k, heads_kv, seq_k, head_dim_k = k.shape
         batch_v, heads_v, seq_v, head_dim_v = v.shape
-        fits = (
-            q.dtype is k.dtype is v.dtype
-            and q.dtype in DTYPES
-            and q.device == k.device == v.device
-            and batch == batch_k == batch_v
-            and heads_v == heads_kv
-            and seq_v == seq_k
-            and head_dim == head_dim_k != 0 != head_dim_v
-            and (heads == heads_kv or (heads_kv != 0 and heads % heads_kv == 0))
-        )
-    except (AttributeError, ValueError):
-        fits = False
-    if not fits:
-        _explain_misfit(q, k, v)
-
-
-def _explain_misfit(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise the error that says what does not fit."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"attention: got {name} of type {type(x).__name__}, expected a Tensor")
-        if x.dim() != 4:
-            raise ValueError(
-                f"attention: got {name} of shape {tuple(x.shape)}, expected 4 dimensions "
-                "(batch, heads, length, head_dim)"
-            )
-    dtype, device = q.dtype, q.device
-    if dtype not in DTYPES:
+        dense = q.dtype in FLOATS and q.layout is k.layout is v.layout is torch.strided
+    except (AttributeError, RuntimeError, ValueError):
+        dense = False
+    if not dense:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_rank(name, x)
+    if not q.dtype is k.dtype is v.dtype:
         raise TypeError(
-            f"attention: got q of dtype {dtype}, expected float16, bfloat16, float32 or float64"
+            f"attention: got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype"
         )
-    if k.dtype != dtype or v.dtype != dtype:
-        raise TypeError(
-            f"attention: got q, k, v of dtypes {dtype}, {k.dtype}, {v.dtype}, expected one dtype"
-        )
-    if k.device != device or v.device != device:
+    if not ((q.is_cpu and k.is_cpu and v.is_cpu) or q.device == k.device == v.device):
         raise ValueError(
-            f"attention: got q, k, v on devices {device}, {k.device}, {v.device}, "
+            f"attention: got q, k, v on devices {q.device}, {k.device}, {v.device}, "
             "expected one device"
         )
-    batch, heads, _, head_dim = q.shape
-    batch_k, heads_kv, seq_k, head_dim_k = k.shape
-    batch_v, heads_v, seq_v, _ = v.shape
-    if batch_k != batch or batch_v != batch:
+    if not batch == batch_k == batch_v:
         raise ValueError(
             f"attention: got batch sizes {batch}, {batch_k}, {batch_v} of q, k, v, expected one"
         )
@@ -158,7 +146,7 @@ def _explain_misfit(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: got v of shape {tuple(v.shape)}, expected the batch, heads and length of "
             f"k, {tuple(k.shape[:3])}"
         )
-    if v.shape[3] == 0:
+    if head_dim_v == 0:
         raise ValueError(
             f"attention: got v of shape {tuple(v.shape)}, expected a head dim of at least 1"
         )
@@ -172,25 +160,50 @@ def _explain_misfit(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: got {heads} query heads and {heads_kv} key heads, "
             "expected a multiple (grouped queries)"
         )
+    return head_dim
 
 
-def broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def _check_rank(name: str, x: Tensor) -> None:
+    shape = check_tensor("attention", name, x)
+    if len(shape) != 4:
+        raise ValueError(
+            f"attention: got {name} of shape {tuple(shape)}, expected 4 dimensions "
+            "(batch, heads, length, head_dim)"
+        )
+
+
+def _broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """`x` as a view of 4 dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if x.device != q.device:
-        raise ValueError(
-            f"attention: got {name} on {x.device}, expected the device of q, {q.device}"
-        )
-    fits = x.dim() <= 4 and all(
-        have == 1 or have == want
-        for have, want in zip(reversed(x.shape), reversed(full), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"attention: got {name} of shape {tuple(x.shape)}, expected one that broadcasts to "
-            f"(B, Hq, Sq, Sk) = {full}"
-        )
+    check_device("attention", name, x, "q", q)
+    check_broadcast("attention", name, x, (*q.shape[:3], k.shape[2]), "(B, Hq, Sq, Sk) =")
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def replace_causal_bias(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str
+) -> tuple[Tensor | None, Tensor | None, bool | str]:
+    """mask, bias and causal, where one of torch's CausalBias in place of the first two is the last.
+
+    Raises:
+        ValueError: it is for other lengths, or there is a `causal` already.
+    """
+    for name, x in (("mask", mask), ("bias", bias)):
+        if is_causal_bias(x):
+            given: Any = x
+            lengths, expected = (given.seq_len_q, given.seq_len_kv), (q.shape[2], k.shape[2])
+            if lengths != expected:
+                raise ValueError(
+                    f"attention: got {name}, a CausalBias for lengths {lengths} of q and k, "
+                    f"expected {expected}"
+                )
+            if causal is not False:
+                raise ValueError(
+                    f"attention: got causal={causal!r} and {name}, a CausalBias, expected one of "
+                    "the two"
+                )
+            causal = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}[given.variant.name]
+            mask, bias = (None, bias) if name == "mask" else (mask, None)
+    return mask, bias, causal
 
 
 def validate_extras(
@@ -198,30 +211,20 @@ def validate_extras(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Check mask, bias and kv_lengths; the first two come back with 4 dimensions."""
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"attention: got mask of type {got}, expected a bool tensor (True = may attend); "
-                "a float mask is passed as bias"
-            )
-        mask = broadcastable("mask", mask, q, k)
+        remark = " (True = may attend); a float mask is passed as bias"
+        check_tensor("attention", "mask", mask, (torch.bool,), remark)
+        mask = _broadcastable("mask", mask, q, k)
     if bias is not None:
-        allowed = (q.dtype,) if q.dtype == torch.float64 else (q.dtype, torch.float32)
-        if not isinstance(bias, Tensor) or bias.dtype not in allowed:
-            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(
-                f"attention: got bias of type {got}, expected a tensor of "
-                f"{' or '.join(str(dtype) for dtype in dict.fromkeys(allowed))}"
-            )
-        bias = broadcastable("bias", bias, q, k)
+        own = q.dtype in (torch.float32, torch.float64)
+        dtypes = (q.dtype,) if own else (q.dtype, torch.float32)
+        check_tensor("attention", "bias", bias, dtypes)
+        bias = _broadcastable("bias", bias, q, k)
     if kv_lengths is not None:
-        if not isinstance(kv_lengths, Tensor) or kv_lengths.dtype not in (torch.int32, torch.int64):
-            got = kv_lengths.dtype if isinstance(kv_lengths, Tensor) else type(kv_lengths).__name__
-            raise TypeError(f"attention: got kv_lengths of type {got}, expected an int32 tensor")
-        if kv_lengths.shape != (q.shape[0],) or kv_lengths.device != q.device:
+        shape = check_tensor("attention", "kv_lengths", kv_lengths, INDICES)
+        check_device("attention", "kv_lengths", kv_lengths, "q", q)
+        if shape != q.shape[:1]:
             raise ValueError(
-                f"attention: got kv_lengths of shape {tuple(kv_lengths.shape)} on "
-                f"{kv_lengths.device}, expected ({q.shape[0]},) on {q.device}"
+                f"attention: got kv_lengths of shape {tuple(shape)}, expected ({q.shape[0]},)"
             )
         kv_lengths = kv_lengths.to(torch.int32)
     return mask, bias, kv_lengths

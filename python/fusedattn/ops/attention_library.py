@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, define_autocast, expect, plain, register_flops
+from ._checks import check_like
+from ._library import define, define_autocast, plain, register_flops
 from ._registry import Op, UnsupportedError
 from .attention_backends import BACKENDS
 from .attention_config import AttentionCall, AttentionConfig, validate, validate_extras
@@ -124,7 +125,7 @@ def _backward(dout, dlse, out, lse, *args: Any) -> tuple[Tensor, ...]:
         ("dlse", dlse, rows, wide), ("lse", lse, rows, wide),
     ):  # fmt: skip
         if x is not None:
-            expect("attention_bwd", name, x, of, dtype, q.device)
+            check_like("attention_bwd", name, x, of, dtype, q.device)
     grads = _run_backward(
         dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad, config, chosen
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ._checks import FLOATS, INDICES, check_device, check_number, check_probability, check_tensor
 
 
 class NormConfig(NamedTuple):
@@ -48,18 +48,16 @@ def configure(centre: bool, eps: float, weight_offset: float, dropout_p: float) 
         TypeError: an option that is not a number.
         ValueError: eps below 0, dropout_p outside [0, 1].
     """
-    config = NormConfig(centre, eps, weight_offset, dropout_p)
-    for option in ("eps", "weight_offset", "dropout_p"):
-        value = getattr(config, option)
-        if not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{config.name}: got {option} of type {type(value).__name__}, expected a float"
-            )
-    if not eps >= 0.0:
-        raise ValueError(f"{config.name}: got eps={eps}, expected eps >= 0")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{config.name}: got dropout_p={dropout_p}, expected 0 <= dropout_p <= 1")
-    return NormConfig(centre, float(eps), float(weight_offset), float(dropout_p))
+    op = NormConfig(centre, 0.0).name
+    config = NormConfig(
+        centre,
+        check_number(op, "eps", eps),
+        check_number(op, "weight_offset", weight_offset),
+        check_probability(op, "dropout_p", dropout_p),
+    )
+    if not config.eps >= 0.0:
+        raise ValueError(f"{op}: got eps={eps}, expected eps >= 0")
+    return config
 
 
 def shape_of(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -69,12 +67,7 @@ def shape_of(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tup
         TypeError: x is not a floating-point tensor, or the shape not one of integers.
         ValueError: x does not end in `normalized_shape`.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got x of type {type(x).__name__}, expected a Tensor")
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: got x of dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
-        )
+    given = check_tensor(name, "x", x)
     if isinstance(normalized_shape, (int, torch.SymInt)):
         shape: tuple[int, ...] = (normalized_shape,)
     else:
@@ -86,9 +79,9 @@ def shape_of(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tup
         if not integers:
             raise TypeError(f"{name}: got normalized_shape={normalized_shape!r}, expected integers")
     dims = len(shape)
-    if dims == 0 or x.dim() < dims or x.shape[-dims:] != shape:
+    if dims == 0 or len(given) < dims or given[-dims:] != shape:
         raise ValueError(
-            f"{name}: got x of shape {tuple(x.shape)}, expected one that ends in "
+            f"{name}: got x of shape {tuple(given)}, expected one that ends in "
             f"normalized_shape={tuple(shape)}, of at least one dimension"
         )
     return shape
@@ -101,19 +94,13 @@ def check_parameter(name: str, what: str, y: Tensor, x: Tensor, shape: Sequence[
         TypeError: not a floating-point tensor.
         ValueError: another shape or another device.
     """
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name}: got {what} of type {type(y).__name__}, expected a Tensor")
-    if y.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: got {what} of dtype {y.dtype}, expected float16, bfloat16, float32 or float64"
-        )
-    if y.shape != shape:
+    given = check_tensor(name, what, y)
+    if given != shape:
         of = "x" if what == "residual" else "normalized_shape"
         raise ValueError(
-            f"{name}: got {what} of shape {tuple(y.shape)}, expected that of {of}, {tuple(shape)}"
+            f"{name}: got {what} of shape {tuple(given)}, expected that of {of}, {tuple(shape)}"
         )
-    if y.device != x.device:
-        raise ValueError(f"{name}: got {what} on {y.device}, expected the device of x, {x.device}")
+    check_device(name, what, y, "x", x)
 
 
 def seed_tensor(name: str, seed: int | Tensor | None, x: Tensor) -> Tensor:
@@ -125,10 +112,9 @@ def seed_tensor(name: str, seed: int | Tensor | None, x: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     if isinstance(seed, Tensor):
-        if seed.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: got seed of dtype {seed.dtype}, expected int64")
-        if seed.numel() != 1:
-            raise ValueError(f"{name}: got seed of shape {tuple(seed.shape)}, expected 1 element")
+        shape = check_tensor(name, "seed", seed, INDICES)
+        if shape.numel() != 1:
+            raise ValueError(f"{name}: got seed of shape {tuple(shape)}, expected 1 element")
         return seed.detach().reshape(1).to(x.device, torch.int64)
     if not isinstance(seed, (int, torch.SymInt)):
         raise TypeError(f"{name}: got seed of type {type(seed).__name__}, expected an int")
@@ -141,7 +127,7 @@ def stream_dtype(name: str, residual: Tensor, residual_dtype: torch.dtype | None
     """The dtype of the residual that is returned."""
     if residual_dtype is None:
         return residual.dtype
-    if residual_dtype not in DTYPES:
+    if residual_dtype not in FLOATS:
         raise TypeError(
             f"{name}: got residual_dtype={residual_dtype}, expected float16, bfloat16, float32 or "
             "float64"

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import cpu_at_once, define, expect, plain
+from ._checks import check_like
+from ._library import cpu_at_once, define, plain
 from ._registry import Op
 from .norm_backends import BACKENDS
 from .norm_config import (
@@ -163,7 +164,7 @@ def _check(name, x, weight, seed, dims, config: NormConfig) -> tuple[int, ...]:
     if config.dropout_p != 0.0:
         if seed is None:
             raise ValueError(f"{name}: got dropout_p={config.dropout_p} without a seed")
-        expect(name, "seed", seed, (1,), torch.int64, x.device)
+        check_like(name, "seed", seed, (1,), torch.int64, x.device)
     return shape
 
 
@@ -214,7 +215,7 @@ def _backward(
         ("mean", mean, rows, wide), ("rstd", rstd, rows, wide),
     ):  # fmt: skip
         if x is not None:
-            expect(name, what, x, shape, dtype, z.device)
+            check_like(name, what, x, shape, dtype, z.device)
     op = layer_norm_op if config.centre else rms_norm_op
     chosen = op.choose(backend, NormCall(z, None, weight, None, z.dtype, config))
     found = _run_backward(dout, dz, z, weight, mean, rstd, seed, dims, dtypes, config, chosen)

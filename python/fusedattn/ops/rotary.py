@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_in_place
 from ._library import (
     differentiate,
     direct,
@@ -160,26 +161,30 @@ def _apply(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, 
     return call(xs, cos, sin, positions, start, config, backend)
 
 
+_SINGLE = "apply_rotary", ("x", "cos", "sin", "positions", "offset")
+_PAIR = "apply_rotary_qk", ("q", "k", "cos", "sin", "positions", "offset")
+
+
 def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
     """In the tensors themselves, with the errors that torch's own in-place operations raise."""
     xs = (x,) if x2 is None else (x, x2)
     if x is x2:
         raise ValueError("apply_rotary_qk: got one tensor as q and k, expected two with inplace")
-    recorded = torch.is_grad_enabled() and any(y.requires_grad for y in xs)
-    for y in xs:
-        if recorded and y.requires_grad and y.is_leaf:
-            raise RuntimeError(
-                "apply_rotary: a leaf Variable that requires grad is being used in an in-place "
-                "operation."
-            )
-        if not _is_compiling() and torch._debug_has_internal_overlap(y) == 1:
-            raise RuntimeError(
-                "apply_rotary: unsupported operation: more than one element of the written-to "
-                f"tensor of shape {tuple(y.shape)} and strides {y.stride()} refers to a single "
-                "memory location; clone() it first"
-            )
-    tracing = transformed() or (recorded and watched())
-    if tracing or any(y.dim() > 4 or (not _is_compiling() and y.is_neg()) for y in xs):
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad or (x2 is not None and x2.requires_grad)
+    )
+    if recorded and any(y.requires_grad and y.is_leaf for y in xs):
+        raise RuntimeError(
+            "apply_rotary: a leaf Variable that requires grad is being used in an in-place "
+            "operation."
+        )
+    compiling = _is_compiling()
+    copied = transformed() or (recorded and watched())
+    if not (compiling or copied):
+        op, names = _SINGLE if x2 is None else _PAIR
+        check_in_place(op, names, (*xs, cos, sin, positions, start), len(xs))
+        copied = x.is_neg() or (x2 is not None and x2.is_neg())
+    if copied or x.dim() > 4 or (x2 is not None and x2.dim() > 4):
         for y, out in zip(
             xs, _apply(x, x2, cos, sin, positions, start, config, backend), strict=True
         ):
@@ -232,7 +237,9 @@ def apply_rotary(
             tensors on the CPU in eager mode. On a GPU and in compiled code nothing waits for the
             tensors' values: there the features that have no angle become NaN, and no memory
             outside the tables is read.
-        RuntimeError: in place, on a leaf that requires a gradient or an expanded tensor.
+        RuntimeError: in place, on a leaf that requires a gradient, on an expanded tensor, or where
+            x shares memory with another argument. Queries and keys of one projection do not: their
+            elements lie between one another.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
     if has_override(x, cos, sin, positions, offset) and is_overridden(locals()):

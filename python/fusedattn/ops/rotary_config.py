@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_device, check_offset, check_positions, check_tensor
 from ._library import plain
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDICES = (torch.int32, torch.int64)
 
 _transforms = torch._C._are_functorch_transforms_active
 
@@ -53,55 +51,45 @@ def as_heads(x: Tensor) -> Tensor:
     return x.flatten(1, -3)
 
 
-def validate_input(op: str, name: str, x: Tensor) -> None:
-    """x is a floating-point tensor of two dimensions or more."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: got {name} of type {type(x).__name__}, expected a Tensor")
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: got {name} of dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
-        )
-    if x.dim() < 2:
+def validate_input(op: str, name: str, x: Tensor) -> torch.Size:
+    """x is a floating-point tensor of two dimensions or more; returns its shape."""
+    shape = check_tensor(op, name, x)
+    if len(shape) < 2:
         raise ValueError(
-            f"{op}: got {name} of shape {tuple(x.shape)}, expected at least 2 dimensions "
+            f"{op}: got {name} of shape {tuple(shape)}, expected at least 2 dimensions "
             "(…, length, features)"
         )
+    return shape
 
 
-def validate_inputs(op: str, x: Tensor, x2: Tensor | None) -> None:
-    """x alone, or q and k that turn together."""
-    validate_input(op, "x" if x2 is None else "q", x)
+def validate_inputs(op: str, x: Tensor, x2: Tensor | None) -> torch.Size:
+    """x alone, or q and k that turn together; returns the shape of the first."""
+    shape = validate_input(op, "x" if x2 is None else "q", x)
     if x2 is not None:
-        validate_input(op, "k", x2)
+        shape2 = validate_input(op, "k", x2)
         if x2.dtype != x.dtype or x2.device != x.device:
             raise ValueError(
                 f"{op}: got q and k of {x.dtype} on {x.device} and {x2.dtype} on {x2.device}, "
                 "expected one dtype and device"
             )
-        shape, shape2 = x.shape, x2.shape
         batch, batch2 = (s[0] if len(s) > 2 else 1 for s in (shape, shape2))
         if batch != batch2 or shape[-2:] != shape2[-2:]:
             raise ValueError(
                 f"{op}: got q of shape {tuple(shape)} and k of shape {tuple(shape2)}, expected "
                 "one batch size, length and head dim"
             )
+    return shape
 
 
 def validate_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> int:
     """Check cos and sin against x; returns their rows."""
-    device = x.device
-    for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, Tensor) or table.dtype not in DTYPES:
-            got = table.dtype if isinstance(table, Tensor) else type(table).__name__
-            raise TypeError(f"{op}: got {name} of type {got}, expected a floating-point tensor")
-        if table.device != device:
-            raise ValueError(
-                f"{op}: got {name} on {table.device}, expected the device of x, {device}"
-            )
-    shape, of_x = cos.shape, x.shape
-    if shape != sin.shape or cos.dtype != sin.dtype:
+    shape, shape_of_sin, of_x = check_tensor(op, "cos", cos), check_tensor(op, "sin", sin), x.shape
+    if not (x.is_cpu and cos.is_cpu and sin.is_cpu):
+        check_device(op, "cos", cos, "x", x)
+        check_device(op, "sin", sin, "x", x)
+    if shape != shape_of_sin or cos.dtype != sin.dtype:
         raise ValueError(
-            f"{op}: got cos {tuple(shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype}, "
+            f"{op}: got cos {tuple(shape)} {cos.dtype} and sin {tuple(shape_of_sin)} {sin.dtype}, "
             "expected one shape and one dtype"
         )
     rank, batch = len(shape), of_x[0] if len(of_x) > 2 else 1
@@ -127,15 +115,8 @@ def validate_positions(
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """positions as (1 or B, S), and the offset as a tensor or as a number."""
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.dtype not in INDICES:
-            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
-            raise TypeError(f"{op}: got positions of type {got}, expected an int32 or int64 tensor")
-        if positions.device != x.device:
-            raise ValueError(
-                f"{op}: got positions on {positions.device}, expected the device of x, {x.device}"
-            )
         batch, length = x.shape[0] if x.dim() > 2 else 1, x.shape[-2]
-        shape = positions.shape
+        shape = check_positions(op, positions, x)
         if len(shape) == 1 and shape[0] == length:
             positions = positions.unsqueeze(0)
         elif len(shape) != 2 or shape[1] != length or shape[0] not in (1, batch):
@@ -143,18 +124,7 @@ def validate_positions(
                 f"{op}: got positions of shape {tuple(shape)}, expected ({length},) or "
                 f"({batch}, {length})"
             )
-    if not isinstance(offset, Tensor):
-        if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
-            raise TypeError(
-                f"{op}: got offset of type {type(offset).__name__}, expected an int or a tensor"
-            )
-        return positions, None, offset
-    if offset.dtype not in INDICES or offset.numel() != 1 or offset.device != x.device:
-        raise ValueError(
-            f"{op}: got offset of shape {tuple(offset.shape)}, {offset.dtype}, on {offset.device}, "
-            f"expected one int32 or int64 on the device of x, {x.device}"
-        )
-    return positions, offset.reshape(1), 0
+    return positions, *check_offset(op, offset, x)
 
 
 def _validate_range(
@@ -199,10 +169,10 @@ def prepare(
         TypeError: not tensors, not floating point, positions not int32 or int64.
         ValueError: shapes, dtypes or devices that do not fit together, or a position without row.
     """
-    validate_inputs(op, x, x2)
+    shape = validate_inputs(op, x, x2)
     rows = validate_tables(op, x, cos, sin)
     positions, start, offset = validate_positions(op, x, positions, offset)
-    length = x.shape[-2]
+    length = shape[-2]
     if length != 0 and (positions is None or positions.shape[0] != 0):
         _validate_range(op, length, rows, positions, start, offset)
     return RotaryCall(

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._checks import check_number, check_offset, check_positions
 from ._library import (
     define,
     differentiate,
@@ -31,7 +32,7 @@ from ._library import (
     watched,
 )
 from ._registry import Backend, Op
-from .rotary_config import INDICES, validate_input
+from .rotary_config import validate_input
 
 
 class SinusoidalConfig(NamedTuple):
@@ -61,44 +62,21 @@ def prepare(
         ValueError: shapes or devices that do not fit together, or base <= 0.
     """
     name = "add_sinusoidal"
-    validate_input(name, "x", x)
+    shape = validate_input(name, "x", x)
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.dtype not in INDICES:
-            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
-            raise TypeError(
-                f"{name}: got positions of type {got}, expected an int32 or int64 tensor"
-            )
-        length = x.shape[-2]
-        if positions.shape not in ((length,), (1, length), x.shape[:-1]):
+        length = shape[-2]
+        given = check_positions(name, positions, x)
+        if given not in ((length,), (1, length), shape[:-1]):
             raise ValueError(
-                f"{name}: got positions of shape {tuple(positions.shape)}, expected ({length},) or "
-                f"{tuple(x.shape[:-1])}"
-            )
-        if positions.device != x.device:
-            raise ValueError(
-                f"{name}: got positions on {positions.device}, expected the device of x, {x.device}"
+                f"{name}: got positions of shape {tuple(given)}, expected ({length},) or "
+                f"{tuple(shape[:-1])}"
             )
         positions = positions.reshape(-1, length) if length else None
-    for option, value in (("base", base), ("scale", scale)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{name}: got {option} of type {type(value).__name__}, expected a float"
-            )
+    base, scale = check_number(name, "base", base), check_number(name, "scale", scale)
     if not base > 0.0:
         raise ValueError(f"{name}: got base={base}, expected a number above 0")
-    start = None
-    if isinstance(offset, Tensor):
-        if offset.dtype not in INDICES or offset.numel() != 1 or offset.device != x.device:
-            raise ValueError(
-                f"{name}: got offset of shape {tuple(offset.shape)}, {offset.dtype}, on "
-                f"{offset.device}, expected one int32 or int64 on the device of x, {x.device}"
-            )
-        start, offset = offset.reshape(1), 0
-    elif isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(
-            f"{name}: got offset of type {type(offset).__name__}, expected an int or a tensor"
-        )
-    return SinusoidalCall(x, positions, start, SinusoidalConfig(float(base), float(scale), offset))
+    start, offset = check_offset(name, offset, x)
+    return SinusoidalCall(x, positions, start, SinusoidalConfig(base, scale, offset))
 
 
 # --- backends: forward(x, positions, offset, out, config) ----------------------------------------

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
+from ._checks import HALVES, check_like
 from ._library import (
     cpu_at_once,
     define,
     differentiate,
     direct,
-    expect,
     hand_over,
     has_override,
     is_overridden,
@@ -34,7 +34,7 @@ from ._library import (
 )
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
-from .softmax_config import HALVES, SoftmaxCall, SoftmaxConfig, configure, prepare
+from .softmax_config import SoftmaxCall, SoftmaxConfig, configure, prepare
 
 op = Op("softmax", BACKENDS)
 
@@ -113,7 +113,7 @@ def _forward(x: Tensor, mask: Tensor | None, bias: Tensor | None, backend: str, 
 def _backward(dout: Tensor, out: Tensor, bias_shape: Any, bias_dtype: Any, x_grad: bool,
               backend: str, dim: int, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `call_backward`; a library op returns an empty tensor for an unwanted gradient."""
-    expect("softmax_bwd", "dout", dout, out.shape, out.dtype, out.device)
+    check_like("softmax_bwd", "dout", dout, out.shape, out.dtype, out.device)
     bias = None
     if bias_shape is not None:
         bias = torch.empty((), dtype=bias_dtype, device=out.device).expand(bias_shape)

@@ -23,8 +23,9 @@ from torch import Tensor
 from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._checks import HALVES
 from ._registry import Backend, Refusal
-from .softmax_config import HALVES, SoftmaxCall
+from .softmax_config import SoftmaxCall
 
 # --- views ---------------------------------------------------------------------------------------
 

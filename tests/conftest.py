@@ -93,6 +93,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fp64_on_one_thread() -> Iterator[None]:
+    """For small modules, where two paths to one result agree to 1e-7 and threads only cost."""
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+
+
 def _backends() -> list:
     native = [] if _native.cpu is None else ["cpu"]
     on_gpu = [pytest.param("triton", marks=pytest.mark.gpu)] if HAS_GPU else []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import fusedattn
 import fusedattn.nn.attention as module_file
 import pytest
 import torch
@@ -50,8 +53,6 @@ def swap(model: nn.TransformerEncoder) -> None:
     taken_over.self_attn = MultiheadAttention.from_torch(taken_over.self_attn)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
     "masks",
     [
@@ -62,13 +63,11 @@ def swap(model: nn.TransformerEncoder) -> None:
     ],
     ids=["no-mask", "padding", "causal", "causal-padding"],
 )
-def test_encoder_calls_the_fused_op(
-    calls: list[tuple[Tensor, ...]], masks: dict[str, Any], training: bool, gradients: bool
-) -> None:
+def test_encoder_calls_the_fused_op(calls: list[tuple[Tensor, ...]], masks: dict[str, Any]) -> None:
     """In evaluation torch's layer has a path of its own, which must not bypass the module."""
     layer = nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0.0, batch_first=True)
-    model, x = nn.TransformerEncoder(layer, 2).train(training), torch.randn(N, L, E)
-    with torch.set_grad_enabled(gradients):
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(N, L, E)
+    with torch.no_grad():
         expected = model(x, **masks)
         swap(model)
         got = model(x, **masks)
@@ -80,10 +79,37 @@ def test_encoder_calls_the_fused_op(
 def test_encoder_built_from_a_fused_layer(calls: list[tuple[Tensor, ...]]) -> None:
     layer = nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0.0, batch_first=True)
     layer.self_attn = MultiheadAttention(E, H, batch_first=True)
-    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
-    with torch.no_grad():
-        model(torch.randn(N, L, E), src_key_padding_mask=PADDING)
-    assert len(calls) == 3
+    x = torch.randn(N, L, E)
+    for nest in (False, True):
+        model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=nest).eval()
+        calls.clear()
+        with torch.no_grad():
+            out = model(x, src_key_padding_mask=PADDING)
+        assert len(calls) == 3
+        assert (out[PADDING] == 0).all() == nest  # what torch does by nested tensors
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 10, "vdim": 6}], ids=["one", "three"])
+def test_says_what_its_weights_are(sizes: dict[str, int]) -> None:
+    """PEFT, quantizers and others read it; torch's fast path has to be kept out by other means."""
+    theirs = nn.MultiheadAttention(E, H, batch_first=True, **sizes)
+    made = MultiheadAttention(E, H, batch_first=True, **sizes)
+    for ours in (made, MultiheadAttention.from_torch(theirs)):
+        assert ours._qkv_same_embed_dim is theirs._qkv_same_embed_dim is not bool(sizes)
+        ours._reset_parameters()
+        for twin in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert twin._qkv_same_embed_dim is not bool(sizes)
+            assert len(twin._forward_pre_hooks) == 1
+    assert not theirs._forward_pre_hooks
+
+
+def test_strict_forbids_dropout() -> None:
+    module, x = MultiheadAttention(E, H, 0.1), torch.randn(L, N, E)
+    with fusedattn.strict():
+        module.eval()(x, x, x)
+        with pytest.raises(fusedattn.UnsupportedError, match=r"dropout=0.1 while training .* stri"):
+            module.train()(x, x, x)
+    module(x, x, x)
 
 
 def test_decoder_layer(calls: list[tuple[Tensor, ...]]) -> None:
@@ -199,12 +225,6 @@ def test_bad_calls(name: str) -> None:
     error, message, (inputs, options) = BAD_CALLS[name]
     with pytest.raises(error, match=f"MultiheadAttention: got .*{message}"):
         MultiheadAttention(E, H)(*inputs, **options)
-
-
-def test_nested_needs_plain_self_attention() -> None:
-    nested = torch.nested.nested_tensor([torch.zeros(2, E), torch.zeros(3, E)])
-    with pytest.raises(ValueError, match="got a nested query"):
-        MultiheadAttention(E, H)(nested, nested, nested)
 
 
 @pytest.mark.parametrize("build", [(0, 1), (8, 0), (8, 3), (8, 2, -0.1), (8, 2, 1.5)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import fusedattn
 import pytest
 import torch
 from compare import check
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 class Mixed(nn.Module):
@@ -117,20 +120,94 @@ def test_the_model_itself_and_its_optimizer():
     assert not torch.equal(before, model.weight)
 
 
-def test_copies_and_pickles_keep_the_fused_class():
-    model = nn.Sequential(nn.LayerNorm(8))
-    fusedattn.replace(model)
-    assert type(copy.deepcopy(model)[0]) is fusedattn.nn.LayerNorm
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
-def test_compiles_without_a_break():
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+COPIES["saved"] = saved
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_can_be_undone(how):
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True),
+        nn.ModuleList([nn.RMSNorm(32), nn.Softmax(-1), fusedattn.nn.LayerNorm(32)]),
+    )
+    before = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
+    done = fusedattn.replace(model)
+    twin = COPIES[how](model)
+    of_twin = fusedattn.Replacement.of(twin)
+    assert of_twin.changed == done.changed
+    assert type(twin[1][0]) is fusedattn.nn.RMSNorm
+    of_twin.undo()
+    assert len(fusedattn.Replacement.of(twin)) == 0
+    for name, module in twin.named_modules():  # what was a fused one before stays one
+        assert (type(module), set(vars(module))) == before[name]
+        assert not module._forward_pre_hooks
+    assert type(model[1][0]) is fusedattn.nn.RMSNorm
+    done.undo()
+    assert type(model[1][0]) is nn.RMSNorm
+
+
+def test_undo_leaves_what_others_have_changed_and_says_so():
+    model = Mixed().eval()
+    done = fusedattn.replace(model)
+    for module in (model.norms[0], model.encoder.self_attn.out_proj):
+        parametrize.register_parametrization(module, "weight", nn.Tanh())
+    model.softmax.__class__ = type("Mine", (fusedattn.nn.Softmax,), {})
+    x = torch.randn(2, 7, 32)
+    expected = model(x)
+    message = r"left as they are.*: norms.0 \(ParametrizedRMSNorm\), softmax \(Mine\)$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        done.undo()
+    assert warned[0].filename == __file__
+    assert type(model.encoder.self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(model(x), expected)
+    parametrize.remove_parametrizations(model.norms[0], "weight")
+    model.softmax.__class__ = fusedattn.nn.Softmax
+    done.undo()
+    assert type(model.norms[0]) is nn.RMSNorm
+    assert type(model.softmax) is nn.Softmax
+
+
+def test_undo_after_an_exception_and_of_a_shared_module():
+    shared = nn.LayerNorm(8)
+    one, other = nn.Sequential(shared, nn.Softmax(-1)), nn.Sequential(shared)
+
+    def fail_within() -> None:
+        with fusedattn.replace(one):
+            inner = fusedattn.replace(other)
+            assert len(inner) == 0
+            inner.undo()
+            assert type(shared) is fusedattn.nn.LayerNorm
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    assert type(shared) is nn.LayerNorm
+    assert type(one[1]) is nn.Softmax
+    with fusedattn.replace(one):
+        fusedattn.Replacement.of(other).undo()
+        assert type(shared) is nn.LayerNorm  # and the exit finds it undone
+
+
+def test_compiles_without_a_break_and_anew_after_undo(monkeypatch):
     model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.RMSNorm(16), nn.Softmax(-1))
-    fusedattn.replace(model)
+    done = fusedattn.replace(model)
     x = torch.randn(4, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    done.undo()
+    monkeypatch.setattr(fusedattn.nn.norm, "layer_norm", None)  # nothing of ours is called
     torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_a_model_that_is_none():
     with pytest.raises(TypeError, match="replace: got model of type list, expected a Module"):
         fusedattn.replace([nn.LayerNorm(3)])
+    with pytest.raises(TypeError, match=r"Replacement.of: got model of type NoneType, expected a"):
+        fusedattn.Replacement.of(None)

@@ -16,21 +16,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
+from ..ops._registry import UnsupportedError, is_strict
 from ..ops.attention import attention
 from ..reference import functional as reference
+from ._inputs import is_nested, recorded, rows
+
+
+def _called_in_evaluation(module: torch.nn.Module, args: Any) -> None:
+    """A forward pre-hook that changes nothing: it has torch's encoder layers call their modules."""
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Drop-in for `torch.nn.MultiheadAttention`: same arguments, parameters and mask conventions.
 
-    It differs from torch's in four things. It never builds the (L, S) weights unless they are asked
+    It differs from torch's in five things. It never builds the (L, S) weights unless they are asked
     for. A query whose keys are all blocked gets weights 0 and attends to nothing, never NaN. Inside
     `torch.nn.TransformerEncoderLayer` it runs in evaluation too, where that layer would bypass its
-    attention module. Bad arguments raise `ValueError` or `TypeError`, not `AssertionError`.
+    attention module; a forward pre-hook that does nothing sees to that. Nested tensors are taken in
+    both layouts, while training and with gradients too. Bad arguments raise `ValueError` or
+    `TypeError`, not `AssertionError`.
 
-    Dropout acts on the weights, so while training with `dropout > 0` they are built in full and
-    memory grows with L·S; in evaluation dropout costs nothing.
+    Dropout acts on the weights, so while training with `dropout > 0` they are built in full by
+    plain PyTorch and memory grows with L·S, which `fusedattn.strict()` forbids; in evaluation
+    dropout costs nothing.
 
     Args:
         embed_dim, num_heads: E and H; E is a multiple of H.
@@ -73,25 +83,30 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )  # fmt: skip
+        self._keep_off_torch_fast_path()
 
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention) -> MultiheadAttention:
         """The fused twin of `module`. It shares the parameters, so optimizers stay valid."""
         twin: Any = copy.copy(module)
+        # Its own dicts of parameters and hooks, with what stands in them.
+        vars(twin).update({k: copy.copy(v) for k, v in vars(twin).items() if isinstance(v, dict)})
         twin.__class__ = cls
         twin._keep_off_torch_fast_path()
         return twin
 
     def _keep_off_torch_fast_path(self) -> None:
-        # TransformerEncoder and its layers take this flag, which nothing else here reads, as leave
-        # to compute the whole layer from our weights without calling us.
-        self._qkv_same_embed_dim = False
+        # TransformerEncoderLayer computes itself from our weights in evaluation, without calling
+        # us. Of what makes it step aside, only a hook on one of its modules says what we mean: that
+        # they are to be called. All else are facts about the weights, which others read as well.
+        # TransformerEncoder looks at no hook: it still makes padded batches nested tensors.
+        if _called_in_evaluation not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_called_in_evaluation)
 
-    def _reset_parameters(self) -> None:
-        # torch's own, also the last act of its __init__, reads the flag in its plain meaning.
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        self._keep_off_torch_fast_path()
+    def _let_torch_fast_path(self) -> None:
+        hooks = self._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _called_in_evaluation]:
+            del hooks[key]
 
     def forward(
         self,
@@ -111,7 +126,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         `fusedattn.attention`.
 
         Args:
-            query: (L, N, E), with batch_first (N, L, E), or unbatched (L, E).
+            query: (L, N, E), with batch_first (N, L, E), or unbatched (L, E). With batch_first also
+                nested, strided or jagged: then all three are one tensor, without masks.
             key, value: (S, N, kdim) and (S, N, vdim), laid out likewise. Passing one tensor as
                 all three, or as key and value, projects it in one product.
             key_padding_mask: (N, S), or (S,) unbatched; bool or float.
@@ -128,10 +144,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             TypeError: an argument that is no tensor, or a mask neither bool nor floating.
             ValueError: shapes that do not fit, or `is_causal` without `attn_mask`.
+            UnsupportedError: training with dropout within `fusedattn.strict()`.
         """
-        if isinstance(query, Tensor) and query.is_nested:
-            masks = (key_padding_mask, attn_mask)
-            return self._forward_nested(query, key, value, masks, need_weights)
+        given = (query, key, value, key_padding_mask, need_weights, attn_mask)
+        if isinstance(query, Proxy) or isinstance(key, Proxy):
+            call = recorded(self, *given, average_attn_weights, is_causal)
+            if call is not None:
+                return call
+        if is_nested(query) or is_nested(key) or is_nested(value):
+            return self._forward_nested(*given, average_attn_weights, is_causal)
         _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
         k, v = self._append_keys(k, v)
@@ -142,6 +163,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out: Any
         weights: Tensor | None = None
         if self.training and self.dropout > 0.0:
+            if is_strict():
+                raise UnsupportedError(
+                    f"MultiheadAttention: dropout={self.dropout} while training builds the weights "
+                    "in plain PyTorch, and strict() forbids it; set dropout to 0"
+                )
             weights = F.dropout(_attention_weights(q, k, mask, bias, causal), self.dropout)
             out = torch.matmul(weights, v)
         else:
@@ -229,22 +255,37 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return mask, bias
 
     def _forward_nested(
-        self, query: Tensor, key: Tensor, value: Tensor, masks: tuple, need_weights: bool
-    ) -> tuple[Tensor, None]:
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any,
+        need_weights: bool, attn_mask: Any, average_attn_weights: bool, is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Self-attention over a nested tensor, which is how `TransformerEncoder` drops padding."""
-        plain = masks == (None, None) and not need_weights
-        if not (self.batch_first and plain and query is key and key is value):
+        same = query is key and key is value
+        plain = key_padding_mask is None and attn_mask is None and not is_causal
+        found = rows(query, 1) if self.batch_first and same and plain else None
+        if found is None or query.dim() != 3:
             raise ValueError(
-                "MultiheadAttention: got a nested query, expected with it batch_first=True, "
-                "query is key is value, no masks and need_weights=False"
+                "MultiheadAttention: got a nested query, key or value, expected with it "
+                "batch_first=True, query is key is value, each sequence (L, E), and neither masks "
+                "nor is_causal"
             )
-        lengths = [len(x) for x in query.unbind()]
+        values, back = found
+        if query.layout is torch.jagged:
+            lengths = query.offsets().diff()  # type: ignore[attr-defined]
+        else:
+            lengths = query._nested_tensor_size()[:, 0].to(values.device)
+        sequence = torch.arange(len(lengths), device=values.device)
+        sequence = sequence.repeat_interleave(lengths, output_size=len(values))
+        first = lengths.cumsum(0) - lengths
+        position = torch.arange(len(values), device=values.device) - first[sequence]
         padded = query.to_padded_tensor(0.0)
-        position = torch.arange(padded.shape[1], device=padded.device)
-        blocked = position >= torch.tensor(lengths, device=padded.device)[:, None]
-        out, _ = self.forward(padded, padded, padded, blocked, need_weights=False)
-        rows = [x[:n] for x, n in zip(out, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout), None
+        blocked = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
+        out, weights = self.forward(
+            padded, padded, padded, blocked, need_weights, None, average_attn_weights
+        )
+        if weights is not None:  # as in torch, 0 for the queries that are padding
+            nobody = blocked[..., None] if average_attn_weights else blocked[:, None, :, None]
+            weights = weights.masked_fill(nobody, 0.0)
+        return back(out[sequence, position]), weights
 
 
 def _attention_weights(

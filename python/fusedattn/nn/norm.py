@@ -1,7 +1,8 @@
 """Layer norm and RMS norm as modules: torch.nn's LayerNorm and RMSNorm over the fused ops.
 
 With z = dropout(x) + residual (both optional) the output is the norm of z; a call with a residual
-also returns z, the residual stream for the next block.
+also returns z, the residual stream for the next block. Nested tensors, strided or jagged, give
+nested ones; every sequence must have the normalised dimensions.
 """
 
 from __future__ import annotations
@@ -11,14 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
+from ._inputs import is_nested, recorded, rows, same_sequences
 
 
 def _check_dropout(name: str, dropout_p: float) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: got dropout_p={dropout_p}, expected 0 <= dropout_p <= 1")
+
+
+def _nested_norm(module: Any, x: Tensor, residual: Tensor | None) -> Any:
+    """The norm of nested x by its rows; None where torch's own must say what is wrong with x."""
+    shape = tuple(module.normalized_shape)
+    found = rows(x, len(shape))
+    fits = found is not None and found[0].shape[-len(shape) :] == shape
+    if residual is None:
+        return found[1](module.forward(found[0])) if found and fits else None
+    beside = rows(residual, len(shape)) if same_sequences(x, residual) else None
+    if not (found and fits and beside):
+        raise ValueError(
+            f"{type(module).__name__}: got a nested tensor with a residual, expected a nested "
+            f"residual of the same sequences, each (…, {', '.join(map(str, shape))})"
+        )
+    out, z = module.forward(found[0], beside[0])
+    return found[1](out), found[1](z)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -54,6 +74,11 @@ class LayerNorm(torch.nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of z; with a residual (norm, z)."""
+        if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
+            return call
+        if is_nested(input):
+            found = _nested_norm(self, input, residual)
+            return super().forward(input) if found is None else found
         return layer_norm(
             input,
             self.normalized_shape,
@@ -112,6 +137,11 @@ class RMSNorm(torch.nn.RMSNorm):
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of z; with a residual (norm, z)."""
+        if isinstance(x, Proxy) and (call := recorded(self, x, residual)) is not None:
+            return call
+        if is_nested(x):
+            found = _nested_norm(self, x, residual)
+            return super().forward(x) if found is None else found
         return rms_norm(
             x,
             self.normalized_shape,

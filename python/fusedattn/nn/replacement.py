@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
+from ..ops._registry import _stacklevel_of_the_caller
 from .attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .softmax import Softmax
@@ -19,32 +20,73 @@ FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
+# A swapped module keeps its old class in its __dict__ under this name, and so do its copies.
+_OLD_CLASS = "_class_before_replace"
+
+
 class Replacement:
     """What `replace` changed: a mapping of module names to (old class, new class).
 
-    `undo()` gives every module its old class back; as a context manager it does so on exit.
+    `undo()` gives every module its old class back; as a context manager it does so on exit. The
+    modules themselves know what they were, so that a deep copy of the model, or one that was
+    unpickled, has a replacement of its own: `Replacement.of(copy).undo()`.
     """
 
     def __init__(self) -> None:
         self.changed: dict[str, tuple[type, type]] = {}
-        self._before: list[tuple[torch.nn.Module, type, dict[str, Any]]] = []
+        self._modules: dict[str, torch.nn.Module] = {}
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Replacement:
+        """All that is replaced in `model`, whoever did it and whichever model this is a copy of.
+
+        Raises:
+            TypeError: `model` is no `torch.nn.Module`.
+        """
+        found = cls()
+        for name, module in _modules_of(model, "Replacement.of"):
+            if _OLD_CLASS in vars(module):
+                found._note(name, module)
+        return found
 
     def undo(self) -> None:
-        """Turn the modules back into what they were; parameters and buffers stay as they are."""
-        for module, old, flags in self._before:
+        """Turn the modules back into what they were; parameters and buffers stay as they are.
+
+        A module whose class somebody has changed since (a parametrization, `fully_shard`) is left
+        as it is, with a warning that names it; once that is taken back, `undo()` finishes the work.
+        """
+        left = {}
+        for name, module in self._modules.items():
+            old, new = self.changed[name]
+            if _OLD_CLASS not in vars(module):  # undone already
+                continue
+            if type(module) is not new:
+                left[name] = module
+                continue
+            if isinstance(module, MultiheadAttention):
+                module._let_torch_fast_path()
             module.__class__ = old
-            module.__dict__.update(flags)
-        self._before.clear()
+            del vars(module)[_OLD_CLASS]
+        self._modules = left
+        if left:
+            names = (f"{name or 'the model'} ({type(m).__name__})" for name, m in left.items())
+            warnings.warn(
+                f"Replacement.undo: left as they are, for somebody changed their classes after "
+                f"replace(): {', '.join(names)}",
+                stacklevel=_stacklevel_of_the_caller(),
+            )
+
+    def _note(self, name: str, module: torch.nn.Module) -> None:
+        old = vars(module)[_OLD_CLASS]
+        self.changed[name] = (old, FUSED[old])
+        self._modules[name] = module
 
     def _swap(self, name: str, module: torch.nn.Module, new: type[torch.nn.Module]) -> None:
-        old = type(module)
-        flags = {}
+        vars(module)[_OLD_CLASS] = type(module)
         module.__class__ = new
         if isinstance(module, MultiheadAttention):
-            flags = {"_qkv_same_embed_dim": module._qkv_same_embed_dim}
             module._keep_off_torch_fast_path()
-        self._before.append((module, old, flags))
-        self.changed[name] = (old, new)
+        self._note(name, module)
 
     def __enter__(self) -> Replacement:
         return self
@@ -76,16 +118,21 @@ def replace(model: torch.nn.Module) -> Replacement:
     may compute something else, and a `Softmax` without a `dim` are left alone.
 
     Returns:
-        What was changed, by module name; its `undo()` takes it back.
+        What was changed, by module name; its `undo()` takes it back. For a copy of the model, or
+        where this was not kept, `Replacement.of(model)` finds it again.
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"replace: got model of type {type(model).__name__}, expected a Module")
     done = Replacement()
-    for name, module in model.named_modules():
+    for name, module in _modules_of(model, "replace"):
         new = FUSED.get(type(module))
         if new is not None and getattr(module, "dim", 0) is not None:
             done._swap(name, module, new)
     return done
+
+
+def _modules_of(model: torch.nn.Module, what: str) -> list[tuple[str, torch.nn.Module]]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{what}: got model of type {type(model).__name__}, expected a Module")
+    return list(model.named_modules())

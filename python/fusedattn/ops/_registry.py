@@ -62,6 +62,11 @@ def strict(enabled: bool = True) -> Iterator[None]:
         _strict.enabled = before
 
 
+def is_strict() -> bool:
+    """Whether the current thread is within `strict()`."""
+    return getattr(_strict, "enabled", False)
+
+
 class Op:
     """An op's backends in order of preference; the last one is the reference."""
 
@@ -126,7 +131,7 @@ class Op:
 
     def _note_fallback(self, call: Any) -> None:
         refused = [(name, refusal) for name, refusal in self._refusals(call) if refusal]
-        if getattr(_strict, "enabled", False):
+        if is_strict():
             raise UnsupportedError(
                 f"{self.name}: only the reference takes this call, and strict() forbids it\n"
                 + self._table(call)

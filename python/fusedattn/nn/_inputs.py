@@ -1,0 +1,60 @@
+"""What a module may be called with that is no plain tensor: torch.fx's proxies, nested tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+
+def recorded(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The call of `module` as one node of the graph that torch.fx traces; None if it is the root.
+
+    A tracer does so with torch.nn's modules and traces into all others. As a node our modules keep
+    their own `training`, and what they decide by shape is decided when the graph runs.
+    """
+    tracer: Any = next(x.tracer for x in (*args, *kwargs.values()) if isinstance(x, Proxy))
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, args, kwargs) if path else None
+
+
+def is_nested(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_nested
+
+
+def same_sequences(x: Tensor, y: Any) -> bool:
+    """Whether y is nested as x is, with the same sizes and, if jagged, the same offsets object."""
+    if not is_nested(y) or x.layout is not y.layout:
+        return False
+    if x.layout is torch.jagged:
+        return x.shape == y.shape
+    return torch.equal(x._nested_tensor_size(), y._nested_tensor_size())
+
+
+def rows(x: Tensor, dims: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """All that nested x holds, (…, its last `dims` dimensions), and the way back.
+
+    The way back makes a tensor of that shape a nested one with the layout and the sequences of x.
+    None where those dimensions differ between sequences, or a strided x is not contiguous.
+    """
+    if dims >= x.dim():
+        return None
+    if x.layout is torch.jagged:
+        jagged_dim: int = x._ragged_idx  # type: ignore[attr-defined]
+        if jagged_dim >= x.dim() - dims:
+            return None
+        # The same offsets object: to torch another one means other lengths.
+        offsets, lengths = x.offsets(), x.lengths()  # type: ignore[attr-defined]
+        return x.values(), lambda y: torch.nested.nested_tensor_from_jagged(
+            y, offsets, lengths, jagged_dim
+        )
+    sizes = x._nested_tensor_size()
+    tails = sizes[:, x.dim() - 1 - dims :]
+    if not (len(tails) and (tails == tails[0]).all() and tails.all() and x.is_contiguous()):
+        return None
+    places = (sizes, x._nested_tensor_strides(), x._nested_tensor_storage_offsets())
+    values = x.values().view(-1, *tails[0].tolist())
+    return values, lambda y: torch._nested_view_from_buffer(y.reshape(-1), *places)

@@ -13,9 +13,9 @@ from typing import Any
 import compare
 import fusedattn
 import torch
-from fusedattn.ops import rotary_library, sinusoidal
-from fusedattn.ops.rotary_config import RotaryConfig
-from fusedattn.ops.sinusoidal import SinusoidalConfig
+from fusedattn.ops import rotary, sinusoidal
+from fusedattn.ops.rotary_config import RotaryCall, RotaryConfig
+from fusedattn.ops.sinusoidal import SinusoidalCall, SinusoidalConfig
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
@@ -144,8 +144,8 @@ def launch_rotary(made: dict[str, Any], backend: str, config: RotaryConfig, **ou
     if positions is not None and positions.dim() == 1:
         positions = positions[None]
     start = offset.reshape(1) if isinstance(offset, Tensor) else None
-    kernels = rotary_library.op.kernels(backend)
-    kernels.forward(x, x2, cos, sin, positions, start, out, out2, config)
+    call = RotaryCall(x, x2, cos, sin, positions, start, config)
+    rotary.op.kernels(backend).forward(call, out, out2)
     return out, out2
 
 
@@ -206,7 +206,8 @@ def ulps_of_encoding(width: int, backend: str, **options: Any) -> Tensor:
 
 def launch_sinusoidal(x: Tensor, out: Tensor, backend: str, config: SinusoidalConfig) -> Tensor:
     """The kernel on contract arguments."""
-    sinusoidal.op.kernels(backend).forward(x, None, None, out, config)
+    call = SinusoidalCall(x, None, None, config)
+    sinusoidal.op.kernels(backend).forward(call, out)
     return out
 
 

@@ -99,8 +99,9 @@ class SinusoidalTests:
         kernels = cases.sinusoidal.op.kernels(self.backend)
         x, positions, config = made["x"], made["positions"], SinusoidalConfig()
         out = torch.full_like(x, torch.nan)
-        kernels.forward(x, positions, None, out, config)
+        kernels.forward(cases.SinusoidalCall(x, positions, None, config), out)
         for i in range(3):
             one = torch.full_like(x[i : i + 1], torch.nan)
-            kernels.forward(x[i : i + 1], positions[i : i + 1], None, one, config)
+            call = cases.SinusoidalCall(x[i : i + 1], positions[i : i + 1], None, config)
+            kernels.forward(call, one)
             assert torch.equal(out[i : i + 1], one)

@@ -218,6 +218,6 @@ def test_public_function(fast_backend):
     """`fusedattn.autograd.Attention` is what `attention` itself applies."""
     q, k, v = leaves(*[(1, 2, 5, 4)] * 3, dtype=torch.float32)
     config = fusedattn.autograd.AttentionConfig(causal=2, scale=0.5)
-    out, _ = fusedattn.autograd.Attention.apply(q, k, v, None, None, None, config, fast_backend)
+    out, _ = fusedattn.autograd.Attention.apply(config, fast_backend, q, k, v)
     want = fusedattn.attention(q, k, v, causal=True, scale=0.5, backend=fast_backend)
     assert torch.equal(out, want)

@@ -151,10 +151,10 @@ def valid_calls():
     seed, f32 = torch.tensor([7]), torch.float32
     for centre in (True, False):
         norm = ("cpu", centre, 1e-5, 0.0, 0.0)
-        yield "norm_fwd", (x, x.clone(), w, b, None, 1, f32, *norm)
-        yield "norm_fwd", (x, None, w, b, seed, 1, f32, *norm[:-1], 0.5)
+        yield "norm_fwd", (x, x.clone(), w, b, None, 1, f32, True, *norm)
+        yield "norm_fwd", (x, None, w, b, seed, 1, f32, True, *norm[:-1], 0.5)
         yield "norm_bwd", (x, x.clone(), x, w, rows, rows, None, 1, f32, f32, f32, f32, *norm)
-    soft = ("cpu", -1, 0, 1.0)
+    soft = (-1, "cpu", 0, 1.0)
     yield "softmax_fwd", (x, torch.ones(3, 8, dtype=torch.bool), R(3, 8), *soft)
     yield "softmax_bwd", (x, x.clone(), (3, 8), f32, True, *soft)
     tables = (R(9, 4), R(9, 4), torch.randint(5, (2, 5)), torch.tensor([2]))

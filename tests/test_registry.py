@@ -10,7 +10,7 @@ import pytest
 import torch
 from fusedattn import _native
 from fusedattn.ops import _registry
-from fusedattn.ops._registry import Backend, Op, Refusal
+from fusedattn.ops._registry import Backend, Choice, Refusal
 
 
 def never(call, requested):
@@ -29,8 +29,8 @@ def on_request(call, requested):
     return None if requested else Refusal("it is slow", 'ask for it with backend="slow"')
 
 
-def make(**checks) -> Op:
-    return Op("double", [Backend(name, check, dict) for name, check in checks.items()])
+def make(**checks) -> Choice:
+    return Choice("double", [Backend(name, check, dict) for name, check in checks.items()])
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_kernels_are_loaded_on_first_use_and_once():
         loaded.append(1)
         return "kernels"
 
-    op = Op("double", [Backend("cpu", always, load), Backend("reference", always, load)])
+    op = Choice("double", [Backend("cpu", always, load), Backend("reference", always, load)])
     op.choose("auto", 1)
     assert not loaded
     assert op.kernels("cpu") == op.kernels("cpu") == "kernels"

@@ -135,10 +135,10 @@ def test_forward_mode():
 def test_opcheck(dtype, dim, fast_backend):
     x, mask = torch.randn(3, 4, 5).to(dtype), torch.rand(4, 5) < 0.8
     bias = torch.randn(4, 1)
-    opcheck(torch.ops.fusedattn.softmax_fwd, (x, mask, bias, fast_backend, dim, 0, 0.5))
+    opcheck(torch.ops.fusedattn.softmax_fwd, (x, mask, bias, dim, fast_backend, 0, 0.5))
     out = torch.softmax(x, dim)
     for shape, kind in ((None, None), ((4, 1), torch.float32), ((3, 4, 5), torch.float32)):
-        args = (torch.randn_like(x), out, shape, kind, shape != (4, 1), fast_backend, dim, 0, 0.5)
+        args = (torch.randn_like(x), out, shape, kind, shape != (4, 1), dim, fast_backend, 0, 0.5)
         opcheck(torch.ops.fusedattn.softmax_bwd, args)
 
 

@@ -94,8 +94,8 @@ def test_empty_does_not_crash():
     code = """
 import torch, fusedattn
 x = torch.empty(3, 0, 4)
-out = torch.ops.fusedattn.softmax_fwd(x, None, None, "auto", -1, 2, 1.0)
-torch.ops.fusedattn.softmax_bwd(x, out, (4,), torch.float32, True, "auto", -1, 2, 1.0)
+out = torch.ops.fusedattn.softmax_fwd(x, None, None, -1, "auto", 2, 1.0)
+torch.ops.fusedattn.softmax_bwd(x, out, (4,), torch.float32, True, -1, "auto", 2, 1.0)
 print(tuple(out.shape))
 """
     assert in_a_new_process(code) == "(3, 0, 4)"

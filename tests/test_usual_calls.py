@@ -6,9 +6,8 @@ import fusedattn
 import pytest
 import torch
 from fusedattn import _native
-from fusedattn.ops import norm, norm_library, softmax
+from fusedattn.ops import _library, norm, norm_kernels, softmax, softmax_kernels
 from fusedattn.ops.norm_config import NormConfig
-from fusedattn.ops.norm_library import Gradients
 from fusedattn.ops.softmax_config import SoftmaxConfig
 from torch import Tensor
 
@@ -76,13 +75,13 @@ OTHER_NORMS = {
     "a wider residual": (X, 8, None, None, X.to(F64)),
 }
 LAYER_NORM = NormConfig(True, 1e-5, 0.0, 0.0)
-ROWS, WANTED = torch.rand(4), Gradients(F32, None, F32, F32)
+ROWS, WANTED = torch.rand(4), (F32, None, F32, F32)
 # dout, dz, z, weight, mean, rstd, dtypes
 USUAL_BACKWARDS = {
     "layer norm": (X, None, X, W, ROWS, ROWS, WANTED),
-    "RMS norm": (X, None, X, W, None, ROWS, Gradients(F32, None, F32, None)),
-    "no weight": (X, None, X, None, ROWS, ROWS, Gradients(F32, None, None, None)),
-    "a stream": (X.to(BF16), X, X, W, ROWS, ROWS, Gradients(BF16, F32, F32, None)),
+    "RMS norm": (X, None, X, W, None, ROWS, (F32, None, F32, None)),
+    "no weight": (X, None, X, None, ROWS, ROWS, (F32, None, None, None)),
+    "a stream": (X.to(BF16), X, X, W, ROWS, ROWS, (BF16, F32, F32, None)),
     "a parameter": (X, X, X, torch.nn.Parameter(W), ROWS, ROWS, WANTED),
 }
 OTHER_BACKWARDS = {
@@ -94,9 +93,9 @@ OTHER_BACKWARDS = {
     "dz in columns": (X, torch.randn(8, 4).t(), X, W, ROWS, ROWS, WANTED),
     "a subclass": (X, None, X.as_subclass(Subclass), W, ROWS, ROWS, WANTED),
     "rows of another tensor": (X, None, X, W, ROWS[:2], ROWS[:2], WANTED),
-    "a bias alone": (X, None, X, None, ROWS, ROWS, Gradients(F32, None, None, F32)),
-    "a bias of another dtype": (X, None, X, W, ROWS, ROWS, Gradients(F32, None, F32, F64)),
-    "a stream of another dtype": (X, None, X, W, ROWS, ROWS, Gradients(F32, BF16, F32, F32)),
+    "a bias alone": (X, None, X, None, ROWS, ROWS, (F32, None, None, F32)),
+    "a bias of another dtype": (X, None, X, W, ROWS, ROWS, (F32, None, F32, F64)),
+    "a stream of another dtype": (X, None, X, W, ROWS, ROWS, (F32, BF16, F32, F32)),
 }
 SOFTMAXES = {
     "last": ((X, -1), True),
@@ -192,7 +191,7 @@ def test_a_usual_norm_is_the_checked_one(op, arguments, monkeypatch):
     def call():
         return getattr(fusedattn, op)(x, shape, weight, residual=residual, **options)
 
-    _check_same(monkeypatch, (norm, norm_library), call, leaves)
+    _check_same(monkeypatch, (norm, _library), call, leaves)
 
 
 @pytest.mark.parametrize(
@@ -202,14 +201,16 @@ def test_a_usual_norm_is_the_checked_one(op, arguments, monkeypatch):
 def test_a_usual_softmax_is_the_checked_one(arguments, usual, monkeypatch):
     x = arguments[0].detach().clone(memory_format=torch.preserve_format).requires_grad_()
     options = {"scale": 0.5, "causal": x.dim() > 1}
-    _check_same(monkeypatch, (softmax,), lambda: fusedattn.softmax(x, arguments[1], **options), [x])
+    _check_same(
+        monkeypatch, (softmax, _library), lambda: fusedattn.softmax(x, arguments[1], **options), [x]
+    )
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "softmax"])
 def test_a_usual_call_with_a_gradient_stays_native(op, monkeypatch):
-    for module in (norm_library, softmax):
-        monkeypatch.delattr(module, "_run_forward")
-        monkeypatch.delattr(module, "_run_backward")
+    norms = (norm_kernels.norm_fwd, norm_kernels.norm_bwd)
+    for library in (*norms, softmax_kernels.softmax_fwd, softmax_kernels.softmax_bwd):
+        monkeypatch.delattr(library, "_run")
     leaves = [y.clone().requires_grad_() for y in (X, W, X)]
     x, weight, residual = leaves
     if op == "softmax":

@@ -1,17 +1,16 @@
 """Library ops: how an op of ours becomes one of torch's, and when a call needs the dispatcher.
 
-`define` gives an op its schema, kernel, fake, FLOP rule and autocast rule, `differentiate` its
-gradient. In plain eager mode a call goes straight to the kernel, or to the autograd Function around
-it. Where something watches or traces (compile, export, jit.trace, dispatch modes, the profiler) it
-is one call of `torch.ops.fusedattn`, which differentiates itself. Such a call may come back from a
-saved program with other tensors, so that the op's kernel checks what the public function did.
+In plain eager mode a call goes straight to the kernel, or to the autograd Function around it. Where
+something watches or traces (compile, export, jit.trace, dispatch modes, the profiler) it is one
+call of `torch.ops.fusedattn`, which differentiates itself. Such a call may come back from a saved
+program with other tensors, so that the op's kernel checks what the public function did.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,71 +21,152 @@ from .. import _native
 
 _library = torch.library.Library("fusedattn", "DEF")
 _flops: dict[Any, Callable[..., int]] = {}
-_differentiable: dict[Any, Callable[..., Any]] = {}
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
+    tuple[int, ...] | None: "SymInt[]?",
+}
 
 
-def define(
-    schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    flops: Callable[..., int] | None = None,
-) -> Any:
-    """Define torch.ops.fusedattn.<name> from `schema`, "name(Tensor x, ...) -> ...", and return it.
+class LibraryOp:
+    """torch.ops.fusedattn.<name>, derived from `call`, the NamedTuple of its calls.
 
-    `kernel` checks its arguments: the op is what remains of a call in a traced program, whose
-    tensors may be others than those it was traced with.
+    The fields of `call` are tensors, then plain options, then a config, whose fields follow the
+    backend's name in the schema. An absent output is None here and an empty tensor to torch.
+
+    outputs: their names.
+    allocate(call) -> the outputs, unwritten, which is the fake kernel too.
+    run(call, kernels) -> the outputs.
+    check(call) -> the call as the public function would have made it, or an error.
+    wanted(call) -> which outputs there are; all by default.
+    usual(call, native) -> the outputs, where the native CPU module serves the call at once, else
+        None.
+    mutates: how many of the first tensors are written to.
     """
-    name = schema.split("(")[0]
-    _library.define(schema)
-    packet = getattr(torch.ops.fusedattn, name)
-    _library.impl(name, _on_data(packet, kernel), "CompositeExplicitAutograd")
-    _library.impl(name, _recorded_by(packet), "Autograd")
-    torch.library.register_fake(f"fusedattn::{name}", fake, lib=_library)
-    if flops is not None:
-        _flops[packet] = flops
-    return packet
 
+    def __init__(
+        self,
+        name: str,
+        call: Any,
+        outputs: Sequence[str],
+        *,
+        allocate: Callable[[Any], tuple[Tensor | None, ...]],
+        run: Callable[[Any, Any], tuple[Tensor | None, ...]],
+        check: Callable[[Any], Any],
+        wanted: Callable[[Any], Sequence[bool]] | None = None,
+        flops: Callable[..., int] | None = None,
+        mutates: int = 0,
+        usual: Callable[[Any, Any], tuple[Tensor | None, ...] | None] | None = None,
+    ) -> None:
+        self.call, self._usual = call, usual
+        self._allocate, self._run, self._check, self._wanted = allocate, run, check, wanted
+        *fields, (_, self._config) = get_type_hints(call).items()
+        self._fields = len(fields)
+        self.tensors = sum(kind in (Tensor, Tensor | None) for _, kind in fields)
+        arguments = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in fields]
+        for i in range(mutates):
+            arguments[i] = arguments[i].replace("Tensor", f"Tensor({'ab'[i]}!)", 1)
+        options = get_type_hints(self._config).items()
+        arguments += ["str backend", *(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in options)]
+        returns = ", ".join(f"Tensor {each}" for each in outputs)
+        _library.define(f"{name}({', '.join(arguments)}) -> ({returns})")
+        self.packet = getattr(torch.ops.fusedattn, name)
+        _library.impl(name, self._kernel, "CompositeExplicitAutograd")
+        _library.impl(name, self._recorded, "Autograd")
+        torch.library.register_fake(f"fusedattn::{name}", self._fake, lib=_library)
+        if flops is not None:
+            _flops[self.packet] = flops
+        self._ops: list[Any] = []
 
-def differentiate(packet: Any, function: Callable[..., Any]) -> None:
-    """Where a gradient is recorded, `packet` is `function` of the same arguments."""
-    _differentiable[packet] = function
+    def belongs_to(self, op: Any) -> None:
+        """`op` has the kernels, chooses among the backends and knows the gradient.
 
+        Where there are several, the config of a call has the name of its own.
+        """
+        self._ops.append(op)
+        self._kernels = self._ops[0].kernels
 
-def _on_data(packet: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, for tensors that are there and have the elements that they stand for."""
-    arguments = [(each.name, str(each.type)) for each in packet.default._schema.arguments]
+    def _owner(self, call: Any) -> Any:
+        if len(self._ops) == 1:
+            return self._ops[0]
+        return next(op for op in self._ops if op.name == call.config.name)
 
-    def checked(*args: Any) -> Any:
-        for (name, kind), x in zip(arguments, args, strict=False):
+    def autocast(self, tensors: int) -> None:
+        """The first `tensors` arguments take autocast's dtype; float64 stays as it is."""
+        for device in ("cpu", "cuda"):
+            key = f"Autocast{device.upper()}"
+            name = self.packet._qualified_op_name.split("::")[1]
+            _library.impl(name, _cast(self.packet, tensors, device), key)
+
+    def __call__(self, call: Any, backend: str) -> tuple[Tensor | None, ...]:
+        """The outputs: at once in plain eager mode, else by the dispatcher."""
+        if self._usual is not None and (native := cpu_at_once(backend)) is not None:
+            found = self._usual(call, native)
+            if found is not None:
+                return found
+        if plain(*call[: self.tensors]):
+            return self._run(call, self._kernels(backend))
+        return self.dispatch(call, backend)
+
+    def dispatch(self, call: Any, backend: str) -> tuple[Tensor | None, ...]:
+        """The outputs by the dispatcher."""
+        register_flops()
+        found = self.packet(*call[:-1], backend, *call[-1])
+        found = found if isinstance(found, tuple) else () if found is None else (found,)
+        if self._wanted is None:
+            return found
+        return tuple(x if want else None for x, want in zip(found, self._wanted(call), strict=True))
+
+    # --- what torch calls ---
+
+    def _rebuild(self, args: Sequence[Any]) -> tuple[Any, str]:
+        """The call and the backend, from the arguments in the schema's order."""
+        n = self._fields
+        return self.call(*args[:n], self._config(*args[n + 1 :])), args[n]
+
+    def _present(self, call: Any, outputs: tuple[Tensor | None, ...]) -> Any:
+        """Outputs as torch takes them."""
+        like = next(x for x in call if isinstance(x, Tensor))
+        found = tuple(like.new_empty(0) if x is None else x for x in outputs)
+        return found if len(found) > 1 else found[0] if found else None
+
+    def _kernel(self, *args: Any) -> Any:
+        call, backend = self._rebuild(args)
+        self._check_data(call)
+        call = self._check(call)
+        chosen = self._owner(call).choose(backend, call)
+        return self._present(call, self._run(call, self._kernels(chosen)))
+
+    def _fake(self, *args: Any) -> Any:
+        call, _ = self._rebuild(args)
+        return self._present(call, self._allocate(call))
+
+    def _recorded(self, *args: Any) -> Any:
+        """Above the kernel: where a gradient is recorded, the call is a node of autograd's."""
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            call, backend = self._rebuild(args)
+            return self._present(call, self._owner(call).record_whole(call, backend))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.packet(*args)
+
+    def _check_data(self, call: Any) -> None:
+        """Tensors are there and have the elements that they stand for."""
+        kinds = get_type_hints(self.call)
+        for name, x in zip(self.call._fields, call[: self.tensors], strict=False):
             if not isinstance(x, Tensor):
-                if kind == "Tensor":  # torch takes None for an undefined one
-                    raise TypeError(f"{packet}: got {name}={x!r}, expected a Tensor")
+                if kinds[name] is Tensor:  # torch takes None for an undefined one
+                    raise TypeError(f"{self.packet}: got {name}={x!r}, expected a Tensor")
             elif x.numel() != 0 and x.data_ptr() == 0:
                 raise ValueError(
-                    f"{packet}: got {name} of shape {tuple(x.shape)} without data, expected its "
-                    "elements: its storage was freed, or it is a subclass that has none"
+                    f"{self.packet}: got {name} of shape {tuple(x.shape)} without data, expected "
+                    "its elements: its storage was freed, or it is a subclass that has none"
                 )
-        return kernel(*args)
-
-    return checked
-
-
-def _recorded_by(packet: Any) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return _differentiable[packet](*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return packet(*args)
-
-    return kernel
-
-
-def define_autocast(packet: Any, tensors: int) -> None:
-    """The first `tensors` arguments take autocast's dtype; float64 stays as it is."""
-    for device in ("cpu", "cuda"):
-        key = f"Autocast{device.upper()}"
-        _library.impl(packet._qualified_op_name.split("::")[1], _cast(packet, tensors, device), key)
 
 
 def _cast(packet: Any, tensors: int, device: str) -> Callable[..., Any]:
@@ -118,79 +198,6 @@ def register_flops() -> None:
                 mode.counter.flop_registry.setdefault(packet, counter.flop_registry[packet])
 
 
-def direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """`function` for calls outside torch.func's transforms.
-
-    torch's own `apply` prepares for these on every call, which takes 2 µs; under one it raises,
-    and this one is wrong. That of the backward, another 1 µs, looks whether it is called `vjp`.
-    """
-    apply = torch._C._FunctionBase.__dict__["apply"]
-    found: Any = type(function.__name__, (function,), {"apply": apply, "__doc__": function.__doc__})
-    found._backward_cls.apply = function.backward
-    return found
-
-
-def keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_backward`, and what `kept` compares where hooks may give back other tensors."""
-    ctx.save_for_backward(*tensors)
-    ctx.kept = _layouts(tensors) if _saving_hooks(False) is not None else None
-
-
-def kept(ctx: Any) -> tuple[Any, ...]:
-    """The tensors that `keep` saved.
-
-    Raises:
-        RuntimeError: a saved-tensor hook gave back another dtype or shape.
-    """
-    tensors = ctx.saved_tensors
-    if ctx.kept is not None and ctx.kept != (found := _layouts(tensors)):
-        got, expected = next(
-            pair for pair in zip(found, ctx.kept, strict=True) if pair[0] != pair[1]
-        )
-        raise RuntimeError(
-            f"{type(ctx).__name__}: got a saved tensor (dtype, shape) {got} from a saved-tensor "
-            f"hook, expected it as it was saved, {expected}"
-        )
-    return tensors
-
-
-def _layouts(tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    return [None if x is None else (x.dtype, tuple(x.shape)) for x in tensors]
-
-
-def second_order(
-    formula: Callable[..., Sequence[Tensor | None]],
-    inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The gradients of Σ cotangent · output over the outputs of `formula(*inputs)`.
-
-    One for each input that requires a gradient, else None. They are taken with respect to views of
-    the inputs: these may share a history, which is for autograd to go on with and not for this.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        views = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
-        pairs = [
-            (output, cotangent.to(output.dtype))
-            for output, cotangent in zip(formula(*views), cotangents, strict=True)
-            if output is not None and cotangent is not None and output.requires_grad
-        ]
-    chosen = [x for x in views if x is not None and x.requires_grad]
-    found: Any = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            chosen,
-            [cotangent for _, cotangent in pairs],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
-        if pairs and chosen
-        else [None] * len(chosen)
-    )
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
-
-
 # Looked up once: what follows runs on every call.
 _traced = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -200,7 +207,6 @@ _transforms = torch._C._are_functorch_transforms_active
 _exports_onnx = torch.onnx.is_in_onnx_export
 _is_compiling = torch.compiler.is_compiling
 has_override = torch._C._has_torch_function_variadic
-_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _USUAL_TYPES = (*_PLAIN_TYPES, type(None), bool, int, float, str, tuple)
 

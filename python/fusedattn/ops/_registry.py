@@ -67,7 +67,7 @@ def is_strict() -> bool:
     return getattr(_strict, "enabled", False)
 
 
-class Op:
+class Choice:
     """An op's backends in order of preference; the last one is the reference."""
 
     def __init__(self, name: str, backends: Sequence[Backend]) -> None:

@@ -17,160 +17,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import functional as reference
-from ._library import (
-    differentiate,
-    direct,
-    hand_over,
-    has_override,
-    is_overridden,
-    keep,
-    kept,
-    second_order,
-    transformed,
-    watched,
-)
+from ._library import hand_over, has_override, is_overridden
+from ._op import Op
 from .attention_config import (
+    AttentionBackwardCall,
     AttentionCall,
-    AttentionConfig,
     autocast,
     configure,
     replace_causal_bias,
     validate,
     validate_extras,
 )
-from .attention_library import attention_bwd, attention_fwd, call_backward, call_forward, op
+from .attention_kernels import (
+    BACKENDS,
+    attention_bwd,
+    attention_fwd,
+    backward_formula,
+    formula,
+)
 
 # Looked up once: what follows runs on every call.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
-
-def _formula(q, k, v, mask, bias, kv_lengths, config) -> tuple[Tensor, Tensor]:
-    """The reference, differentiable to any order; half precision computes in float32."""
-    if q.dtype in (torch.float16, torch.bfloat16):
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast(q.device.type, enabled=False):
-        return reference.attention(
-            q, k, v, mask=mask, bias=bias, causal=config.causal_name, scale=config.scale,
-            kv_lengths=kv_lengths,
-        )  # fmt: skip
-
-
-def _backward_formula(
-    dout, dlse, q, k, v, mask, bias, kv_lengths, bias_grad, config
-) -> tuple[Tensor | None, ...]:
-    """The gradients by the reference's formula: dq, dk, dv and, where wanted, dbias."""
-    if q.dtype in (torch.float16, torch.bfloat16):
-        dout, q, k, v = (None if x is None else x.float() for x in (dout, q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        *grads, ds = reference.attention_backward(
-            dout, dlse, q, k, v, mask=mask, bias=bias, causal=config.causal_name,
-            scale=config.scale, kv_lengths=kv_lengths,
-        )  # fmt: skip
-    return *grads, ds.sum_to_size(bias.shape) if bias_grad else None
-
-
 # --- autograd ------------------------------------------------------------------------------------
 
 
-class AttentionFunction(torch.autograd.Function):
-    """Differentiable attention on arguments that `fusedattn.attention` has already checked.
-
-    apply(q, k, v, mask, bias, kv_lengths, config, backend) -> (out, lse): the shapes of
-    `fusedattn.attention`, mask and bias with four dimensions, config an `AttentionConfig`,
-    backend a backend's name.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q, k, v, mask, bias, kv_lengths, config, backend):
-        outputs = call_forward(q, k, v, mask, bias, kv_lengths, config, backend)
-        return _keep(ctx, outputs, q, k, v, mask, bias, kv_lengths, config, backend)
-
-    @staticmethod
-    def backward(ctx: Any, dout, dlse):
-        if dout is None and dlse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        q, k, v, out, lse, mask, bias, kv_lengths = kept(ctx)
-        bias_grad = ctx.needs_input_grad[4]
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = _AttentionBackward.apply if differentiable else call_backward
-        grads = backward(
-            dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths,
-            bias_grad, ctx.config, ctx.backend,
-        )  # fmt: skip
-        dq, dk, dv, dbias = grads
-        rest = (None,) * (len(ctx.needs_input_grad) - 5)
-        return dq, dk, dv, None, dbias if bias_grad else None, *rest
+def _keep(call: AttentionCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple]:
+    return (*outputs, *call[:-1]), (wanted[4], call.config)
 
 
-def _keep(ctx: Any, outputs, q, k, v, mask, bias, kv_lengths, config, backend):
-    """Keep for the backward what it needs; returns the outputs."""
-    keep(ctx, q, k, v, *outputs, mask, bias, kv_lengths)
-    ctx.set_materialize_grads(False)
-    ctx.config, ctx.backend = config, backend
-    return outputs
+def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
+    dq, dk, dv, dbias = run(AttentionBackwardCall(*douts, *saved, *rest))
+    return dq, dk, dv, None, dbias, None, None, None, None
 
 
-class _LibraryFunction(AttentionFunction):
-    """The gradient of the library op, whose kernel checks the arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, q, k, v, mask, bias, kv_lengths, config, backend, *unused):
-        outputs = attention_fwd(q, k, v, mask, bias, kv_lengths, *unused, backend, *config)
-        return _keep(ctx, outputs, q, k, v, mask, bias, kv_lengths, config, backend)
-
-
-_Function = direct(AttentionFunction)
-
-
-class _AttentionBackward(torch.autograd.Function):
-    """The backward as a differentiable function; its own gradient is that of the formula."""
-
-    @staticmethod
-    def forward(ctx: Any, dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest):
-        keep(ctx, dout, dlse, q, k, v, mask, bias, kv_lengths)
-        ctx.bias_grad, ctx.config, _ = rest
-        ctx.set_materialize_grads(False)
-        return call_backward(dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents):
-        dout, dlse, q, k, v, mask, bias, kv_lengths = kept(ctx)
-
-        def formula(dout, dlse, q, k, v, bias):
-            return _backward_formula(
-                dout, dlse, q, k, v, mask, bias, kv_lengths, ctx.bias_grad, ctx.config
-            )
-
-        ddout, ddlse, dq, dk, dv, dbias = second_order(
-            formula, (dout, dlse, q, k, v, bias), cotangents
-        )
-        return ddout, ddlse, dq, dk, dv, None, None, None, dbias, None, None, None, None
-
-
-def _differentiable_forward(
-    q, k, v, mask, bias, kv_lengths, slopes, sinks, seed, backend, *options
-):
-    return _LibraryFunction.apply(
-        q, k, v, mask, bias, kv_lengths, AttentionConfig(*options), backend, slopes, sinks, seed
-    )
-
-
-def _differentiable_backward(
-    dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, slopes, sinks, seed, bias_grad, backend,
-    *options,
-):  # fmt: skip
-    grads = _AttentionBackward.apply(
-        dout, dlse, q, k, v, out, lse, mask, bias, kv_lengths, bias_grad,
-        AttentionConfig(*options), backend,
-    )  # fmt: skip
-    return *grads[:3], q.new_empty(0) if grads[3] is None else grads[3]
-
-
-differentiate(attention_fwd, _differentiable_forward)
-differentiate(attention_bwd, _differentiable_backward)
+op = Op(
+    "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4), cotangents=2,
+    backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula),
+    keep=_keep, pull_back=_pull_back,
+)  # fmt: skip
 
 # --- public functions ----------------------------------------------------------------------------
 
@@ -190,7 +77,7 @@ def _prepare(
         mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     config = checked(head_dim, causal, scale, window, softcap, dropout_p, deterministic)
-    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config)
+    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, None, config)
 
 
 def attention(
@@ -256,26 +143,8 @@ def attention(
         q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
         dropout_p, deterministic,
     )  # fmt: skip
-    chosen = op.choose(backend, call)
-    q, k, v, mask, bias, kv_lengths = call[:6]
-    config = call.config
-    if transformed():
-        out, lse = _formula(q, k, v, mask, bias, kv_lengths, config)
-        result = out.to(q.dtype), lse
-    elif (
-        (
-            q.requires_grad
-            or k.requires_grad
-            or v.requires_grad
-            or (bias is not None and bias.requires_grad)
-        )
-        and torch.is_grad_enabled()
-        and not watched()
-    ):
-        result = _Function.apply(q, k, v, mask, bias, kv_lengths, config, chosen)
-    else:
-        result = call_forward(q, k, v, mask, bias, kv_lengths, config, chosen)
-    return result if return_lse else result[0]
+    out, lse = op(call, backend)
+    return (out, lse) if return_lse else out
 
 
 def explain(

@@ -15,6 +15,7 @@ from ._checks import (
     check_broadcast,
     check_causal,
     check_device,
+    check_like,
     check_number,
     check_probability,
     check_tensor,
@@ -54,7 +55,7 @@ class AttentionConfig(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """What a backend looks at to take or refuse a call."""
+    """One call: mask and bias of four dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
 
     q: Tensor
     k: Tensor
@@ -64,7 +65,36 @@ class AttentionCall(NamedTuple):
     kv_lengths: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    seed: Tensor | None
     config: AttentionConfig
+
+
+class AttentionBackwardCall(NamedTuple):
+    """The gradients of out and lse, either None for zero, with what the forward had and gave.
+
+    bias_grad: the gradient of the bias is wanted.
+    """
+
+    dout: Tensor | None
+    dlse: Tensor | None
+    out: Tensor
+    lse: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    kv_lengths: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    bias_grad: bool
+    config: AttentionConfig
+
+    @property
+    def forward(self) -> AttentionCall:
+        """The call whose gradient this is."""
+        return AttentionCall(*self[4:13], self.config)
 
 
 @functools.lru_cache(maxsize=256)
@@ -228,3 +258,30 @@ def validate_extras(
             )
         kv_lengths = kv_lengths.to(torch.int32)
     return mask, bias, kv_lengths
+
+
+def check_call(call: AttentionCall) -> AttentionCall:
+    """A call from a traced or exported program, checked as the public function checks its own."""
+    q, k, v, mask, bias, kv_lengths = call[:6]
+    validate(q, k, v)
+    mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
+    if call.config.causal not in (0, 1, 2):
+        raise ValueError(f"attention: got causal={call.config.causal}, expected 0, 1 or 2")
+    return call._replace(mask=mask, bias=bias, kv_lengths=kv_lengths)
+
+
+def check_backward_call(call: AttentionBackwardCall) -> AttentionBackwardCall:
+    """The same for a call of the backward."""
+    checked = check_call(call.forward)
+    if call.bias_grad and call.bias is None:
+        raise ValueError("attention_bwd: got bias_grad=True without a bias, expected one")
+    q, v = call.q, call.v
+    wide = torch.float32 if q.dtype in HALVES else q.dtype
+    shape, rows = (*q.shape[:3], v.shape[3]), q.shape[:3]
+    for name, x, of, dtype in (
+        ("dout", call.dout, shape, q.dtype), ("out", call.out, shape, q.dtype),
+        ("dlse", call.dlse, rows, wide), ("lse", call.lse, rows, wide),
+    ):  # fmt: skip
+        if x is not None:
+            check_like("attention_bwd", name, x, of, dtype, q.device)
+    return call._replace(mask=checked.mask, bias=checked.bias, kv_lengths=checked.kv_lengths)

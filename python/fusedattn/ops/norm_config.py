@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS, INDICES, check_device, check_number, check_probability, check_tensor
+from ._checks import (
+    FLOATS,
+    INDICES,
+    check_device,
+    check_like,
+    check_number,
+    check_probability,
+    check_tensor,
+)
 
 
 class NormConfig(NamedTuple):
@@ -30,14 +39,47 @@ class NormConfig(NamedTuple):
 
 
 class NormCall(NamedTuple):
-    """What a backend looks at to take or refuse a call."""
+    """One call, of which the last `dims` dimensions are normalised.
+
+    z_dtype: of the residual stream; None where z is x itself, without residual and dropout.
+    statistics: a gradient may want mean and rstd.
+    """
 
     x: Tensor
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    seed: Tensor | None
+    dims: int
     z_dtype: torch.dtype | None
+    statistics: bool
     config: NormConfig
+
+
+class NormBackwardCall(NamedTuple):
+    """The gradients of out and z, either None for zero, with what the forward left.
+
+    The dtypes are those of the gradients that are wanted; that of x always is.
+    """
+
+    dout: Tensor | None
+    dz: Tensor | None
+    z: Tensor
+    weight: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor
+    seed: Tensor | None
+    dims: int
+    x_dtype: torch.dtype
+    residual_dtype: torch.dtype | None
+    weight_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
+    config: NormConfig
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """Of the gradients of x, residual, weight and bias."""
+        return self[8:12]
 
 
 @functools.lru_cache(maxsize=256)
@@ -133,3 +175,72 @@ def stream_dtype(name: str, residual: Tensor, residual_dtype: torch.dtype | None
             "float64"
         )
     return residual_dtype
+
+
+def _check_rows(
+    name: str, x: Tensor, weight: Any, seed: Any, dims: int, config: NormConfig
+) -> tuple[int, ...]:
+    """What both directions have in common; returns the normalised shape."""
+    if not 1 <= dims <= x.dim():
+        raise ValueError(
+            f"{name}: got dims={dims} of x of {x.dim()} dimensions, expected 1 or more"
+        )
+    shape = shape_of(name, x, x.shape[x.dim() - dims :])
+    if weight is not None:
+        check_parameter(name, "weight", weight, x, shape)
+    if config.dropout_p != 0.0:
+        if seed is None:
+            raise ValueError(f"{name}: got dropout_p={config.dropout_p} without a seed")
+        check_like(name, "seed", seed, (1,), torch.int64, x.device)
+    return shape
+
+
+def check_call(call: NormCall) -> NormCall:
+    """A call from a traced or exported program, checked as the public function checks its own."""
+    config = configure(*call.config)
+    x, residual, weight, bias, seed, dims, z_dtype = call[:7]
+    name = config.name
+    shape = _check_rows(name, x, weight, seed, dims, config)
+    if bias is not None:
+        check_parameter(name, "bias", bias, x, shape)
+    if residual is not None:
+        check_parameter(name, "residual", residual, x, x.shape)
+    if (residual is not None or config.dropout_p != 0.0) != (z_dtype is not None):
+        raise ValueError(f"{name}: got z_dtype={z_dtype}, expected one with a residual or dropout")
+    if z_dtype is not None:
+        streams = (stream_dtype(name, x, z_dtype), None if residual is None else residual.dtype)
+        if torch.float64 in streams and x.dtype != torch.float64:
+            raise ValueError(f"{name}: got x of {x.dtype} in a stream of float64, expected float64")
+    return call._replace(config=config)
+
+
+def check_backward_call(call: NormBackwardCall) -> NormBackwardCall:
+    """The same for a call of the backward."""
+    config = configure(*call.config)
+    z, name = call.z, f"{config.name}'s backward"
+    _check_rows(name, z, call.weight, call.seed, call.dims, config)
+    for dtype in call.dtypes:
+        if dtype is not None:
+            stream_dtype(name, z, dtype)
+    if call.weight_dtype is not None and call.weight is None:
+        raise ValueError(f"{name}: got weight_dtype={call.weight_dtype} without a weight")
+    if config.centre and call.mean is None:
+        raise ValueError(f"{name}: got no mean, expected that of each row")
+    call = call._replace(mean=call.mean if config.centre else None, config=config)
+    wide = torch.float64 if call.x_dtype == torch.float64 else torch.float32
+    rows = (matrix_shape(z, call.dims)[0],)
+    for what, x, shape, dtype in (
+        ("dout", call.dout, z.shape, call.x_dtype), ("dz", call.dz, z.shape, z.dtype),
+        ("mean", call.mean, rows, wide), ("rstd", call.rstd, rows, wide),
+    ):  # fmt: skip
+        if x is not None:
+            check_like(name, what, x, shape, dtype, z.device)
+    return call
+
+
+def matrix_shape(x: Tensor, dims: int) -> tuple[int, int]:
+    """(rows, width) of a tensor whose last `dims` dimensions are normalised."""
+    shape = x.shape
+    if dims == 1 and len(shape) == 2:
+        return shape[0], shape[1]
+    return math.prod(shape[:-dims]), math.prod(shape[-dims:])

@@ -17,24 +17,10 @@ import torch
 from torch import Tensor
 
 from ._checks import check_in_place
-from ._library import (
-    differentiate,
-    direct,
-    hand_over,
-    has_override,
-    is_overridden,
-    keep,
-    kept,
-    transformed,
-    watched,
-)
-from .rotary_config import RotaryConfig, prepare
-from .rotary_library import call, call_in_place, formula, op, rotary_, rotary_fwd
-
-_NO_GRADIENT_OF_TABLES = (
-    "apply_rotary: got cos or sin that requires a gradient, expected tables without one: pass "
-    ".detach(), or fusedattn.reference.functional.apply_rotary's formula"
-)
+from ._library import hand_over, has_override, is_overridden, transformed, watched
+from ._op import Op, direct, keep, kept
+from .rotary_config import RotaryCall, as_heads, prepare
+from .rotary_kernels import BACKENDS, formula, rotary_, rotary_fwd
 
 # Looked up once: what follows runs on every call.
 _is_compiling = torch.compiler.is_compiling
@@ -42,137 +28,98 @@ _is_compiling = torch.compiler.is_compiling
 # --- autograd ------------------------------------------------------------------------------------
 
 
-class RotaryFunction(torch.autograd.Function):
-    """Differentiable rotation on arguments that `fusedattn.apply_rotary` has already checked.
-
-    apply(cos, sin, positions, start, config, backend, *xs) -> a tuple of one or two tensors:
-    tables (T, R/2) or (1 or B, T, R/2), positions (1 or B, S) or None, start a tensor of one offset
-    or None, config a `RotaryConfig`, backend a backend's name. Gradients flow to `xs` alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, cos, sin, positions, start, config, backend, *xs):
-        _keep(ctx, cos, sin, positions, start, config, backend)
-        ctx.set_materialize_grads(False)
-        return call(xs, cos, sin, positions, start, config, backend)
-
-    @staticmethod
-    def backward(ctx: Any, *douts):
-        wanted = [
-            dout is not None and needed
-            for dout, needed in zip(douts, ctx.needs_input_grad[6:], strict=True)
-        ]
-        grads = tuple(dout for dout, want in zip(douts, wanted, strict=True) if want)
-        if grads:
-            cos, sin, positions, start = kept(ctx)
-            options = (
-                cos,
-                sin,
-                positions,
-                start,
-                RotaryConfig(ctx.config.interleaved, not ctx.config.inverse, ctx.config.offset),
-                ctx.backend,
-            )
-            if torch.is_grad_enabled() and not _is_compiling():
-                grads = RotaryFunction.apply(*options, *grads)
-            else:
-                grads = call(grads, *options)
-        turned = iter(grads)
-        return (None,) * 6 + tuple(next(turned) if want else None for want in wanted)
+def _keep(call: RotaryCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    if wanted[2] or wanted[3]:
+        raise ValueError(
+            "apply_rotary: got cos or sin that requires a gradient, expected tables without one: "
+            "pass .detach(), or fusedattn.reference.functional.apply_rotary's formula"
+        )
+    return call[2:6], (call.config._replace(inverse=not call.config.inverse),)
 
 
-def _keep(ctx: Any, cos, sin, positions, start, config, backend) -> None:
-    """Keep for the backward what it needs."""
-    keep(ctx, cos, sin, positions, start)
-    ctx.config, ctx.backend = config, backend
+def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
+    chosen = [dout if want else None for dout, want in zip(douts, wanted, strict=False)]
+    given = [dout for dout in chosen if dout is not None]
+    if not given:
+        return (None,) * 6
+    turned = iter(run(RotaryCall(*given, *(None,) * (2 - len(given)), *saved, *rest)))
+    return *(None if dout is None else next(turned) for dout in chosen), *(None,) * 4
 
 
-class _LibraryFunction(RotaryFunction):
-    """The gradient of the library op, whose kernel checks the arguments; out2 may be empty."""
-
-    @staticmethod
-    def forward(ctx: Any, cos, sin, positions, start, config, backend, x, x2):
-        _keep(ctx, cos, sin, positions, start, config, backend)
-        ctx.set_materialize_grads(False)
-        out, out2 = rotary_fwd(x, x2, cos, sin, positions, start, backend, *config)
-        if x2 is None:
-            ctx.mark_non_differentiable(out2)
-        return out, out2
+op = Op(
+    "apply_rotary", BACKENDS, rotary_fwd, formula, differentiable=range(4), cotangents=2,
+    keep=_keep, pull_back=_pull_back,
+)  # fmt: skip
+op.backward = op  # the rotation by −angle
 
 
-def _differentiable_forward(x, x2, cos, sin, positions, start, backend, *options):
-    if cos.requires_grad or sin.requires_grad:
-        raise ValueError(_NO_GRADIENT_OF_TABLES)
-    config = RotaryConfig(*options)
-    return _LibraryFunction.apply(cos, sin, positions, start, config, backend, x, x2)
+class _InPlace(Op):
+    """The library op that writes into its arguments."""
+
+    def record_whole(self, call: RotaryCall, backend: str) -> Any:
+        raise RuntimeError(
+            "torch.ops.fusedattn.rotary_ has no gradient: call fusedattn.apply_rotary instead"
+        )
 
 
-def _differentiable_in_place(x, x2, *rest):
-    raise RuntimeError(
-        "torch.ops.fusedattn.rotary_ has no gradient: call fusedattn.apply_rotary instead"
-    )
-
-
-differentiate(rotary_fwd, _differentiable_forward)
-differentiate(rotary_, _differentiable_in_place)
+_InPlace("apply_rotary", BACKENDS, rotary_, formula)
 
 
 class RotaryInPlaceFunction(torch.autograd.Function):
-    """The same in the memory of one x, which it returns: apply(x, cos, …, backend) -> x.
+    """The same in the memory of one x, which it returns: apply(x, call, backend) -> x.
 
     x comes first because autograd takes the first argument for the one that is changed where it is
     a view.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, cos, sin, positions, start, config, backend):
-        _keep(ctx, cos, sin, positions, start, config, backend)
-        call_in_place(x, None, cos, sin, positions, start, config, backend)
+    def forward(ctx: Any, x: Tensor, call: RotaryCall, backend: str):
+        saved, ctx.rest = _keep(call, None, (False,) * 4)
+        keep(ctx, *saved)
+        ctx.backend = backend
+        rotary_(call._replace(x=as_heads(x)), backend)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, dout):
-        cos, sin, positions, start = kept(ctx)
-        config = ctx.config._replace(inverse=not ctx.config.inverse)
-        options = cos, sin, positions, start, config, ctx.backend
-        if torch.is_grad_enabled():
-            (grad,) = RotaryFunction.apply(*options, dout)
-        else:
-            (grad,) = call((dout,), *options)
-        return grad, None, None, None, None, None, None
+    def backward(ctx: Any, dout: Tensor):
+        call = RotaryCall(as_heads(dout), None, *kept(ctx), *ctx.rest)
+        return op(call, ctx.backend)[0].view(dout.shape), None, None
 
 
-_Function, _InPlaceFunction = direct(RotaryFunction), direct(RotaryInPlaceFunction)
+_InPlaceFunction = direct(RotaryInPlaceFunction)
 
 # --- public functions ----------------------------------------------------------------------------
 
 
-def _apply(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
+def _in_heads(call: RotaryCall) -> RotaryCall:
+    x, x2 = call[:2]
+    return call._replace(x=as_heads(x), x2=None if x2 is None else as_heads(x2))
+
+
+def _apply(call: RotaryCall, backend: str) -> tuple[Tensor, ...]:
     """In new tensors."""
-    xs = (x,) if x2 is None else (x, x2)
-    if transformed():
-        return tuple(formula(y, cos, sin, positions, start, config) for y in xs)
-    if torch.is_grad_enabled():
-        if cos.requires_grad or sin.requires_grad:
-            raise ValueError(_NO_GRADIENT_OF_TABLES)
-        if (x.requires_grad or (x2 is not None and x2.requires_grad)) and not watched():
-            return _Function.apply(cos, sin, positions, start, config, backend, *xs)
-    return call(xs, cos, sin, positions, start, config, backend)
+    xs = call[:2]
+    if not (xs[0].dim() == 4 and (xs[1] is None or xs[1].dim() == 4)):
+        call = _in_heads(call)
+    return tuple(
+        out if out.dim() == x.dim() else out.view(x.shape)
+        for x, out in zip(xs, op(call, backend), strict=True)
+        if x is not None
+    )
 
 
 _SINGLE = "apply_rotary", ("x", "cos", "sin", "positions", "offset")
 _PAIR = "apply_rotary_qk", ("q", "k", "cos", "sin", "positions", "offset")
 
 
-def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple[Tensor, ...]:
+def _apply_in_place(call: RotaryCall, backend: str) -> tuple[Tensor, ...]:
     """In the tensors themselves, with the errors that torch's own in-place operations raise."""
+    x, x2 = call[:2]
     xs = (x,) if x2 is None else (x, x2)
     if x is x2:
         raise ValueError("apply_rotary_qk: got one tensor as q and k, expected two with inplace")
-    recorded = torch.is_grad_enabled() and (
-        x.requires_grad or (x2 is not None and x2.requires_grad)
-    )
+    recorded = torch.is_grad_enabled() and any(y.requires_grad for y in xs)
     if recorded and any(y.requires_grad and y.is_leaf for y in xs):
         raise RuntimeError(
             "apply_rotary: a leaf Variable that requires grad is being used in an in-place "
@@ -181,20 +128,18 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
     compiling = _is_compiling()
     copied = transformed() or (recorded and watched())
     if not (compiling or copied):
-        op, names = _SINGLE if x2 is None else _PAIR
-        check_in_place(op, names, (*xs, cos, sin, positions, start), len(xs))
-        copied = x.is_neg() or (x2 is not None and x2.is_neg())
-    if copied or x.dim() > 4 or (x2 is not None and x2.dim() > 4):
-        for y, out in zip(
-            xs, _apply(x, x2, cos, sin, positions, start, config, backend), strict=True
-        ):
+        name, names = _SINGLE if x2 is None else _PAIR
+        check_in_place(name, names, (*xs, *call[2:6]), len(xs))
+        copied = any(y.is_neg() for y in xs)
+    if copied or any(y.dim() > 4 for y in xs):
+        for y, out in zip(xs, _apply(call, backend), strict=True):
             y.copy_(out)
-    elif recorded:
+        return xs
+    chosen = op.choose(backend, call)
+    if recorded:
         # A Function that changes a view may return one tensor only.
-        arguments = (cos, sin, positions, start, config, backend)
-        return tuple(_InPlaceFunction.apply(y, *arguments) for y in xs)
-    else:
-        call_in_place(x, x2, cos, sin, positions, start, config, backend)
+        return tuple(_InPlaceFunction.apply(y, call._replace(x2=None), chosen) for y in xs)
+    rotary_(_in_heads(call), chosen)
     return xs
 
 
@@ -246,7 +191,7 @@ def apply_rotary(
         return hand_over(apply_rotary, locals())
     checked = prepare("apply_rotary", x, None, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
-    return run(*checked, op.choose(backend, checked))[0]
+    return run(checked, backend)[0]
 
 
 def apply_rotary_qk(
@@ -270,5 +215,5 @@ def apply_rotary_qk(
         return hand_over(apply_rotary_qk, locals())
     checked = prepare("apply_rotary_qk", q, k, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
-    q, k = run(*checked, op.choose(backend, checked))
+    q, k = run(checked, backend)
     return q, k

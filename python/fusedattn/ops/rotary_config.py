@@ -30,14 +30,14 @@ class RotaryConfig(NamedTuple):
 
 
 class RotaryCall(NamedTuple):
-    """One checked call: x and x2 as they came, the rest as the kernels take it."""
+    """One call, of one or two tensors; to a kernel they are (B, H, S, D)."""
 
     x: Tensor
     x2: Tensor | None
     cos: Tensor
     sin: Tensor
     positions: Tensor | None
-    offset: Tensor | None
+    start: Tensor | None
     config: RotaryConfig
 
 
@@ -178,3 +178,19 @@ def prepare(
     return RotaryCall(
         x, x2, cos, sin, positions, start, RotaryConfig(bool(interleaved), False, offset)
     )
+
+
+def check_call(call: RotaryCall) -> RotaryCall:
+    """A call from a traced or exported program, checked as the public function checks its own.
+
+    But no position is looked at: one without a row gives NaN.
+    """
+    name, (x, x2, cos, sin, positions, start, config) = "apply_rotary", call
+    validate_inputs(name, x, x2)
+    for y in (x, x2):
+        if y is not None and y.dim() != 4:
+            raise ValueError(f"{name}: got x of shape {tuple(y.shape)}, expected (B, H, S, D)")
+    validate_tables(name, x, cos, sin)
+    offset = config.offset if start is None else start
+    positions, start, _ = validate_positions(name, x, positions, offset)
+    return call._replace(positions=positions, start=start)

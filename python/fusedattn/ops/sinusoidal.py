@@ -19,19 +19,10 @@ from torch import Tensor
 from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
-from ._checks import check_number, check_offset, check_positions
-from ._library import (
-    define,
-    differentiate,
-    direct,
-    hand_over,
-    has_override,
-    is_overridden,
-    plain,
-    transformed,
-    watched,
-)
-from ._registry import Backend, Op
+from ._checks import HALVES, check_number, check_offset, check_positions
+from ._library import LibraryOp, hand_over, has_override, is_overridden
+from ._op import Op
+from ._registry import Backend
 from .rotary_config import validate_input
 
 
@@ -79,83 +70,95 @@ def prepare(
     return SinusoidalCall(x, positions, start, SinusoidalConfig(base, scale, offset))
 
 
-# --- backends: forward(x, positions, offset, out, config) ----------------------------------------
+# --- backends: forward(call, out) ----------------------------------------------------------------
 
 
-def _native_kernels(module: Any) -> Any:
-    add = module.sinusoidal_forward
-    return SimpleNamespace(forward=lambda x, *args: add(x, *args, stream_of(x)))
-
-
-def _cpu_kernels() -> Any:
-    return SimpleNamespace(forward=_native.cpu.sinusoidal_forward)
+def _native_kernels(native: Any) -> Any:
+    return SimpleNamespace(
+        forward=lambda call, out: native.sinusoidal_forward(
+            *call[:-1], out, call.config, stream_of(call.x)
+        )
+    )
 
 
 def _triton_kernels() -> Any:
     from ..kernels.sinusoidal import sinusoidal_forward
 
-    return SimpleNamespace(forward=sinusoidal_forward)
+    return SimpleNamespace(
+        forward=lambda call, out: sinusoidal_forward(*call[:-1], out, call.config)
+    )
 
 
-def _formula(x, positions, start, config) -> Tensor:
+def _formula(call: SinusoidalCall) -> tuple[Tensor]:
     """The reference, differentiable to any order; half precision computes in float32."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x, positions, start, config = call
+    wide = x.float() if x.dtype in HALVES else x
     out = reference.add_sinusoidal(
         wide, positions=positions, offset=config.offset if start is None else start,
         base=config.base, scale=config.scale,
     )  # fmt: skip
-    return out.to(x.dtype)
+    return (out.to(x.dtype),)
 
 
-def _reference_kernels() -> Any:
-    return SimpleNamespace(
-        forward=lambda x, positions, start, out, config: out.copy_(
-            _formula(x, positions, start, config)
-        )
-    )
-
-
-op = Op(
-    "add_sinusoidal",
-    (
-        Backend("cpu", lambda call, _: cpu_refuses(call.x), _cpu_kernels),
-        Backend(
-            "cuda", lambda call, _: cuda_refuses(call.x), lambda: _native_kernels(_native.cuda)
-        ),
-        Backend("triton", lambda call, named: triton_refuses(call.x, named), _triton_kernels),
-        Backend(
-            "cuda_emulated",
-            lambda call, named: emulated_refuses(call.x, named),
-            lambda: _native_kernels(_native.cuda_emulated()),
-        ),
-        Backend("reference", lambda call, _: None, _reference_kernels),
+BACKENDS = (
+    Backend("cpu", lambda call, _: cpu_refuses(call.x), lambda: _native_kernels(_native.cpu)),
+    Backend("cuda", lambda call, _: cuda_refuses(call.x), lambda: _native_kernels(_native.cuda)),
+    Backend("triton", lambda call, named: triton_refuses(call.x, named), _triton_kernels),
+    Backend(
+        "cuda_emulated",
+        lambda call, named: emulated_refuses(call.x, named),
+        lambda: _native_kernels(_native.cuda_emulated()),
+    ),
+    Backend(
+        "reference",
+        lambda call, _: None,
+        lambda: SimpleNamespace(forward=lambda call, out: out.copy_(_formula(call)[0])),
     ),
 )
 
 # --- library op: on (B, S, W), positions (1 or B, S) ---------------------------------------------
 
 
-def _run(x, positions, start, backend, config) -> Tensor:
-    out = torch.empty_like(x)
+def _empty_outputs(call: SinusoidalCall) -> tuple[Tensor]:
+    return (torch.empty_like(call.x),)
+
+
+def _run(call: SinusoidalCall, kernels: Any) -> tuple[Tensor]:
+    (out,) = _empty_outputs(call)
     if out.numel() != 0:
-        op.kernels(backend).forward(x, positions, start, out, config)
-    return out
+        kernels.forward(call, out)
+    return (out,)
 
 
-def _sinusoidal(
-    x: Tensor, positions: Tensor | None, start: Tensor | None, backend: str, *options: Any
-) -> Tensor:
-    base, scale, offset = options
+def _check_call(call: SinusoidalCall) -> SinusoidalCall:
+    """A call from a traced or exported program, checked as the public function checks its own."""
+    x, positions, start, (base, scale, offset) = call
     checked = prepare(x, positions, offset if start is None else start, base, scale)
     if x.dim() != 3:
         raise ValueError(f"add_sinusoidal: got x of shape {tuple(x.shape)}, expected (B, S, W)")
-    return _run(*checked[:3], op.choose(backend, checked), SinusoidalConfig(*options))
+    return checked._replace(config=call.config)
 
 
-sinusoidal_fwd = define(
-    "sinusoidal_fwd(Tensor x, Tensor? positions, Tensor? start, str backend, float base, "
-    "float scale, SymInt offset) -> Tensor",
-    _sinusoidal, lambda x, *_: torch.empty_like(x),
+sinusoidal_fwd = LibraryOp(
+    "sinusoidal_fwd", SinusoidalCall, ("out",),
+    allocate=_empty_outputs, run=_run, check=_check_call,
+)  # fmt: skip
+
+# --- autograd ------------------------------------------------------------------------------------
+
+
+def _keep(call: SinusoidalCall, outputs: Any, wanted: Any) -> tuple[tuple[()], tuple[float]]:
+    return (), (call.config.scale,)
+
+
+def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
+    (dout,), (scale,) = douts, rest
+    return dout if scale == 1.0 else scale * dout, None, None
+
+
+op = Op(
+    "add_sinusoidal", BACKENDS, sinusoidal_fwd, _formula, differentiable=(0,), cotangents=1,
+    keep=_keep, pull_back=_pull_back,
 )  # fmt: skip
 
 
@@ -164,53 +167,6 @@ def _as_rows(x: Tensor) -> Tensor:
     rank = x.dim()
     return x if rank == 3 else x.unsqueeze(0) if rank == 2 else x.flatten(0, -3)
 
-
-def call(x, positions, start, config, backend) -> Tensor:
-    """scale · x + positions in a new tensor of the shape of x."""
-    flat = _as_rows(x)
-    if plain(x, positions, start):
-        out = _run(flat, positions, start, backend, config)
-    else:
-        out = sinusoidal_fwd(flat, positions, start, backend, *config)
-    return out if out.dim() == x.dim() else out.view(x.shape)
-
-
-# --- autograd ------------------------------------------------------------------------------------
-
-
-class SinusoidalFunction(torch.autograd.Function):
-    """`fusedattn.add_sinusoidal` on arguments that it has already checked.
-
-    apply(x, positions, start, config, backend) -> out: positions (1 or B, S) or None, start a
-    tensor of one offset or None, config a `SinusoidalConfig`, backend a backend's name.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x, positions, start, config, backend):
-        ctx.scale = config.scale
-        return call(x, positions, start, config, backend)
-
-    @staticmethod
-    def backward(ctx: Any, dout):
-        return dout if ctx.scale == 1.0 else ctx.scale * dout, None, None, None, None
-
-
-class _LibraryFunction(SinusoidalFunction):
-    """The gradient of the library op, whose kernel checks the arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, x, positions, start, config, backend):
-        ctx.scale = config.scale
-        return sinusoidal_fwd(x, positions, start, backend, *config)
-
-
-def _differentiable_forward(x, positions, start, backend, *options):
-    return _LibraryFunction.apply(x, positions, start, SinusoidalConfig(*options), backend)
-
-
-differentiate(sinusoidal_fwd, _differentiable_forward)
-
-_Function = direct(SinusoidalFunction)
 
 # --- public function -----------------------------------------------------------------------------
 
@@ -246,10 +202,7 @@ def add_sinusoidal(
     """
     if has_override(x, positions, offset) and is_overridden(locals()):
         return hand_over(add_sinusoidal, locals())
-    checked = prepare(x, positions, offset, base, scale)
-    chosen = op.choose(backend, checked)
-    if transformed():
-        return _formula(_as_rows(x), *checked[1:]).view(x.shape)
-    if x.requires_grad and torch.is_grad_enabled() and not watched():
-        return _Function.apply(*checked, chosen)
-    return call(*checked, chosen)
+    call = prepare(x, positions, offset, base, scale)
+    if x.dim() == 3:
+        return op(call, backend)[0]
+    return op(call._replace(x=_as_rows(x)), backend)[0].view(x.shape)

@@ -16,245 +16,55 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
-from ._checks import HALVES, check_like
-from ._library import (
-    cpu_at_once,
-    define,
-    differentiate,
-    direct,
-    hand_over,
-    has_override,
-    is_overridden,
-    keep,
-    kept,
-    plain,
-    second_order,
-    transformed,
-    watched,
-)
-from ._registry import Op
-from .softmax_backends import BACKENDS, views
-from .softmax_config import SoftmaxCall, SoftmaxConfig, configure, prepare
-
-op = Op("softmax", BACKENDS)
+from ._checks import HALVES
+from ._library import cpu_at_once, hand_over, has_override, is_overridden
+from ._op import Op
+from .softmax_config import SoftmaxBackwardCall, SoftmaxCall, configure, prepare
+from .softmax_kernels import BACKENDS, softmax_bwd, softmax_fwd
 
 # Looked up once: what follows runs on every call.
-_is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 
+# --- formulas ------------------------------------------------------------------------------------
 
-def _formula(x, mask, bias, dim, config) -> Tensor:
+
+def _formula(call: SoftmaxCall) -> tuple[Tensor]:
     """The reference, differentiable to any order; half precision computes in float32."""
+    x, mask, bias, dim, config = call
     wide = x.float() if x.dtype in HALVES else x
     with torch.autocast(x.device.type, enabled=False):
         out = reference.softmax(
             wide, dim, mask=mask, bias=bias, scale=config.scale, causal=config.causal_name
         )
-    return out.to(x.dtype)
+    return (out.to(x.dtype),)
 
 
-# --- schema and fake -----------------------------------------------------------------------------
-
-
-def _run_forward(x, mask, bias, dim, config, backend) -> Tensor:
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    kernels = op.kernels(backend)
-    if kernels.any_rank and x.dim() <= 4 and dim in (-1, x.dim() - 1):
-        kernels.forward(x, mask, bias, out, config)
-        return out
-    for o, a, m, b in views((out, x, mask, bias), dim, config.causal):
-        kernels.forward(a, m, b, o, config)
-    return out
-
-
-def _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
-    dx = torch.empty_like(out) if x_grad else None
-    dbias = ds = None
-    if bias_shape is not None:
-        dbias = out.new_empty(bias_shape, dtype=bias_dtype)
-        stat = torch.float32 if out.dtype in HALVES else out.dtype
-        last = dim in (-1, out.dim() - 1)
-        if last and dbias.shape == out.shape and bias_dtype == stat:
-            ds = dbias
-        else:
-            shape = out.shape if last else out.movedim(dim, -1).shape
-            ds = out.new_empty(shape, dtype=stat)
-            ds = ds if last else ds.movedim(-1, dim)
-    if out.numel() != 0:
-        kernels = op.kernels(backend)
-        if kernels.any_rank and out.dim() <= 4 and dim in (-1, out.dim() - 1):
-            kernels.backward(dout, out, dx, ds, config)
-        else:
-            for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
-                kernels.backward(g, o, a, s, config)
-    if dbias is not None and ds is not None and ds is not dbias:
-        dbias.copy_(ds.sum_to_size(bias_shape))
-    return dx, dbias
-
-
-def _check(
-    x: Tensor, mask: Any, bias: Any, backend: str, dim: int, causal: int, scale: float
-) -> tuple[SoftmaxCall, str]:
-    """The call, if its tensors and options fit together, and the backend that takes it."""
-    if causal not in (0, 1, 2):
-        raise ValueError(f"softmax: got causal={causal}, expected 0, 1 or 2")
-    call = prepare(x, dim, mask, bias, scale, SoftmaxConfig(causal, scale).causal_name)
-    return call, op.choose(backend, call)
-
-
-def _forward(x: Tensor, mask: Tensor | None, bias: Tensor | None, backend: str, dim: int,
-             *options: Any) -> Tensor:  # fmt: skip
-    call, chosen = _check(x, mask, bias, backend, dim, *options)
-    return _run_forward(x, mask, bias, dim, call.config, chosen)
-
-
-def _backward(dout: Tensor, out: Tensor, bias_shape: Any, bias_dtype: Any, x_grad: bool,
-              backend: str, dim: int, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `call_backward`; a library op returns an empty tensor for an unwanted gradient."""
-    check_like("softmax_bwd", "dout", dout, out.shape, out.dtype, out.device)
-    bias = None
-    if bias_shape is not None:
-        bias = torch.empty((), dtype=bias_dtype, device=out.device).expand(bias_shape)
-    call, chosen = _check(out, None, bias, backend, dim, *options)
-    dx, dbias = _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, call.config, chosen)
-    return (out.new_empty(0) if dx is None else dx), (out.new_empty(0) if dbias is None else dbias)
-
-
-def _forward_fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _backward_fake(dout: Tensor, out: Tensor, bias_shape: Any, bias_dtype: Any, x_grad: bool,
-                   *_: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(out) if x_grad else out.new_empty(0)
-    if bias_shape is None:
-        return dx, out.new_empty(0)
-    return dx, out.new_empty(bias_shape, dtype=bias_dtype)
-
-
-_OPTIONS = "str backend, int dim, int causal, float scale"
-softmax_fwd = define(
-    f"softmax_fwd(Tensor x, Tensor? mask, Tensor? bias, {_OPTIONS}) -> Tensor",
-    _forward, _forward_fake,
-)  # fmt: skip
-softmax_bwd = define(
-    "softmax_bwd(Tensor dout, Tensor out, SymInt[]? bias_shape, ScalarType? bias_dtype, "
-    f"bool x_grad, {_OPTIONS}) -> (Tensor dx, Tensor dbias)",
-    _backward, _backward_fake,
-)  # fmt: skip
-
-
-def call_forward(x, mask, bias, dim, config, backend) -> Tensor:
-    if plain(x, mask, bias):
-        return _run_forward(x, mask, bias, dim, config, backend)
-    return softmax_fwd(x, mask, bias, backend, dim, *config)
-
-
-def call_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
-    """dx where `x_grad`, and the bias's gradient where there is a `bias_shape`; else None."""
-    native = cpu_at_once(backend)
-    if native is not None and x_grad and bias_shape is None:
-        dx = native.usual_softmax_backward(dout, out, dim, config)
-        if dx is not None:
-            return dx, None
-    if plain(dout, out):
-        return _run_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend)
-    dx, dbias = softmax_bwd(dout, out, bias_shape, bias_dtype, x_grad, backend, dim, *config)
-    return dx if x_grad else None, None if bias_shape is None else dbias
+def _backward_formula(call: SoftmaxBackwardCall) -> tuple[Tensor | None, ...]:
+    """dx and dbias by the reference, from out: what reaches it goes on to x and the bias."""
+    dout, out = (x.float() if x.dtype in HALVES else x for x in call[:2])
+    dx, ds = reference.softmax_backward(dout, out, call.dim, scale=call.config.scale)
+    return dx, None if call.bias_shape is None else ds.sum_to_size(call.bias_shape)
 
 
 # --- autograd ------------------------------------------------------------------------------------
 
 
-class SoftmaxFunction(torch.autograd.Function):
-    """Differentiable softmax on arguments that `fusedattn.softmax` has already checked.
-
-    apply(x, mask, bias, dim, config, backend) -> out: config a `SoftmaxConfig`, backend a backend's
-    name.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x, mask, bias, dim, config, backend):
-        out = call_forward(x, mask, bias, dim, config, backend)
-        return _keep(ctx, out, bias, dim, config, backend)
-
-    @staticmethod
-    def backward(ctx: Any, dout):
-        (out,) = kept(ctx)
-        differentiable = _grad_enabled() and not _is_compiling()
-        backward = _SoftmaxBackward.apply if differentiable else call_backward
-        dx, dbias = backward(dout, out, *ctx.options)
-        return dx, None, dbias, None, None, None
+def _keep(call: SoftmaxCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    x_grad, _, bias_grad = wanted
+    of_bias = (call.bias.shape, call.bias.dtype) if bias_grad else (None, None)  # type: ignore[union-attr]
+    return outputs, (*of_bias, x_grad, call.dim, call.config)
 
 
-def _keep(ctx: Any, out, bias, dim, config, backend) -> Tensor:
-    """Keep for the backward what it needs; returns out."""
-    keep(ctx, out)
-    x_grad, _, bias_grad = ctx.needs_input_grad[:3]
-    of_bias = (bias.shape, bias.dtype) if bias_grad else (None, None)
-    ctx.options = (*of_bias, x_grad, dim, config, backend)
-    return out
+def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
+    dx, dbias = run(SoftmaxBackwardCall(*douts, *saved, *rest))
+    return dx, None, dbias
 
 
-class _ServedFunction(SoftmaxFunction):
-    """The same of a call that is served already: `outputs` is (out,), else it were an input."""
-
-    @staticmethod
-    def forward(ctx: Any, x, outputs, bias, dim, config, backend):
-        return _keep(ctx, outputs[0], bias, dim, config, backend)
-
-
-class _LibraryFunction(SoftmaxFunction):
-    """The gradient of the library op, whose kernel checks the arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, x, mask, bias, dim, config, backend):
-        out = softmax_fwd(x, mask, bias, backend, dim, *config)
-        return _keep(ctx, out, bias, dim, config, backend)
-
-
-_Function, _Served = direct(SoftmaxFunction), direct(_ServedFunction)
-
-
-class _SoftmaxBackward(torch.autograd.Function):
-    """The backward as a differentiable function; its own gradient is that of the formula.
-
-    `out` carries the graph of the forward, so that what reaches it goes on to x and the bias.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend):
-        keep(ctx, dout, out)
-        ctx.bias_shape, ctx.dim, ctx.scale = bias_shape, dim, config.scale
-        ctx.set_materialize_grads(False)
-        return call_backward(dout, out, bias_shape, bias_dtype, x_grad, dim, config, backend)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents):
-        def formula(dout, out):
-            g, y = (x.float() if x.dtype in HALVES else x for x in (dout, out))
-            dx, ds = reference.softmax_backward(g, y, ctx.dim, scale=ctx.scale)
-            return dx, None if ctx.bias_shape is None else ds.sum_to_size(ctx.bias_shape)
-
-        return *second_order(formula, kept(ctx), cotangents), *(None,) * 6
-
-
-def _differentiable_forward(x, mask, bias, backend, dim, *options):
-    return _LibraryFunction.apply(x, mask, bias, dim, SoftmaxConfig(*options), backend)
-
-
-def _differentiable_backward(dout, out, bias_shape, bias_dtype, x_grad, backend, dim, *options):
-    dx, dbias = _SoftmaxBackward.apply(
-        dout, out, bias_shape, bias_dtype, x_grad, dim, SoftmaxConfig(*options), backend
-    )
-    return (out.new_empty(0) if dx is None else dx), (out.new_empty(0) if dbias is None else dbias)
-
-
-differentiate(softmax_fwd, _differentiable_forward)
-differentiate(softmax_bwd, _differentiable_backward)
-
+op = Op(
+    "softmax", BACKENDS, softmax_fwd, _formula, differentiable=(0, 2), cotangents=1,
+    backward=Op("softmax_bwd", BACKENDS, softmax_bwd, _backward_formula),
+    keep=_keep, pull_back=_pull_back,
+)  # fmt: skip
 
 # --- public function -----------------------------------------------------------------------------
 
@@ -306,14 +116,7 @@ def softmax(
         config = configure(x.dim(), dim, causal, scale)
         out = native.usual_softmax_forward(x, dim, config)
         if x.requires_grad and _grad_enabled():
-            return _Served.apply(x, (out,), None, dim, config, "cpu")
+            call = SoftmaxCall(x, None, None, dim, config)
+            return op.record(call, "cpu", lambda *_: (out,))[0]
         return out
-    call = prepare(x, dim, mask, bias, scale, causal)
-    chosen = op.choose(backend, call)
-    config = call.config
-    if transformed():
-        return _formula(x, mask, bias, dim, config)
-    recorded = x.requires_grad or (bias is not None and bias.requires_grad)
-    if recorded and _grad_enabled() and not watched():
-        return _Function.apply(x, mask, bias, dim, config, chosen)
-    return call_forward(x, mask, bias, dim, config, chosen)
+    return op(prepare(x, dim, mask, bias, scale, causal), backend)[0]

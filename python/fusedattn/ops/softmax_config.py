@@ -13,6 +13,7 @@ from ._checks import (
     check_broadcast,
     check_causal,
     check_device,
+    check_like,
     check_number,
     check_tensor,
 )
@@ -33,11 +34,26 @@ class SoftmaxConfig(NamedTuple):
 
 
 class SoftmaxCall(NamedTuple):
-    """What a backend looks at to take or refuse a call."""
+    """One call, along dimension `dim`."""
 
     x: Tensor
     mask: Tensor | None
     bias: Tensor | None
+    dim: int
+    config: SoftmaxConfig
+
+
+class SoftmaxBackwardCall(NamedTuple):
+    """The gradient of out, with out.
+
+    x_grad: that of x is wanted. bias_shape and bias_dtype: of the bias whose gradient is wanted.
+    """
+
+    dout: Tensor
+    out: Tensor
+    bias_shape: tuple[int, ...] | None
+    bias_dtype: torch.dtype | None
+    x_grad: bool
     dim: int
     config: SoftmaxConfig
 
@@ -87,3 +103,22 @@ def prepare(x, dim, mask, bias, scale, causal) -> SoftmaxCall:
     if mask is not None or bias is not None:
         check_extras(x, mask, bias)
     return SoftmaxCall(x, mask, bias, dim, config)
+
+
+def check_call(call: SoftmaxCall) -> SoftmaxCall:
+    """A call from a traced or exported program, checked as the public function checks its own."""
+    x, mask, bias, dim, config = call
+    if config.causal not in (0, 1, 2):
+        raise ValueError(f"softmax: got causal={config.causal}, expected 0, 1 or 2")
+    return prepare(x, dim, mask, bias, config.scale, config.causal_name)
+
+
+def check_backward_call(call: SoftmaxBackwardCall) -> SoftmaxBackwardCall:
+    """The same for a call of the backward."""
+    out, bias = call.out, None
+    check_like("softmax_bwd", "dout", call.dout, out.shape, out.dtype, out.device)
+    if call.bias_shape is not None:
+        bias = torch.empty((), dtype=call.bias_dtype, device=out.device).expand(call.bias_shape)
+    return call._replace(
+        config=check_call(SoftmaxCall(out, None, bias, call.dim, call.config)).config
+    )

@@ -1,4 +1,4 @@
-"""Softmax's backends in order of preference, and the four-dimensional views that they work on.
+"""Softmax's kernels: what they write to, the views that they work on, and the backends.
 
 Kernels are objects with
 
@@ -24,8 +24,14 @@ from .. import _native
 from ..reference import functional as reference
 from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
 from ._checks import HALVES
-from ._registry import Backend, Refusal
-from .softmax_config import SoftmaxCall
+from ._library import LibraryOp
+from ._registry import Backend
+from .softmax_config import (
+    SoftmaxBackwardCall,
+    SoftmaxCall,
+    check_backward_call,
+    check_call,
+)
 
 # --- views ---------------------------------------------------------------------------------------
 
@@ -69,26 +75,7 @@ def _mergeable(t: Tensor, i: int) -> bool:
 # --- cpu, cuda: csrc/cpu/rowwise/softmax.cpp, csrc/cuda/softmax.cu -------------------------------
 
 
-def _cpu_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
-    return cpu_refuses(call.x, "x")
-
-
-def _cuda_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
-    return cuda_refuses(call.x, "x")
-
-
-def _emulated_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
-    return emulated_refuses(call.x, requested)
-
-
-def _cpu_kernels() -> Any:
-    native = _native.cpu
-    return SimpleNamespace(
-        forward=native.softmax_forward, backward=native.softmax_backward, any_rank=True
-    )
-
-
-def _cuda_kernels(native: Any) -> Any:
+def _native_kernels(native: Any) -> Any:
     def forward(x, mask, bias, out, config):
         native.softmax_forward(x, mask, bias, out, config, stream_of(x))
 
@@ -101,10 +88,6 @@ def _cuda_kernels(native: Any) -> Any:
 # --- triton: kernels/softmax.py ------------------------------------------------------------------
 
 
-def _triton_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
-    return triton_refuses(call.x, requested, "x")
-
-
 def _triton_kernels() -> Any:
     from ..kernels.softmax import softmax_backward, softmax_forward
 
@@ -112,10 +95,6 @@ def _triton_kernels() -> Any:
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
-
-
-def _reference_refuses(call: SoftmaxCall, requested: bool) -> Refusal | None:
-    return None
 
 
 def _reference_kernels() -> Any:
@@ -142,10 +121,99 @@ def _reference_kernels() -> Any:
     return SimpleNamespace(forward=forward, backward=backward, any_rank=False)
 
 
+def _given(call: Any) -> Tensor:
+    """What every backend looks at."""
+    return call.x if isinstance(call, SoftmaxCall) else call.out
+
+
 BACKENDS = (
-    Backend("cpu", _cpu_refuses, _cpu_kernels),
-    Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
-    Backend("triton", _triton_refuses, _triton_kernels),
-    Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),
-    Backend("reference", _reference_refuses, _reference_kernels),
+    Backend(
+        "cpu",
+        lambda call, named: cpu_refuses(_given(call), "x"),
+        lambda: _native_kernels(_native.cpu),
+    ),
+    Backend(
+        "cuda",
+        lambda call, named: cuda_refuses(_given(call), "x"),
+        lambda: _native_kernels(_native.cuda),
+    ),
+    Backend(
+        "triton", lambda call, named: triton_refuses(_given(call), named, "x"), _triton_kernels
+    ),
+    Backend(
+        "cuda_emulated",
+        lambda call, named: emulated_refuses(_given(call), named),
+        lambda: _native_kernels(_native.cuda_emulated()),
+    ),
+    Backend("reference", lambda call, named: None, _reference_kernels),
 )
+
+# --- what runs -----------------------------------------------------------------------------------
+
+
+def _is_last(x: Tensor, dim: int) -> bool:
+    return dim in (-1, x.dim() - 1)
+
+
+def _run_forward(call: SoftmaxCall, kernels: Any) -> tuple[Tensor]:
+    x, mask, bias, dim, config = call
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return (out,)
+    if kernels.any_rank and x.dim() <= 4 and _is_last(x, dim):
+        kernels.forward(x, mask, bias, out, config)
+        return (out,)
+    for o, a, m, b in views((out, x, mask, bias), dim, config.causal):
+        kernels.forward(a, m, b, o, config)
+    return (out,)
+
+
+def _empty_gradients(call: SoftmaxBackwardCall) -> tuple[Tensor | None, Tensor | None]:
+    out, shape = call.out, call.bias_shape
+    dx = torch.empty_like(out) if call.x_grad else None
+    return dx, None if shape is None else out.new_empty(shape, dtype=call.bias_dtype)
+
+
+def _run_backward(call: SoftmaxBackwardCall, kernels: Any) -> tuple[Tensor | None, Tensor | None]:
+    dout, out, _, bias_dtype, _, dim, config = call
+    dx, dbias = _empty_gradients(call)
+    ds = None
+    if dbias is not None:
+        stat = torch.float32 if out.dtype in HALVES else out.dtype
+        last = _is_last(out, dim)
+        if last and dbias.shape == out.shape and bias_dtype == stat:
+            ds = dbias
+        else:
+            shape = out.shape if last else out.movedim(dim, -1).shape
+            ds = out.new_empty(shape, dtype=stat)
+            ds = ds if last else ds.movedim(-1, dim)
+    if out.numel() != 0:
+        if kernels.any_rank and out.dim() <= 4 and _is_last(out, dim):
+            kernels.backward(dout, out, dx, ds, config)
+        else:
+            for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
+                kernels.backward(g, o, a, s, config)
+    if dbias is not None and ds is not None and ds is not dbias:
+        dbias.copy_(ds.sum_to_size(dbias.shape))
+    return dx, dbias
+
+
+def _usual_backward(call: SoftmaxBackwardCall, native: Any) -> Any:
+    if not call.x_grad or call.bias_shape is not None:
+        return None
+    dx = native.usual_softmax_backward(call.dout, call.out, call.dim, call.config)
+    return None if dx is None else (dx, None)
+
+
+# --- library ops ---------------------------------------------------------------------------------
+
+softmax_fwd = LibraryOp(
+    "softmax_fwd", SoftmaxCall, ("out",),
+    allocate=lambda call: (torch.empty_like(call.x),), run=_run_forward, check=check_call,
+)  # fmt: skip
+softmax_bwd = LibraryOp(
+    "softmax_bwd", SoftmaxBackwardCall, ("dx", "dbias"),
+    allocate=_empty_gradients, run=_run_backward, check=check_backward_call,
+    wanted=lambda call: (call.x_grad, call.bias_shape is not None),
+    usual=_usual_backward,
+)  # fmt: skip

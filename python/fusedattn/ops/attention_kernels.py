@@ -1,0 +1,299 @@
+"""Attention's kernels: what they write to, and the backends in order of preference.
+
+Kernels are objects with
+
+    forward(call, out, lse)                 call an `AttentionCall`
+    backward(call, dq, dk, dv, dbias)       call an `AttentionBackwardCall`
+
+that write every element of their outputs. mask and bias have four dimensions, nothing is empty,
+dout or dlse may be None (zero), dbias is None where it is not wanted.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference import functional as reference
+from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._checks import HALVES
+from ._library import LibraryOp, plain
+from ._op import Outputs
+from ._registry import Backend, Refusal
+from .attention_config import (
+    AttentionBackwardCall,
+    AttentionCall,
+    check_backward_call,
+    check_call,
+)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+# --- backends ------------------------------------------------------------------------------------
+
+
+def _refuse_pending(call: AttentionCall) -> Refusal | None:
+    name = call.config.pending
+    if call.alibi_slopes is not None:
+        name = "alibi_slopes"
+    elif call.sinks is not None:
+        name = "sinks"
+    elif call.seed is not None:
+        name = "seed"
+    return Refusal(f"{name} is not supported yet", f"leave {name} out") if name else None
+
+
+# --- cpu: csrc/cpu -------------------------------------------------------------------------------
+
+
+def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return cpu_refuses(call.q, "q, k and v") or _refuse_pending(call)
+
+
+def _native_kernels(native: Any, prepare: Any = lambda x: x) -> Any:
+    """`prepare` makes of a tensor one that the kernels can read."""
+
+    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        q, k, v, mask, bias, kv_lengths = call[:6]
+        native.attention_forward(
+            prepare(q), prepare(k), prepare(v), mask, bias, kv_lengths, out, lse, call.config,
+            stream_of(q),
+        )  # fmt: skip
+
+    def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
+        dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
+        native.attention_backward(
+            prepare(dout), dlse, prepare(q), prepare(k), prepare(v), out, lse, *grads, mask, bias,
+            kv_lengths, call.config, stream_of(q),
+        )  # fmt: skip
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+# --- cuda: csrc/cuda/attention.cu ----------------------------------------------------------------
+
+# Row numbers and their sums fit in 32 bits.
+_LONGEST = 2**30
+
+
+def _in_packs(x: Tensor) -> bool:
+    """Whether every row can be read 16 bytes at a time. Where nothing is known of its address,
+    the kernels' caller looks again."""
+    *outer, last = x.stride()
+    return (
+        (last == 1 or x.shape[3] == 1)
+        and all(step % 8 == 0 or size == 1 for step, size in zip(outer, x.shape, strict=False))
+        and (not plain(x) or x.data_ptr() % 16 == 0)
+    )
+
+
+def _cuda_takes(call: AttentionCall) -> Refusal | None:
+    """Why the CUDA C++ kernels do not take a call on tensors that are where they can reach them."""
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
+    if call.mask is not None or call.bias is not None:
+        name = "mask" if call.mask is not None else "bias"
+        return Refusal(
+            f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths"
+        )
+    for name, x in (("D", call.q), ("Dv", call.v)):
+        width = x.shape[3]
+        if width % 8 != 0 or width > 256:
+            return Refusal(f"{name} is {width}", "use a multiple of 8, at most 256")
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if not _in_packs(x):
+            return Refusal(
+                f"{name} of strides {tuple(x.stride())} does not lie in rows of aligned 16 bytes",
+                f"pass {name}.contiguous()",
+            )
+        if x.shape[2] > _LONGEST:
+            return Refusal(f"{name} has {x.shape[2]} rows", f"use at most {_LONGEST}")
+    return _refuse_pending(call)
+
+
+def _cuda_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return cuda_refuses(call.q, "q, k and v") or _cuda_takes(call)
+
+
+def _emulated_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return emulated_refuses(call.q, requested) or _cuda_takes(call)
+
+
+def _cuda_kernels(native: Any) -> Any:
+    def packed(x: Tensor | None) -> Tensor | None:
+        return x if x is None or _in_packs(x) else x.clone(memory_format=torch.contiguous_format)
+
+    return _native_kernels(native, packed)
+
+
+# --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
+
+
+def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    refusal = triton_refuses(call.q, requested, "q, k and v")
+    if refusal is not None:
+        return refusal
+    widest = max(call.q.shape[3], call.v.shape[3])
+    if widest > 512:
+        return Refusal(f"head dim {widest} is above 512", "use at most 512")
+    return _refuse_pending(call)
+
+
+def _triton_kernels() -> Any:
+    from ..kernels.attention_bwd import attention_backward
+    from ..kernels.attention_fwd import attention_forward
+
+    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        attention_forward(
+            *call[:3], out, lse, mask=call.mask, bias=call.bias, kv_lengths=call.kv_lengths,
+            config=call.config,
+        )  # fmt: skip
+
+    def backward(call: AttentionBackwardCall, *grads: Any) -> None:
+        dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
+        *_, dbias = grads
+        total = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
+        attention_backward(
+            dout, dlse, q, k, v, out, lse, *grads[:3], total,
+            mask=mask, bias=bias, kv_lengths=kv_lengths, config=call.config,
+        )  # fmt: skip
+        if dbias is not None:
+            dbias.copy_(total)
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+# --- reference: reference/functional.py ----------------------------------------------------------
+
+
+def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return _refuse_pending(call)
+
+
+def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The reference, differentiable to any order; half precision computes in float32."""
+    q, k, v = (_wide(x) for x in call[:3])
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = reference.attention(q, k, v, **_options(call), bias=call.bias)
+    return out.to(call.q.dtype), lse
+
+
+def backward_formula(call: AttentionBackwardCall) -> Outputs:
+    """The gradients by the reference: dq, dk, dv and, where wanted, dbias; not rounded."""
+    dout, q, k, v = (_wide(x) for x in (call.dout, call.q, call.k, call.v))
+    with torch.autocast(call.q.device.type, enabled=False):
+        *grads, ds = reference.attention_backward(
+            dout, call.dlse, q, k, v, **_options(call), bias=call.bias
+        )
+    return *grads, ds.sum_to_size(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if x is not None and x.dtype in HALVES else x
+
+
+def _options(call: Any) -> dict[str, Any]:
+    return {
+        "mask": call.mask,
+        "kv_lengths": call.kv_lengths,
+        "causal": call.config.causal_name,
+        "scale": call.config.scale,
+    }
+
+
+def _reference_kernels() -> Any:
+    def contiguous(call: Any) -> Any:
+        """BLAS picks its method by strides: a contiguous copy keeps them out of the result."""
+        floats = ("dout", "q", "k", "v", "bias")
+        given = {name: getattr(call, name, None) for name in floats}
+        return call._replace(
+            **{name: _wide(x).contiguous() for name, x in given.items() if x is not None}
+        )
+
+    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        for target, found in zip((out, lse), formula(contiguous(call)), strict=True):
+            target.copy_(found)
+
+    def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
+        for target, found in zip(grads, backward_formula(contiguous(call)), strict=True):
+            if target is not None:
+                target.copy_(found)
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
+    Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
+    Backend("triton", _triton_refuses, _triton_kernels),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),
+    Backend("reference", _reference_refuses, _reference_kernels),
+)
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def _empty_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """out laid out in memory as (B, Sq, Hq, Dv), so that merging the heads is a view; and lse."""
+    q = call.q
+    batch, heads, seq, _ = q.shape
+    dim = call.v.shape[3]
+    out = q.new_empty_strided((batch, heads, seq, dim), (seq * heads * dim, dim, heads * dim, 1))
+    if q.dtype in HALVES:
+        return out, q.new_empty((batch, heads, seq), dtype=torch.float32)
+    return out, q.new_empty((batch, heads, seq))
+
+
+def _empty_gradients(call: AttentionBackwardCall) -> Gradients:
+    dbias = call.bias.new_empty(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
+    return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), dbias
+
+
+def _run_forward(call: AttentionCall, kernels: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_outputs(call)
+    if out.numel() == 0 or call.k.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    kernels.forward(call, out, lse)
+    return out, lse
+
+
+def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
+    grads = _empty_gradients(call)
+    if call.lse.numel() == 0 or call.k.numel() == 0:
+        for x in grads:
+            if x is not None:
+                x.zero_()
+        return grads
+    kernels.backward(call, *grads)
+    return grads
+
+
+# --- library ops ---------------------------------------------------------------------------------
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Two operations a multiply-add, as torch counts SDPA: causal is not halved."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _backward_flops(
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any
+) -> int:
+    """Five products: the scores again and dq, dk over D; dp and dv over Dv."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
+attention_fwd = LibraryOp(
+    "attention_fwd", AttentionCall, ("out", "lse"),
+    allocate=_empty_outputs, run=_run_forward, check=check_call, flops=_forward_flops,
+)  # fmt: skip
+attention_fwd.autocast(3)  # q, k and v; a bias keeps its dtype
+attention_bwd = LibraryOp(
+    "attention_bwd", AttentionBackwardCall, ("dq", "dk", "dv", "dbias"),
+    allocate=_empty_gradients, run=_run_backward, check=check_backward_call,
+    wanted=lambda call: (True, True, True, call.bias_grad), flops=_backward_flops,
+)  # fmt: skip

@@ -41,11 +41,20 @@ def check_dtype(module: str, dtype: Any) -> None:
 
 
 def recorded(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of `module` as one node of the graph that torch.fx traces; None if it is the root.
+    """A call of `module` by torch.fx as one node of its graph, as torch's own modules are recorded.
 
-    A tracer does so with torch.nn's modules and traces into all others. As a node our modules keep
-    their own `training`, and what they decide by shape is decided when the graph runs.
+    The node decides by `training` and by shapes when it runs. None, so that the call is traced into
+    as those of other modules are, for the root of the trace and where a node would repeat what has
+    been traced: around a `forward` of ours lies another, or hooks but those that compute weights.
     """
+    around = (
+        getattr(module.forward, "__func__", None),
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+    )
+    known = ("fusedattn.nn.", "torch.nn.utils.")
+    if not all(getattr(each, "__module__", "").startswith(known) for each in around):
+        return None
     tracer: Any = next(x.tracer for x in (*args, *kwargs.values()) if isinstance(x, Proxy))
     path = tracer.path_of_module(module)
     return tracer.create_proxy("call_module", path, args, kwargs) if path else None

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from ..ops._library import plain
 from ..ops.rotary import apply_rotary_qk
-from ..ops.rotary_config import INDICES, validate_input, validate_positions
+from ..ops.rotary_config import validate_input, validate_positions
 from ..ops.sinusoidal import add_sinusoidal
 from ._inputs import check_dtype, check_number, check_probability, check_sizes, recorded
 from .rotary_scaling import RotaryScaling
@@ -257,7 +257,7 @@ def _check_learned(weight: Tensor, x: Tensor, positions: Tensor | None, offset: 
     length = x.shape[-2]
     lowest, highest = offset, offset + length - 1
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.dtype not in INDICES:
+        if not isinstance(positions, Tensor) or positions.dtype not in (torch.int32, torch.int64):
             got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
             raise TypeError(f"{name}: got positions of type {got}, expected int32 or int64")
         shape, of_x = positions.shape, x.shape[:-1]

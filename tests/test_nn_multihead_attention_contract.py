@@ -229,5 +229,5 @@ def test_bad_calls(name: str) -> None:
 
 @pytest.mark.parametrize("build", [(0, 1), (8, 0), (8, 3), (8, 2, -0.1), (8, 2, 1.5)])
 def test_bad_construction(build: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"got (embed_dim|dropout)="):
+    with pytest.raises(ValueError, match=r"got (embed_dim|num_heads|dropout)="):
         MultiheadAttention(*build)

@@ -199,6 +199,7 @@ def test_attention_refuses_what_is_not_plain(layout: torch.layout) -> None:
         lambda: ours(x, x, x, is_causal=True),
         lambda: ours(*[nested(layout, (3, H, E), (5, H, E))] * 3),
     ]
+    message = r"MultiheadAttention: got (query|key) that is nested, expected with a nested tensor b"
     for call in calls:
-        with pytest.raises(ValueError, match="MultiheadAttention: got a nested query, key or val"):
+        with pytest.raises(ValueError, match=message):
             call()

@@ -176,13 +176,20 @@ def test_rotary_compiled(dynamic, warm):
     torch._dynamo.reset()
 
 
+FACTORS = ("low_freq_factor", "high_freq_factor")
 BAD = {
     "odd": ({"dim": 7}, "even number"),
-    "zero": ({"dim": 0}, "even number"),
+    "zero": ({"dim": 0}, "dim=0, expected a number above 0"),
+    "length": ({"max_position_embeddings": 0}, "max_position_embeddings=0, expected a number abo"),
     "base": ({"base": 0.0}, "base=0.0"),
     "kind": ({"scaling": {"rope_type": "new"}}, "type 'new'"),
     "missing": ({"scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     "count": ({"scaling": {"rope_type": "longrope", **LONG}}, "of 32 numbers, expected 4"),
+    "factor": ({"scaling": {"rope_type": "linear", "factor": 0}}, r"\['factor'\]=0, expected one"),
+    "order": (
+        {"scaling": {"rope_type": "llama3", "factor": 8} | dict.fromkeys(FACTORS, 4)},
+        "low_freq_factor=4 and high_freq_factor=4, expected the first to be smaller",
+    ),
     "partial": ({"scaling": {"partial_rotary_factor": 0.5}}, "rotary dim already"),
     "dynamic": ({"dim": 2, "scaling": {"rope_type": "dynamic", "factor": 2.0}}, "at least 4"),
 }
@@ -238,6 +245,8 @@ def test_learned():
         ((2, 5, 8), {"positions": torch.tensor([0, 1, 2, 3, 9])}, "positions 0 to 9"),
         ((2, 5, 7), {}, "x of shape"),
         ((8,), {}, "x of shape"),
+        ((2, 5, 8), {"positions": torch.arange(4)}, r"positions of shape \(4,\)"),
+        ((2, 5, 8), {"positions": torch.arange(15).view(3, 5)}, r"positions of shape \(3, 5\)"),
     ],
 )
 def test_bad_learned(shape, options, message):

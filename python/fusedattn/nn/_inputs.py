@@ -1,7 +1,11 @@
-"""What a module may be called with that is no plain tensor: torch.fx's proxies, nested tensors."""
+"""What the modules share: checks of their options, and inputs that are no plain tensors.
+
+These are torch.fx's proxies and nested tensors.
+"""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +14,47 @@ from torch import Tensor
 from torch.fx import Proxy
 
 
-def recorded(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of `module` as one node of the graph that torch.fx traces; None if it is the root.
+def check_sizes(module: str, **sizes: Any) -> None:
+    """Each is an int above 0."""
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral):
+            raise TypeError(f"{module}: got {name} of type {type(size).__name__}, expected an int")
+        if size <= 0:
+            raise ValueError(f"{module}: got {name}={size}, expected a number above 0")
 
-    A tracer does so with torch.nn's modules and traces into all others. As a node our modules keep
-    their own `training`, and what they decide by shape is decided when the graph runs.
+
+def check_number(module: str, name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{module}: got {name} of type {type(value).__name__}, expected a float")
+
+
+def check_probability(module: str, name: str, p: Any) -> None:
+    check_number(module, name, p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{module}: got {name}={p}, expected 0 <= {name} <= 1")
+
+
+def check_dtype(module: str, dtype: Any) -> None:
+    """dtype is one that parameters can have, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{module}: got dtype={dtype}, expected one of floating point")
+
+
+def recorded(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of `module` by torch.fx as one node of its graph, as torch's own modules are recorded.
+
+    The node decides by `training` and by shapes when it runs. None, so that the call is traced into
+    as those of other modules are, for the root of the trace and where a node would repeat what has
+    been traced: around a `forward` of ours lies another, or hooks but those that compute weights.
     """
+    around = (
+        getattr(module.forward, "__func__", None),
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+    )
+    known = ("fusedattn.nn.", "torch.nn.utils.")
+    if not all(getattr(each, "__module__", "").startswith(known) for each in around):
+        return None
     tracer: Any = next(x.tracer for x in (*args, *kwargs.values()) if isinstance(x, Proxy))
     path = tracer.path_of_module(module)
     return tracer.create_proxy("call_module", path, args, kwargs) if path else None

@@ -21,11 +21,17 @@ from torch.fx import Proxy
 from ..ops._registry import UnsupportedError, is_strict
 from ..ops.attention import attention
 from ..reference import functional as reference
-from ._inputs import is_nested, recorded, rows
+from ._inputs import check_dtype, check_probability, check_sizes, is_nested, recorded, rows
 
 
 def _called_in_evaluation(module: torch.nn.Module, args: Any) -> None:
     """A forward pre-hook that changes nothing: it has torch's encoder layers call their modules."""
+
+
+_NESTED = (
+    "with a nested tensor batch_first=True, query is key is value, each sequence (L, E), and "
+    "neither masks nor is_causal"
+)
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -53,6 +59,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device, dtype: of the parameters; fp16, bf16, fp32 or fp64.
 
     Raises:
+        TypeError: sizes that are no integers, a dropout that is no number, another dtype.
         ValueError: sizes that are not positive, E not a multiple of H, dropout outside [0, 1].
     """
 
@@ -70,14 +77,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads != 0:
+        name = "MultiheadAttention"
+        check_sizes(name, embed_dim=embed_dim, num_heads=num_heads)
+        check_sizes(name, **{k: n for k, n in (("kdim", kdim), ("vdim", vdim)) if n is not None})
+        check_probability(name, "dropout", dropout)
+        check_dtype(name, dtype)
+        if embed_dim % num_heads != 0:
             raise ValueError(
-                f"MultiheadAttention: got embed_dim={embed_dim} and num_heads={num_heads}, "
-                "expected positive sizes and embed_dim a multiple of num_heads"
-            )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(
-                f"MultiheadAttention: got dropout={dropout}, expected 0 <= dropout <= 1"
+                f"{name}: got embed_dim={embed_dim} and num_heads={num_heads}, expected embed_dim "
+                "a multiple of num_heads"
             )
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
@@ -87,7 +95,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention) -> MultiheadAttention:
-        """The fused twin of `module`. It shares the parameters, so optimizers stay valid."""
+        """The fused twin of `module`. It shares the parameters, so optimizers stay valid.
+
+        Raises:
+            TypeError: `module` is no `torch.nn.MultiheadAttention`.
+        """
+        if not isinstance(module, torch.nn.MultiheadAttention):
+            got = f"of type {type(module).__name__}"
+            raise _wrong(TypeError, "module", got, "a torch.nn.MultiheadAttention")
         twin: Any = copy.copy(module)
         # Its own dicts of parameters and hooks, with what stands in them.
         vars(twin).update({k: copy.copy(v) for k, v in vars(twin).items() if isinstance(v, dict)})
@@ -142,17 +157,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             when unbatched; None in their place without `need_weights`. S counts appended keys.
 
         Raises:
-            TypeError: an argument that is no tensor, or a mask neither bool nor floating.
-            ValueError: shapes that do not fit, or `is_causal` without `attn_mask`.
+            TypeError: an argument that is no tensor, or not of the weights' dtype where autocast
+                does not see to it; a mask neither bool nor floating.
+            ValueError: shapes or devices that do not fit, or `is_causal` without `attn_mask`.
             UnsupportedError: training with dropout within `fusedattn.strict()`.
         """
-        given = (query, key, value, key_padding_mask, need_weights, attn_mask)
         if isinstance(query, Proxy) or isinstance(key, Proxy):
-            call = recorded(self, *given, average_attn_weights, is_causal)
+            call = recorded(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
             if call is not None:
                 return call
-        if is_nested(query) or is_nested(key) or is_nested(value):
-            return self._forward_nested(*given, average_attn_weights, is_causal)
+        if is_nested(query):
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+                is_causal,
+            )  # fmt: skip
         _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
         k, v = self._append_keys(k, v)
@@ -263,11 +284,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         plain = key_padding_mask is None and attn_mask is None and not is_causal
         found = rows(query, 1) if self.batch_first and same and plain else None
         if found is None or query.dim() != 3:
-            raise ValueError(
-                "MultiheadAttention: got a nested query, key or value, expected with it "
-                "batch_first=True, query is key is value, each sequence (L, E), and neither masks "
-                "nor is_causal"
-            )
+            raise _wrong(ValueError, "query", "that is nested", _NESTED)
         values, back = found
         if query.layout is torch.jagged:
             lengths = query.offsets().diff()  # type: ignore[attr-defined]
@@ -311,25 +328,31 @@ def _check(
 ) -> None:  # fmt: skip
     """Check the arguments of `forward` against each other and the module's sizes."""
     widths = (module.embed_dim, module.kdim, module.vdim)
+    before: Any = module  # which is no argument
     for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
-        if not isinstance(x, Tensor):
-            raise _wrong(TypeError, name, f"of type {type(x).__name__}", "a Tensor")
+        if x is not before:  # most calls pass one tensor as all three
+            _check_tensor(module, name, x)
+            before = x
         if x.dim() not in (2, 3) or x.dim() != query.dim():
             wanted = "(L, features), or 3 dimensions with a batch, the same for all three"
             raise _wrong(ValueError, name, f"of shape {tuple(x.shape)}", wanted)
         if x.shape[-1] != width:
             wanted = f"{width} features in the last dimension"
             raise _wrong(ValueError, name, f"of shape {tuple(x.shape)}", wanted)
-    if key.shape[:-1] != value.shape[:-1]:
+    if value is not key and key.shape[:-1] != value.shape[:-1]:
         wanted = f"the batch and length of key, {tuple(key.shape[:-1])}"
         raise _wrong(ValueError, "value", f"of shape {tuple(value.shape)}", wanted)
-    dim = _length_dim(module, query)
-    length, length_k = query.shape[dim], key.shape[dim]
-    batch = query.shape[1 - dim] if query.dim() == 3 else 1
-    if query.dim() == 3 and key.shape[1 - dim] != batch:
-        wanted = f"the batch size of query, {batch}, in dimension {1 - dim}"
+    dim, batched = _length_dim(module, query), query.dim() == 3
+    if key is not query and batched and key.shape[1 - dim] != query.shape[1 - dim]:
+        wanted = f"the batch size of query, {query.shape[1 - dim]}, in dimension {1 - dim}"
         raise _wrong(ValueError, "key", f"of shape {tuple(key.shape)}", wanted)
-    padding_shape: tuple[int, ...] = (batch, length_k) if query.dim() == 3 else (length_k,)
+    if is_causal and attn_mask is None:
+        raise _wrong(ValueError, "is_causal=True", "without attn_mask", "the causal attn_mask too")
+    if key_padding_mask is None and attn_mask is None:
+        return
+    length, length_k = query.shape[dim], key.shape[dim]
+    batch = query.shape[1 - dim] if batched else 1
+    padding_shape: tuple[int, ...] = (batch, length_k) if batched else (length_k,)
     mask_shapes = ((length, length_k), (batch * module.num_heads, length, length_k))
     for name, mask, shapes in (
         ("key_padding_mask", key_padding_mask, (padding_shape,)),
@@ -344,8 +367,27 @@ def _check(
         if tuple(mask.shape) not in shapes:
             wanted = " or ".join(str(shape) for shape in shapes)
             raise _wrong(ValueError, name, f"of shape {tuple(mask.shape)}", wanted)
-    if is_causal and attn_mask is None:
-        raise _wrong(ValueError, "is_causal=True", "without attn_mask", "the causal attn_mask too")
+
+
+def _check_tensor(module: MultiheadAttention, name: str, x: Tensor) -> None:
+    """Check x against the weights."""
+    if not isinstance(x, Tensor):
+        raise _wrong(TypeError, name, f"of type {type(x).__name__}", "a Tensor")
+    if x.is_nested:
+        raise _wrong(ValueError, name, "that is nested", _NESTED)
+    weight = module.in_proj_weight
+    weight = module.q_proj_weight if weight is None else weight
+    if x.dtype != weight.dtype and not (x.is_floating_point() and _autocast(x.device)):
+        wanted = f"{weight.dtype}, that of the weights"
+        raise _wrong(TypeError, name, f"of dtype {x.dtype}", wanted)
+    if x.device != weight.device or x.layout is not torch.strided:
+        wanted = f"a dense tensor on {weight.device}, where the weights are"
+        raise _wrong(ValueError, name, f"on {x.device}, {x.layout}", wanted)
+
+
+def _autocast(device: torch.device) -> bool:
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
 
 
 def _wrong(error: type[Exception], name: str, got: str, expected: str) -> Exception:

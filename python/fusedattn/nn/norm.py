@@ -7,6 +7,7 @@ nested ones; every sequence must have the normalised dimensions.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,26 @@ from torch.fx import Proxy
 
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
-from ._inputs import is_nested, recorded, rows, same_sequences
+from ._inputs import (
+    check_dtype,
+    check_number,
+    check_probability,
+    is_nested,
+    recorded,
+    rows,
+    same_sequences,
+)
 
 
-def _check_dropout(name: str, dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{name}: got dropout_p={dropout_p}, expected 0 <= dropout_p <= 1")
+def _check_options(name: str, normalized_shape: Any, dtype: Any, dropout_p: Any) -> None:
+    one = isinstance(normalized_shape, numbers.Integral)
+    shape = (normalized_shape,) if one else normalized_shape
+    if not isinstance(shape, Sequence) or not all(isinstance(n, numbers.Integral) for n in shape):
+        raise TypeError(f"{name}: got normalized_shape={normalized_shape!r}, expected integers")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"{name}: got normalized_shape={normalized_shape}, expected sizes")
+    check_dtype(name, dtype)
+    check_probability(name, "dropout_p", dropout_p)
 
 
 def _nested_norm(module: Any, x: Tensor, residual: Tensor | None) -> Any:
@@ -65,7 +80,7 @@ class LayerNorm(torch.nn.LayerNorm):
         dropout_p: float = 0.0,
         residual_dtype: torch.dtype | None = None,
     ) -> None:
-        _check_dropout("LayerNorm", dropout_p)
+        _check_options("LayerNorm", normalized_shape, dtype, dropout_p)
         shape: Any = normalized_shape
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout_p, self.residual_dtype = dropout_p, residual_dtype
@@ -122,7 +137,8 @@ class RMSNorm(torch.nn.RMSNorm):
         dropout_p: float = 0.0,
         residual_dtype: torch.dtype | None = None,
     ) -> None:
-        _check_dropout("RMSNorm", dropout_p)
+        _check_options("RMSNorm", normalized_shape, dtype, dropout_p)
+        check_number("RMSNorm", "weight_offset", weight_offset)
         self.weight_offset = weight_offset  # first: torch's constructor calls reset_parameters
         shape: Any = normalized_shape
         super().__init__(shape, eps, elementwise_affine, device, dtype)

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..ops._library import plain
 from ..ops.rotary import apply_rotary_qk
+from ..ops.rotary_config import validate_input, validate_positions
 from ..ops.sinusoidal import add_sinusoidal
+from ._inputs import check_dtype, check_number, check_probability, check_sizes, recorded
 from .rotary_scaling import RotaryScaling
 
 Tables = tuple[Tensor, Tensor]
@@ -40,6 +43,7 @@ class RotaryEmbedding(torch.nn.Module):
         backend: as in `fusedattn.apply_rotary`.
 
     Raises:
+        TypeError: an option of another type.
         ValueError: dim that is odd or not positive, or a scaling that is not understood.
     """
 
@@ -54,8 +58,10 @@ class RotaryEmbedding(torch.nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if dim <= 0 or dim % 2 != 0:
+        check_sizes("RotaryEmbedding", dim=dim, max_position_embeddings=max_position_embeddings)
+        if dim % 2 != 0:
             raise ValueError(f"RotaryEmbedding: got dim={dim}, expected an even number above 0")
+        check_number("RotaryEmbedding", "base", base)
         if not base > 0:
             raise ValueError(f"RotaryEmbedding: got base={base}, expected a number above 0")
         self.dim, self.base, self.interleaved, self.backend = dim, base, interleaved, backend
@@ -79,6 +85,12 @@ class RotaryEmbedding(torch.nn.Module):
         offset: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor]:
         """(q, k) rotated: (…, S, D) each; positions and offset as in `fusedattn.apply_rotary`."""
+        if isinstance(q, Proxy):
+            call = recorded(self, q, k, positions=positions, offset=offset)
+            if call is not None:
+                return call
+        for name, x in (("q", q), ("k", k)):
+            validate_input("RotaryEmbedding", name, x)
         cos, sin, rows, start = self._lookup(q, positions, offset)
         return apply_rotary_qk(
             q, k, cos, sin, interleaved=self.interleaved, positions=rows, offset=start,
@@ -89,6 +101,8 @@ class RotaryEmbedding(torch.nn.Module):
         self, q: Tensor, positions: Tensor | None, offset: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, int | Tensor]:
         """cos and sin, and the positions and the offset at which to read them."""
+        if positions is not None or type(offset) is not int:
+            validate_positions("RotaryEmbedding", q, positions, offset)
         length, limit = q.shape[-2], self.scaling.limit
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         given = [x for x in (positions, offset) if isinstance(x, Tensor)]
@@ -149,7 +163,7 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_dropout(self, dropout)
+        check_probability("SinusoidalPositionalEncoding", "dropout", dropout)
         self.scale, self.base, self.dropout, self.backend = scale, base, dropout, backend
 
     def extra_repr(self) -> str:
@@ -160,6 +174,10 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         self, x: Tensor, *, positions: Tensor | None = None, offset: int | Tensor = 0
     ) -> Tensor:
         """x (…, S, W); positions and offset as in `fusedattn.add_sinusoidal`."""
+        if isinstance(x, Proxy):
+            call = recorded(self, x, positions=positions, offset=offset)
+            if call is not None:
+                return call
         out = add_sinusoidal(
             x, positions=positions, offset=offset, base=self.base, scale=self.scale,
             backend=self.backend,
@@ -187,12 +205,9 @@ class LearnedPositionalEncoding(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if max_length <= 0 or width <= 0:
-            raise ValueError(
-                f"LearnedPositionalEncoding: got max_length={max_length} and width={width}, "
-                "expected numbers above 0"
-            )
-        _check_dropout(self, dropout)
+        check_sizes("LearnedPositionalEncoding", max_length=max_length, width=width)
+        check_probability("LearnedPositionalEncoding", "dropout", dropout)
+        check_dtype("LearnedPositionalEncoding", dtype)
         self.dropout = dropout
         self.weight = torch.nn.Parameter(torch.empty(max_length, width, device=device, dtype=dtype))
         self.reset_parameters()
@@ -206,39 +221,56 @@ class LearnedPositionalEncoding(torch.nn.Module):
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}, dropout={self.dropout}"
 
     def forward(self, x: Tensor, *, positions: Tensor | None = None, offset: int = 0) -> Tensor:
-        """x (…, S, W); positions (S,) or the shape of x without W, 0 to S − 1 by default.
+        """x (…, S, W); positions (S,) or what broadcasts to x without W, 0 to S − 1 by
+        default.
 
         Raises:
-            ValueError: a width that is not W, or a position without a vector where that is known
+            TypeError: x not floating point, positions or an offset that are no integers.
+            ValueError: shapes that do not fit, or a position without a vector where that is known
                 (a GPU is not waited for).
         """
-        rows, width = self.weight.shape
-        length = x.shape[-2] if x.dim() > 1 else 0
-        if x.dim() < 2 or x.shape[-1] != width:
-            raise ValueError(
-                f"LearnedPositionalEncoding: got x of shape {tuple(x.shape)}, expected (…, S, "
-                f"{width})"
-            )
-        lowest, highest = offset, offset + length - 1
-        if positions is not None:
-            lowest, highest = 0, 0
-            if positions.is_cpu and plain(positions) and positions.numel():
-                lowest, highest = (int(p) + offset for p in torch.aminmax(positions))
-        if length and (lowest < 0 or highest >= rows):
-            raise ValueError(
-                f"LearnedPositionalEncoding: got positions {lowest} to {highest}, expected 0 to "
-                f"{rows - 1}"
-            )
+        if isinstance(x, Proxy):
+            call = recorded(self, x, positions=positions, offset=offset)
+            if call is not None:
+                return call
+        weight = self.weight
+        _check_learned(weight, x, positions, offset)
         if positions is None:
-            encoding = self.weight[offset : offset + length]
+            encoding = weight[offset : offset + x.shape[-2]]
         else:
-            encoding = F.embedding(positions + offset, self.weight)
+            encoding = F.embedding(positions + offset, weight)
         out = x + encoding.to(x.dtype)
         return F.dropout(out, self.dropout, self.training) if self.dropout else out
 
 
-def _check_dropout(module: torch.nn.Module, dropout: float) -> None:
-    if not 0.0 <= dropout <= 1.0:
+def _check_learned(weight: Tensor, x: Tensor, positions: Tensor | None, offset: int) -> None:
+    name, (rows, width), device = "LearnedPositionalEncoding", weight.shape, weight.device
+    validate_input(name, "x", x)
+    if x.device != device or x.layout is not torch.strided:
         raise ValueError(
-            f"{type(module).__name__}: got dropout={dropout}, expected 0 <= dropout <= 1"
+            f"{name}: got x on {x.device}, {x.layout}, expected a dense tensor on {device}"
         )
+    if x.shape[-1] != width:
+        raise ValueError(f"{name}: got x of shape {tuple(x.shape)}, expected (…, S, {width})")
+    if not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got offset of type {type(offset).__name__}, expected an int")
+    length = x.shape[-2]
+    lowest, highest = offset, offset + length - 1
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dtype not in (torch.int32, torch.int64):
+            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise TypeError(f"{name}: got positions of type {got}, expected int32 or int64")
+        shape, of_x = positions.shape, x.shape[:-1]
+        # Aligned at the last: the lengths are the same, further sizes those of x or 1.
+        sizes = list(zip(reversed(shape), reversed(of_x), strict=False))
+        fits = 0 < len(shape) <= len(of_x) and all(n in (1, size) for n, size in sizes[1:])
+        if not fits or shape[-1] != length or positions.device != device:
+            raise ValueError(
+                f"{name}: got positions of shape {tuple(shape)} on {positions.device}, "
+                f"expected ({length},) or what broadcasts to {tuple(of_x)}, on {device}"
+            )
+        lowest, highest = 0, 0
+        if positions.is_cpu and plain(positions) and positions.numel():
+            lowest, highest = (int(p) + offset for p in torch.aminmax(positions))
+    if length and (lowest < 0 or highest >= rows):
+        raise ValueError(f"{name}: got positions {lowest} to {highest}, expected 0 to {rows - 1}")

@@ -15,10 +15,13 @@ per position for a sequence of that length, `attention_factor` what cos and sin 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._inputs import check_number
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -28,6 +31,10 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+_ABOVE_0 = (
+    "factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+)  # fmt: skip
 
 
 class RotaryScaling:
@@ -42,6 +49,10 @@ class RotaryScaling:
     def __init__(
         self, dim: int, base: float, scaling: dict[str, Any] | None, max_position_embeddings: int
     ) -> None:
+        if not isinstance(scaling, (Mapping, type(None))):
+            raise TypeError(
+                f"RotaryEmbedding: got scaling of type {type(scaling).__name__}, expected a dict"
+            )
         given = dict(scaling or {})
         self.kind = given.get("rope_type", given.get("type", "default"))
         if self.kind not in _REQUIRED:
@@ -54,6 +65,12 @@ class RotaryScaling:
             raise ValueError(
                 f"RotaryEmbedding: got scaling {self.kind!r} without {', '.join(missing)}"
             )
+        for key in (key for key in _ABOVE_0 if given.get(key) is not None):
+            check_number("RotaryEmbedding", f"scaling[{key!r}]", given[key])
+            if not given[key] > 0:
+                raise ValueError(
+                    f"RotaryEmbedding: got scaling[{key!r}]={given[key]}, expected one above 0"
+                )
         if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
             raise ValueError(
                 f"RotaryEmbedding: got partial_rotary_factor={given['partial_rotary_factor']}, "
@@ -65,9 +82,17 @@ class RotaryScaling:
         self.original = given.get("original_max_position_embeddings") or max_position_embeddings
         # DeepSeek and Phi-3 leave the factor to the ratio of the two lengths.
         self.factor = float(given.get("factor") or max_position_embeddings / self.original)
+        if self.kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+            raise ValueError(
+                f"RotaryEmbedding: got low_freq_factor={given['low_freq_factor']} and "
+                f"high_freq_factor={given['high_freq_factor']}, expected the first to be smaller"
+            )
         if self.kind == "dynamic" and dim < 4:
             raise ValueError(f"RotaryEmbedding: got dim={dim}, expected at least 4 for 'dynamic'")
         for name in _REQUIRED["longrope"] if self.kind == "longrope" else ():
+            if not isinstance(given[name], Sequence):
+                got = type(given[name]).__name__
+                raise TypeError(f"RotaryEmbedding: got {name} of type {got}, expected a list")
             if len(given[name]) != dim // 2:
                 raise ValueError(
                     f"RotaryEmbedding: got {name} of {len(given[name])} numbers, "

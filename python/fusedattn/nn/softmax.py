@@ -47,7 +47,7 @@ class Softmax(torch.nn.Softmax):
             if call is not None:
                 return call
         dim = self.dim
-        if dim is None:
+        if dim is None and isinstance(input, Tensor):
             dim = 0 if input.dim() in (0, 1, 3) else 1
         if is_nested(input):
             if mask is not None or bias is not None or self.causal:

@@ -6,6 +6,7 @@ What each does to a replaced model is held to what it does to the model before.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -79,6 +80,37 @@ def test_fx_traces_modules_as_nodes() -> None:
     graph.train()  # decides when it runs, not when it was traced
     x = torch.randn(2, 5, E)
     assert not torch.equal(graph(x), graph(x))
+
+
+class Twice(fusedattn.nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    module.forward = functools.partial(module.forward)  # as accelerate does
+    return module
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+    return module
+
+
+SURROUNDED = {
+    "root": lambda: fusedattn.nn.RMSNorm(E),
+    "subclass": lambda: nn.Sequential(Twice(E)),
+    "wrapped": lambda: nn.Sequential(wrapped(fusedattn.nn.LayerNorm(E))),
+    "hooked": lambda: nn.Sequential(hooked(fusedattn.nn.Softmax(-1))),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDED)
+def test_fx_traces_into_what_a_node_would_repeat(name: str) -> None:
+    model, x = SURROUNDED[name](), torch.randn(2, 5, E)
+    graph = torch.fx.symbolic_trace(model)
+    assert not any(node.op == "call_module" for node in graph.graph.nodes)
+    assert torch.equal(graph(x), model(x))
 
 
 class Positions(nn.Module):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_in_place
+from ._checks import check_flag, check_in_place, check_tensor
 from ._library import direct, transformed
 from .rotary_config import RotaryConfig, prepare
 from .rotary_library import call, call_in_place, formula, op
 
 # Looked up once: what follows runs on every call.
 _is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -126,9 +127,7 @@ def _apply_in_place(x, x2, cos, sin, positions, start, config, backend) -> tuple
     xs = (x,) if x2 is None else (x, x2)
     if x is x2:
         raise ValueError("apply_rotary_qk: got one tensor as q and k, expected two with inplace")
-    recorded = torch.is_grad_enabled() and (
-        x.requires_grad or (x2 is not None and x2.requires_grad)
-    )
+    recorded = _grad_enabled() and (x.requires_grad or (x2 is not None and x2.requires_grad))
     if recorded and any(y.requires_grad and y.is_leaf for y in xs):
         raise RuntimeError(
             "apply_rotary: a leaf Variable that requires grad is being used in an in-place "
@@ -198,6 +197,8 @@ def apply_rotary(
             elements lie between one another.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if inplace is not False:
+        inplace = check_flag("apply_rotary", "inplace", inplace)
     checked = prepare("apply_rotary", x, None, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
     return run(*checked, op.choose(backend, checked))[0]
@@ -220,6 +221,10 @@ def apply_rotary_qk(
     q and k have one batch size, length, head dim and dtype; the heads may differ. In place on
     tensors that carry a gradient they are two launches.
     """
+    if inplace is not False:
+        inplace = check_flag("apply_rotary_qk", "inplace", inplace)
+    if k is None:  # is one tensor where the check is shared
+        check_tensor("apply_rotary_qk", "k", k)
     checked = prepare("apply_rotary_qk", q, k, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
     q, k = run(*checked, op.choose(backend, checked))

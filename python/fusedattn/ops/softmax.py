@@ -20,7 +20,7 @@ from ._checks import HALVES
 from ._library import cpu_at_once, define, direct, plain, transformed
 from ._registry import Op
 from .softmax_backends import BACKENDS, views
-from .softmax_config import SoftmaxConfig, configure, prepare
+from .softmax_config import SoftmaxConfig, prepare, remembered
 
 op = Op("softmax", BACKENDS)
 
@@ -267,14 +267,14 @@ def softmax(
     """
     native = cpu_at_once(backend)
     if native is not None and mask is None and bias is None and native.usual_softmax(x, dim):
-        config = configure(x.dim(), dim, causal, scale)
+        config = remembered(x.dim(), dim, causal, scale)
         out = native.usual_softmax_forward(x, dim, config)
         if x.requires_grad and _grad_enabled():
             return _Served.apply(x, (out,), None, dim, config, "cpu")
         return out
     call = prepare(x, dim, mask, bias, scale, causal)
     chosen = op.choose(backend, call)
-    config = call.config
+    _, _, _, dim, config = call
     if transformed():
         return _formula(x, mask, bias, dim, config)
     if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():

@@ -4,15 +4,73 @@ from __future__ import annotations
 
 import itertools
 import random
+from decimal import Decimal
 
 import fusedattn
+import numpy as np
 import pytest
 import torch
 from fusedattn.ops import _checks
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 DTYPES = (torch.uint8, torch.float16, torch.float32, torch.float64)
+
+
+# --- options -------------------------------------------------------------------------------------
+
+X = torch.randn(1, 1, 4, 4)
+# Equal to 1 or to 0, but nothing that the option may be.
+EQUAL = [
+    ("attention", (X, X, X), "scale", 1.0, [True, 1 + 0j, Decimal(1)]),
+    ("attention", (X, X, X), "dropout_p", 0.0, [False, 0j, Decimal(0)]),
+    ("attention", (X, X, X), "causal", True, [1, 1.0, np.int64(1)]),
+    ("attention", (X, X, X), "deterministic", True, [1, 1.0]),
+    ("softmax", (X,), "scale", 1.0, [True, 1 + 0j]),
+    ("softmax", (X,), "causal", False, [0, 0.0, -0.0]),
+    ("softmax", (X,), "dim", 1, [True, 1.0]),
+    ("layer_norm", (X, 4), "eps", 1.0, [True, 1 + 0j]),
+    ("rms_norm", (X, 4), "weight_offset", 1.0, [True, 1 + 0j]),
+    ("rms_norm", (X, 4), "dropout_p", 0.0, [False, 0j]),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "option", "usual", "others"), EQUAL)
+def test_option_is_looked_at_alone(function, arguments, option, usual, others):
+    """What equals an option of an earlier call is not taken for it."""
+    call = getattr(fusedattn, function)
+    call(*arguments, **{option: usual})
+    for other in others:
+        with pytest.raises(TypeError, match=f"{function}: got {option} of type"):
+            call(*arguments, **{option: other})
+
+
+def test_option_of_a_tensor_that_changes():
+    scale = torch.tensor(0.5)
+    for value in (0.5, 2.0):
+        scale.fill_(value)
+        want = fusedattn.attention(X, X, X, scale=value)
+        assert torch.equal(fusedattn.attention(X, X, X, scale=scale), want)
+        assert torch.equal(fusedattn.softmax(X, scale=scale), fusedattn.softmax(X, scale=value))
+        want = fusedattn.layer_norm(X, 4, eps=value)
+        assert torch.equal(fusedattn.layer_norm(X, 4, eps=scale), want)
+
+
+def test_option_that_is_symbolic():
+    """What a model computes from a shape, while it is traced."""
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        seq, width = x.shape[-2:]
+        return (
+            fusedattn.attention(x, x, x, scale=width**-0.25),
+            fusedattn.softmax(x, scale=width),
+            fusedattn.layer_norm(x, width, eps=1.0 / seq),
+            fusedattn.add_sinusoidal(x, scale=width**0.5, base=seq, offset=seq),
+        )
+
+    for found, want in zip(make_fx(model, tracing_mode="symbolic")(X)(X), model(X), strict=True):
+        assert torch.equal(found, want)
 
 
 # --- tensors without values ----------------------------------------------------------------------
@@ -36,9 +94,13 @@ def test_causal_bias_of_torch(make, causal, seq_q, seq_k):
     assert torch.equal(fusedattn.attention(q, k, k, mask=rule, bias=other), want)
     want = fusedattn.attention(q, k, k, causal=causal, mask=other < 0.8)
     assert torch.equal(fusedattn.attention(q, k, k, mask=other < 0.8, bias=rule), want)
-    compiled = torch.compile(fusedattn.attention, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(q, k, k, mask=other < 0.8, bias=rule), want)
     assert fusedattn.explain(q, k, k, bias=rule) == fusedattn.explain(q, k, k, causal=causal)
+
+
+def test_causal_bias_of_torch_compiled():
+    q, k, rule = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 6, 8), causal_lower_right(4, 6)
+    compiled = torch.compile(fusedattn.attention, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, k, bias=rule), fusedattn.attention(q, k, k, causal=True))
     torch._dynamo.reset()
 
 

@@ -107,7 +107,9 @@ def test_a_jit_trace_holds_the_op(name, op, grad):
     assert torch.equal(traced(y), op(y))
 
 
-@pytest.mark.parametrize("name", ["Attention", "LayerNorm", "RMSNorm", "Rotary", "Sinusoidal", "Softmax"])
+@pytest.mark.parametrize(
+    "name", ["Attention", "LayerNorm", "RMSNorm", "Rotary", "Sinusoidal", "Softmax"]
+)
 def test_functions_refuse_transforms(name):
     """They have no rule for torch.func; its `apply` says so, and is theirs in public."""
     function = getattr(fusedattn.autograd, name)

@@ -255,7 +255,7 @@ def test_as_torch(dtype, backend):
         (TypeError, "seed of type", {"dropout_p": 0.5, "seed": 1.0}),
         (TypeError, "seed of dtype", {"dropout_p": 0.5, "seed": torch.ones(1)}),
         (ValueError, "seed of shape", {"dropout_p": 0.5, "seed": torch.ones(2).long()}),
-        (ValueError, "seed=", {"dropout_p": 0.5, "seed": 2**63}),
+        (ValueError, "seed of 64 bits", {"dropout_p": 0.5, "seed": 2**63}),
         (ValueError, "backend=", {"backend": "cpuu"}),
     ],
 )

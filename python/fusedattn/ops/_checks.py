@@ -22,6 +22,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _MANY = 1000  # ways in which the elements of two tensors may lie between one another
 _strided = torch.strided
 _is_tracing = torch._C._is_tracing
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 # --- tensors -------------------------------------------------------------------------------------
 
@@ -113,15 +114,11 @@ def check_positions(op: str, positions: Tensor, x: Tensor) -> torch.Size:
 
 
 def check_offset(op: str, offset: int | Tensor, x: Tensor) -> tuple[Tensor | None, int]:
-    """What is added to the positions: a tensor of one number, or a number."""
-    if type(offset) is int:
+    """What is added to the positions: a tensor of one number, or a number that leaves them room."""
+    if type(offset) is int and 0 <= offset < 2**62:
         return None, offset
     if not isinstance(offset, Tensor):
-        if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
-            raise TypeError(
-                f"{op}: got offset of type {type(offset).__name__}, expected an int or a tensor"
-            )
-        return None, offset
+        return None, check_integer(op, "offset", offset, "an int or a tensor", bits=62)
     check_tensor(op, "offset", offset, INDICES)
     check_device(op, "offset", offset, "x", x)
     if offset.numel() != 1:
@@ -129,19 +126,28 @@ def check_offset(op: str, offset: int | Tensor, x: Tensor) -> tuple[Tensor | Non
     return offset.reshape(1), 0
 
 
-# --- options -------------------------------------------------------------------------------------
+# --- options: Python's numbers, and as in torch those of numpy and of tensors without dimensions --
 
 
-def check_number(op: str, name: str, value: float) -> float:
-    """`value` as a float."""
-    if type(value) is float:
+def check_number(op: str, name: str, value: Any, expected: str = "a float") -> float:
+    """`value` as a float; what has no value yet, while a graph is traced, stays symbolic."""
+    if type(value) not in _NUMBERS:
+        value = _scalar(value)
+    if type(value) in (float, torch.SymFloat):
         return value
+    if type(value) is torch.SymInt:
+        return torch.sym_float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: got {name} of type {type(value).__name__}, expected a float")
-    return float(value)
+        raise TypeError(f"{op}: got {name} {_what(value)}, expected {expected}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{op}: got {name} beyond the range of a float, expected {expected}"
+        ) from None
 
 
-def check_probability(op: str, name: str, value: float) -> float:
+def check_probability(op: str, name: str, value: Any) -> float:
     """`value` as a float from 0 to 1."""
     value = check_number(op, name, value)
     if not 0.0 <= value <= 1.0:
@@ -149,13 +155,69 @@ def check_probability(op: str, name: str, value: float) -> float:
     return value
 
 
-def check_causal(op: str, causal: bool | str) -> int:
-    """The number by which the kernels know `causal`."""
-    if causal not in CAUSAL:
+def check_integer(op: str, name: str, value: Any, expected: str = "an int", bits: int = 63) -> int:
+    """`value` as an int of so many bits and a sign."""
+    if type(value) is not int:
+        value = _scalar(value)
+        if type(value) is torch.SymInt:
+            return value  # type: ignore[return-value]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{op}: got {name} {_what(value)}, expected {expected}")
+    if not -(1 << bits) <= value < 1 << bits:
         raise ValueError(
-            f"{op}: got causal={causal!r}, expected False, True, 'top_left' or 'bottom_right'"
+            f"{op}: got {name} of {value.bit_length()} bits, expected at most {bits} and a sign"
         )
+    return value
+
+
+def check_flag(op: str, name: str, value: Any) -> bool:
+    """`value` as a bool, which 0 and 1 are not."""
+    if value is True or value is False:
+        return value
+    value = _scalar(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: got {name} {_what(value)}, expected a bool")
+    return value
+
+
+def check_causal(op: str, causal: Any) -> int:
+    """The number by which the kernels know `causal`."""
+    if not isinstance(causal, (bool, str)):
+        causal = _scalar(causal)
+    expected = "expected False, True, 'top_left' or 'bottom_right'"
+    if not isinstance(causal, (bool, str)):
+        raise TypeError(f"{op}: got causal {_what(causal)}, {expected}")
+    if causal not in CAUSAL:
+        raise ValueError(f"{op}: got causal={causal!r}, {expected}")
     return CAUSAL[causal]
+
+
+def check_seed(op: str, seed: Any, x: Tensor) -> int | Tensor:
+    """An integer of 64 bits, or a tensor with one and a value."""
+    if not isinstance(seed, Tensor):
+        return check_integer(op, "seed", seed, "an int or a tensor")
+    shape = check_tensor(op, "seed", seed, INDICES)
+    if shape.numel() != 1:
+        raise ValueError(f"{op}: got seed of shape {tuple(shape)}, expected 1 element")
+    if seed.is_meta and not x.is_meta:
+        raise ValueError(f"{op}: got seed on meta, expected one with a value")
+    return seed
+
+
+def _scalar(value: Any) -> Any:
+    """numpy's scalars and tensors without dimensions as Python's; anything else as it is."""
+    try:
+        if value.ndim == 0 and not getattr(value, "requires_grad", False):
+            return value.item()
+    except (AttributeError, RuntimeError, ValueError):  # a number, or without a value
+        pass
+    return value
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor) and value.requires_grad:
+        return "that requires a gradient"
+    return f"of type {type(value).__name__}"
 
 
 # --- memory that is written in place -------------------------------------------------------------

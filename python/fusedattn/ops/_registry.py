@@ -97,9 +97,11 @@ class Choice:
 
     def _pick(self, requested: str, call: Any) -> str:
         if requested != "auto":
-            if requested not in self.backends:
+            if not isinstance(requested, str) or requested not in self.backends:
+                text = isinstance(requested, str)
+                got = f"={requested!r}" if text else f" of type {type(requested).__name__}"
                 names = ", ".join(repr(name) for name in ("auto", *self.backends))
-                raise ValueError(f"{self.name}: got backend={requested!r}, expected one of {names}")
+                raise ValueError(f"{self.name}: got backend{got}, expected one of {names}")
             if self.backends[requested].refuse(call, True) is not None:
                 raise UnsupportedError(
                     f"{self.name}: backend {requested!r} does not take this call\n"

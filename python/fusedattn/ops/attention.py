@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_flag, check_seed
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
 from .attention_config import (
@@ -24,6 +25,7 @@ from .attention_config import (
     AttentionCall,
     autocast,
     configure,
+    remembered,
     replace_causal_bias,
     validate,
     validate_extras,
@@ -64,19 +66,31 @@ op = Op(
 
 def _prepare(
     q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
-    deterministic=None,
+    deterministic=None, seed=None,
 ) -> AttentionCall:  # fmt: skip
     if _autocast_anywhere():
         q, k, v, bias = autocast(q, k, v, bias)
     head_dim = validate(q, k, v)
-    # Dynamo traces through a cached function, but warns about it.
-    checked = configure.__wrapped__ if _is_compiling() else configure
     if deterministic is None:
         deterministic = _deterministic()
     if mask is not None or bias is not None or kv_lengths is not None:
         mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
-    config = checked(head_dim, causal, scale, window, softcap, dropout_p, deterministic)
+    if seed is not None:
+        check_seed("attention", seed, q)
+    # 1 == True == np.float32(1), a tensor may change, and dynamo warns about a cache.
+    usual = (
+        (type(causal) is bool or type(causal) is str)
+        and (scale is None or type(scale) is float)
+        and window is softcap is None
+        and type(dropout_p) is float
+        and type(deterministic) is bool
+        and type(head_dim) is int
+        and not _is_compiling()
+    )
+    config = (remembered if usual else configure)(
+        head_dim, causal, scale, window, softcap, dropout_p, deterministic
+    )
     return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, None, config)
 
 
@@ -139,9 +153,11 @@ def attention(
     """
     if has_override(q, k, v, mask, bias, kv_lengths) and is_overridden(locals()):
         return hand_over(attention, locals())
+    if return_lse is not False:
+        return_lse = check_flag("attention", "return_lse", return_lse)
     call = _prepare(
         q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
-        dropout_p, deterministic,
+        dropout_p, deterministic, seed,
     )  # fmt: skip
     out, lse = op(call, backend)
     return (out, lse) if return_lse else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from ._checks import (
     check_broadcast,
     check_causal,
     check_device,
+    check_flag,
+    check_integer,
     check_like,
     check_number,
     check_probability,
@@ -97,7 +100,6 @@ class AttentionBackwardCall(NamedTuple):
         return AttentionCall(*self[4:13], self.config)
 
 
-@functools.lru_cache(maxsize=256)
 def configure(
     head_dim: int,
     causal: bool | str,
@@ -109,21 +111,39 @@ def configure(
 ) -> AttentionConfig:
     """Check the options and fill in the defaults."""
     op = "attention"
-    left, right = window if window is not None else (None, None)
-    for side in (left, right):
-        if side is not None and side < 0:
-            raise ValueError(f"{op}: got window={window}, expected sides >= 0 or None")
-    if softcap is not None and not softcap > 0:
+    try:
+        left, right = (None, None) if window is None else window
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(
+            f"{op}: got window of type {type(window).__name__}, expected (left, right)"
+        ) from None
+    left, right = _side(left), _side(right)
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: got window={window}, expected sides >= 0 or None")
+    expected = "a float or None"
+    cap = 0.0 if softcap is None else check_number(op, "softcap", softcap, expected)
+    if softcap is not None and not 0.0 < cap < math.inf:
         raise ValueError(f"{op}: got softcap={softcap}, expected a float > 0 or None")
     return AttentionConfig(
         check_causal(op, causal),
-        head_dim**-0.5 if scale is None else check_number(op, "scale", scale),
-        -1 if left is None else left,
-        -1 if right is None else right,
-        softcap or 0.0,
+        head_dim**-0.5 if scale is None else check_number(op, "scale", scale, expected),
+        left,
+        right,
+        cap,
         check_probability(op, "dropout_p", dropout_p),
-        bool(deterministic),
+        check_flag(op, "deterministic", deterministic),
     )
+
+
+def _side(side: int | None) -> int:
+    """−1 for None, and what is below 0 below that."""
+    if side is None:
+        return -1
+    side = check_integer("attention", "window", side, "(left, right), each an int or None")
+    return side if side >= 0 else -2
+
+
+remembered = functools.lru_cache(maxsize=256)(configure)
 
 
 def autocast(q, k, v, bias):
@@ -153,7 +173,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
         batch_k, heads_kv, seq_k, head_dim_k = k.shape
         batch_v, heads_v, seq_v, head_dim_v = v.shape
         dense = q.dtype in FLOATS and q.layout is k.layout is v.layout is torch.strided
-    except (AttributeError, RuntimeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         dense = False
     if not dense:
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -218,7 +238,7 @@ def replace_causal_bias(
         ValueError: it is for other lengths, or there is a `causal` already.
     """
     for name, x in (("mask", mask), ("bias", bias)):
-        if is_causal_bias(x):
+        if type(x) is not Tensor and is_causal_bias(x):
             given: Any = x
             lengths, expected = (given.seq_len_q, given.seq_len_kv), (q.shape[2], k.shape[2])
             if lengths != expected:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
+from ._checks import check_seed
 from ._library import cpu_at_once, watched
 from ._op import Op, Outputs
 from .norm_config import (
@@ -33,6 +34,7 @@ from .norm_config import (
     check_parameter,
     configure,
     matrix_shape,
+    remembered,
     seed_tensor,
     shape_of,
     stream_dtype,
@@ -145,10 +147,12 @@ def normalise(
     """
     op = layer_norm_op if options[0] else rms_norm_op
     native = cpu_at_once(backend)
-    # Dynamo traces through a cached function, but warns about it.
-    uncached = native is None and _is_compiling()
-    config = (configure.__wrapped__ if uncached else configure)(*options)
-    if native is not None and config.dropout_p == 0.0 and residual_dtype is None:
+    _, eps, weight_offset, dropout_p = options
+    # 1 == True == np.float32(1), a tensor may change, and dynamo warns about a cache.
+    usual = type(eps) is type(weight_offset) is type(dropout_p) is float
+    usual = usual and (native is not None or not _is_compiling())
+    config = (remembered if usual else configure)(*options)
+    if native is not None and config.dropout_p == 0.0 and seed is residual_dtype is None:
         found = native.usual_norm_forward(
             x, normalized_shape, weight, bias, residual, config, _grad_enabled()
         )
@@ -171,8 +175,10 @@ def normalise(
         z_dtype = stream_dtype(name, residual, residual_dtype)
         residual = residual.view_as(residual) if residual is x else residual
     elif residual_dtype is not None:
-        raise ValueError(f"{name}: got residual_dtype={residual_dtype} without a residual")
+        raise ValueError(f"{name}: got a residual_dtype without a residual")
     if config.dropout_p == 0.0:
+        if seed is not None:
+            check_seed(name, seed, x)
         seed = None
     else:
         seed = seed_tensor(name, seed, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ._checks import (
     FLOATS,
-    INDICES,
     check_device,
+    check_integer,
     check_like,
     check_number,
     check_probability,
+    check_seed,
     check_tensor,
 )
 
@@ -82,7 +83,6 @@ class NormBackwardCall(NamedTuple):
         return self[8:12]
 
 
-@functools.lru_cache(maxsize=256)
 def configure(centre: bool, eps: float, weight_offset: float, dropout_p: float) -> NormConfig:
     """Check the options.
 
@@ -102,6 +102,9 @@ def configure(centre: bool, eps: float, weight_offset: float, dropout_p: float) 
     return config
 
 
+remembered = functools.lru_cache(maxsize=256)(configure)
+
+
 def shape_of(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """`normalized_shape` as a tuple, after a check of x against it.
 
@@ -110,23 +113,26 @@ def shape_of(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tup
         ValueError: x does not end in `normalized_shape`.
     """
     given = check_tensor(name, "x", x)
-    if isinstance(normalized_shape, (int, torch.SymInt)):
+    if type(normalized_shape) is int:
         shape: tuple[int, ...] = (normalized_shape,)
     else:
-        try:
-            shape = tuple(normalized_shape)
-            integers = all(isinstance(n, (int, torch.SymInt)) for n in shape)
-        except TypeError:
-            integers = False
-        if not integers:
-            raise TypeError(f"{name}: got normalized_shape={normalized_shape!r}, expected integers")
+        shape = _integers(name, normalized_shape)
     dims = len(shape)
     if dims == 0 or len(given) < dims or given[-dims:] != shape:
         raise ValueError(
             f"{name}: got x of shape {tuple(given)}, expected one that ends in "
-            f"normalized_shape={tuple(shape)}, of at least one dimension"
+            f"normalized_shape={_integers(name, shape)}, of at least one dimension"
         )
     return shape
+
+
+def _integers(name: str, shape: Any) -> tuple[int, ...]:
+    expected = "an int or a sequence of ints"
+    if isinstance(shape, Tensor):
+        expected += " (the weight comes after it)"
+    elif isinstance(shape, Iterable):
+        return tuple(check_integer(name, "normalized_shape", n, expected) for n in shape)
+    return (check_integer(name, "normalized_shape", shape, expected),)
 
 
 def check_parameter(name: str, what: str, y: Tensor, x: Tensor, shape: Sequence[int]) -> None:
@@ -153,15 +159,9 @@ def seed_tensor(name: str, seed: int | Tensor | None, x: Tensor) -> Tensor:
     """
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = check_seed(name, seed, x)
     if isinstance(seed, Tensor):
-        shape = check_tensor(name, "seed", seed, INDICES)
-        if shape.numel() != 1:
-            raise ValueError(f"{name}: got seed of shape {tuple(shape)}, expected 1 element")
         return seed.detach().reshape(1).to(x.device, torch.int64)
-    if not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got seed of type {type(seed).__name__}, expected an int")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{name}: got seed={seed}, expected an integer of 64 bits, signed")
     return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
@@ -169,10 +169,11 @@ def stream_dtype(name: str, residual: Tensor, residual_dtype: torch.dtype | None
     """The dtype of the residual that is returned."""
     if residual_dtype is None:
         return residual.dtype
-    if residual_dtype not in FLOATS:
+    if not isinstance(residual_dtype, torch.dtype) or residual_dtype not in FLOATS:
+        dtype = isinstance(residual_dtype, torch.dtype)
+        got = f"={residual_dtype}" if dtype else f" of type {type(residual_dtype).__name__}"
         raise TypeError(
-            f"{name}: got residual_dtype={residual_dtype}, expected float16, bfloat16, float32 or "
-            "float64"
+            f"{name}: got residual_dtype{got}, expected float32, bfloat16, float16 or float64"
         )
     return residual_dtype
 

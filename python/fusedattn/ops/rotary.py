@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_in_place
+from ._checks import check_flag, check_in_place, check_tensor
 from ._library import hand_over, has_override, is_overridden, transformed, watched
 from ._op import Op, direct, keep, kept
 from .rotary_config import RotaryCall, as_heads, prepare
@@ -24,6 +24,7 @@ from .rotary_kernels import BACKENDS, formula, rotary_, rotary_fwd
 
 # Looked up once: what follows runs on every call.
 _is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -189,6 +190,8 @@ def apply_rotary(
     """
     if has_override(x, cos, sin, positions, offset) and is_overridden(locals()):
         return hand_over(apply_rotary, locals())
+    if inplace is not False:
+        inplace = check_flag("apply_rotary", "inplace", inplace)
     checked = prepare("apply_rotary", x, None, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
     return run(checked, backend)[0]
@@ -213,6 +216,10 @@ def apply_rotary_qk(
     """
     if has_override(q, k, cos, sin, positions, offset) and is_overridden(locals()):
         return hand_over(apply_rotary_qk, locals())
+    if inplace is not False:
+        inplace = check_flag("apply_rotary_qk", "inplace", inplace)
+    if k is None:  # is one tensor where the check is shared
+        check_tensor("apply_rotary_qk", "k", k)
     checked = prepare("apply_rotary_qk", q, k, cos, sin, interleaved, positions, offset)
     run = _apply_in_place if inplace else _apply
     q, k = run(checked, backend)

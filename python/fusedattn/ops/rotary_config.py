@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_offset, check_positions, check_tensor
+from ._checks import check_device, check_flag, check_offset, check_positions, check_tensor
 from ._library import plain
 
 _transforms = torch._C._are_functorch_transforms_active
@@ -175,8 +175,16 @@ def prepare(
     length = shape[-2]
     if length != 0 and (positions is None or positions.shape[0] != 0):
         _validate_range(op, length, rows, positions, start, offset)
+    if interleaved is not False:
+        interleaved = check_flag(op, "interleaved", interleaved)
     return RotaryCall(
-        x, x2, cos, sin, positions, start, RotaryConfig(bool(interleaved), False, offset)
+        x,
+        x2,
+        cos,
+        sin,
+        positions,
+        start,
+        RotaryConfig(interleaved, False, offset),
     )
 
 

@@ -10,6 +10,7 @@ position 10⁶ (Vaswani et al. 2017, §3.5). The gradient is dx = scale · dout.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def prepare(
 
     Raises:
         TypeError: x is not a floating-point tensor, positions are not int32 or int64.
-        ValueError: shapes or devices that do not fit together, or base <= 0.
+        ValueError: shapes or devices that do not fit together, or a base that is not above 0.
     """
     name = "add_sinusoidal"
     shape = validate_input(name, "x", x)
@@ -64,8 +65,8 @@ def prepare(
             )
         positions = positions.reshape(-1, length) if length else None
     base, scale = check_number(name, "base", base), check_number(name, "scale", scale)
-    if not base > 0.0:
-        raise ValueError(f"{name}: got base={base}, expected a number above 0")
+    if not 0.0 < base < math.inf:
+        raise ValueError(f"{name}: got base={base}, expected a finite number above 0")
     start, offset = check_offset(name, offset, x)
     return SinusoidalCall(x, positions, start, SinusoidalConfig(base, scale, offset))
 

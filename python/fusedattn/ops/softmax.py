@@ -19,7 +19,7 @@ from ..reference import functional as reference
 from ._checks import HALVES
 from ._library import cpu_at_once, hand_over, has_override, is_overridden
 from ._op import Op
-from .softmax_config import SoftmaxBackwardCall, SoftmaxCall, configure, prepare
+from .softmax_config import SoftmaxBackwardCall, SoftmaxCall, prepare, remembered
 from .softmax_kernels import BACKENDS, softmax_bwd, softmax_fwd
 
 # Looked up once: what follows runs on every call.
@@ -113,7 +113,7 @@ def softmax(
         return hand_over(softmax, locals())
     native = cpu_at_once(backend)
     if native is not None and mask is None and bias is None and native.usual_softmax(x, dim):
-        config = configure(x.dim(), dim, causal, scale)
+        config = remembered(x.dim(), dim, causal, scale)
         out = native.usual_softmax_forward(x, dim, config)
         if x.requires_grad and _grad_enabled():
             call = SoftmaxCall(x, None, None, dim, config)

@@ -13,6 +13,7 @@ from ._checks import (
     check_broadcast,
     check_causal,
     check_device,
+    check_integer,
     check_like,
     check_number,
     check_tensor,
@@ -58,12 +59,10 @@ class SoftmaxBackwardCall(NamedTuple):
     config: SoftmaxConfig
 
 
-@functools.lru_cache(maxsize=256, typed=True)
 def configure(rank: int, dim: int, causal: bool | str, scale: float) -> SoftmaxConfig:
-    """Check the options of a call on a tensor of `rank` dimensions."""
-    if not isinstance(dim, int):
-        raise TypeError(f"softmax: got dim of type {type(dim).__name__}, expected an int")
+    """Check the options of a call on a tensor of `rank` dimensions; dim is an int already."""
     if not -max(rank, 1) <= dim < max(rank, 1):
+        dim = check_integer("softmax", "dim", dim)  # 10**5000 has no text
         raise ValueError(
             f"softmax: got dim={dim}, expected {-max(rank, 1)} <= dim < {max(rank, 1)} for a "
             f"tensor of {rank} dimensions"
@@ -75,6 +74,15 @@ def configure(rank: int, dim: int, causal: bool | str, scale: float) -> SoftmaxC
             "of at least 2 dimensions (…, query, key)"
         )
     return SoftmaxConfig(number, check_number("softmax", "scale", scale))
+
+
+_remembered = functools.lru_cache(maxsize=256)(configure)
+
+
+def remembered(rank: int, dim: int, causal: bool | str, scale: float) -> SoftmaxConfig:
+    """The same, looked up where equal options are the same: 1 == True == np.float32(1)."""
+    usual = type(scale) is float and (type(causal) is bool or type(causal) is str)
+    return (_remembered if usual else configure)(rank, dim, causal, scale)
 
 
 def check_extras(x: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
@@ -98,7 +106,8 @@ def prepare(x, dim, mask, bias, scale, causal) -> SoftmaxCall:
     """Check everything."""
     shape = check_tensor("softmax", "x", x)
     # Dynamo traces through a cached function, but warns about it.
-    checked = configure.__wrapped__ if _is_compiling() else configure
+    checked = configure if _is_compiling() else remembered
+    dim = dim if type(dim) is int else check_integer("softmax", "dim", dim)
     config = checked(len(shape), dim, causal, scale)
     if mask is not None or bias is not None:
         check_extras(x, mask, bias)

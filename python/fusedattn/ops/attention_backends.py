@@ -106,8 +106,8 @@ def _cuda_kernels(native: Any) -> Any:
 
     def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, mask, bias, kv_lengths, config):
         native.attention_backward(
-            packed(dout), dlse, packed(q), packed(k), packed(v), out, lse, dq, dk, dv, dbias, mask,
-            bias, kv_lengths, config, stream_of(q),
+            packed(dout), dlse, packed(q), packed(k), packed(v), packed(out), lse, dq, dk, dv,
+            dbias, mask, bias, kv_lengths, config, stream_of(q),
         )  # fmt: skip
 
     return SimpleNamespace(forward=forward, backward=backward)

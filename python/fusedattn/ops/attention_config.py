@@ -217,11 +217,12 @@ def validate_extras(
     if kv_lengths is not None:
         if not isinstance(kv_lengths, Tensor) or kv_lengths.dtype not in (torch.int32, torch.int64):
             got = kv_lengths.dtype if isinstance(kv_lengths, Tensor) else type(kv_lengths).__name__
-            raise TypeError(f"attention: got kv_lengths of type {got}, expected an int32 tensor")
+            raise TypeError(
+                f"attention: got kv_lengths of type {got}, expected an int32 or int64 tensor"
+            )
         if kv_lengths.shape != (q.shape[0],) or kv_lengths.device != q.device:
             raise ValueError(
                 f"attention: got kv_lengths of shape {tuple(kv_lengths.shape)} on "
                 f"{kv_lengths.device}, expected ({q.shape[0]},) on {q.device}"
             )
-        kv_lengths = kv_lengths.to(torch.int32)
     return mask, bias, kv_lengths

@@ -276,7 +276,7 @@ def plan_cpu(compiler: list[str], ext: Extension, folder: Path) -> Module:
     common = [*COMPILE_FLAGS, *(f"-I{path}" for path in ext.include_dirs)]
     present = [f"-DFUSEDATTN_HAS_{isa.upper()}=1" for isa in isa_files]
     # Outside the kernels nothing is worth the time of -O3.
-    host = [*common, "-O1", *present, *python_flags()]
+    host = [*common, "-O2", *present, *python_flags()]
     units = [Unit(path, folder / f"{path.stem}.o", compiler, host) for path in other_files]
     # Of an inline function compiled several times the linker keeps the first copy, so the files
     # that every processor can run come first and the most demanding ones come last.

@@ -31,7 +31,7 @@ def bias_grad_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     mask,  # View (B, Hq, Sq, Sk) of bool, or None
     bias,  # View (B, Hq, Sq, Sk)
-    kv_lengths,  # int32 (B,), or None
+    kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous

@@ -51,6 +51,7 @@ from .common import (
     load_tile,
     matrix,
     store_tile,
+    vector,
     view,
 )
 
@@ -105,7 +106,7 @@ def dkdv_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     mask,  # View (B, Hq, Sq, Sk) of bool, or None
     bias,  # View (B, Hq, Sq, Sk), or None
-    kv_lengths,  # int32 (B,), or None
+    kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous
@@ -185,7 +186,7 @@ def dq_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     mask,  # View (B, Hq, Sq, Sk) of bool, or None
     bias,  # View (B, Hq, Sq, Sk), or None
-    kv_lengths,  # int32 (B,), or None
+    kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous
@@ -299,10 +300,10 @@ def attention_backward(
     group = arguments["group"]
 
     with torch.cuda.device_of(q):
-        shift, delta = _row_terms(dout, dlse, out, lse, arguments["NATURAL"])
+        shift, delta = _row_terms(dout, dlse, out, vector(lse), arguments["NATURAL"])
         views = (
-            view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias), kv_lengths,
-            view(dout), shift, delta,
+            view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias),
+            vector(kv_lengths), view(dout), shift, delta,
         )  # fmt: skip
 
         def launch_dkdv(options: triton.Config) -> None:

@@ -42,6 +42,7 @@ from .common import (
     load_tile,
     matrix,
     store_tile,
+    vector,
     view,
 )
 
@@ -56,7 +57,8 @@ def existing_keys(kv_lengths, batch, seq_k):
     """How many keys this batch element has."""
     keys = seq_k
     if kv_lengths is not None:
-        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k)
+        # Only what is at most seq_k has its dtype.
+        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k).to(seq_k.dtype)
     return keys
 
 
@@ -129,7 +131,7 @@ def forward_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     mask,  # View (B, Hq, Sq, Sk) of bool, or None
     bias,  # View (B, Hq, Sq, Sk), or None
-    kv_lengths,  # int32 (B,), or None
+    kv_lengths,  # int32 or int64 (B,), or None
     out,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
     scale,
@@ -270,7 +272,7 @@ def attention_forward(
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
     views = (
-        view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias), kv_lengths,
+        view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias), vector(kv_lengths),
         view(out), lse,
     )  # fmt: skip
 

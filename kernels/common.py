@@ -39,9 +39,29 @@ class Matrix(NamedTuple):
     col: Any
 
 
+def with_data(x: Tensor) -> Tensor:
+    """`x`, after a check that a kernel can read it.
+
+    Raises:
+        RuntimeError: the storage was freed, so that torch gives the offset into it as the address.
+    """
+    address = x.data_ptr()
+    if address >> 40 == 0 and address == x.storage_offset() * x.element_size() and x.numel() != 0:
+        raise RuntimeError(
+            f"fusedattn: got a tensor of shape {tuple(x.shape)} that has elements but no data: its "
+            "storage was freed"
+        )
+    return x
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """What a kernel reads in the order of its elements, whatever its strides are."""
+    return None if x is None else with_data(x).contiguous()
+
+
 def view(x: Tensor) -> View:
     """A tensor with its strides."""
-    return View(x, *x.stride())
+    return View(with_data(x), *x.stride())
 
 
 def broadcast_view(x: Tensor | None) -> View | None:
@@ -49,7 +69,7 @@ def broadcast_view(x: Tensor | None) -> View | None:
     if x is None:
         return None
     batch, head, row, col = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-    return View(x, batch, head, row, col)
+    return View(with_data(x), batch, head, row, col)
 
 
 # --- device functions ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, block_width, device_of
+from .common import Device, block_width, device_of, vector
 from .rowwise import (
     MOST_WARPS,
     NO_DROPOUT,
@@ -307,9 +307,9 @@ def norm_backward(
     tensors = {
         "dout": matrix_of(dout),
         "z": matrix_of(z),
-        "weight": weight,
-        "mean": mean,
-        "rstd": rstd,
+        "weight": vector(weight),
+        "mean": vector(mean),
+        "rstd": vector(rstd),
     }
     sizes = {"weight_offset": config.weight_offset or None, "rows": rows, "width": width}
     with torch.cuda.device_of(z):
@@ -327,9 +327,9 @@ def norm_backward(
         sums = [x if x is None else rstd.new_empty(parts, width) for x in (dweight, dbias)]
         limit, keep_scale = drop or NO_DROPOUT
         backward_kernel[(parts * columns,)](
-            dz=matrix_of(dz), seed=None if drop is None else seed, means=means, dx=matrix_of(dx),
-            dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1], limit=limit,
-            keep_scale=keep_scale, columns=columns, **tensors, **sizes,
+            dz=matrix_of(dz), seed=None if drop is None else vector(seed), means=means,
+            dx=matrix_of(dx), dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1],
+            limit=limit, keep_scale=keep_scale, columns=columns, **tensors, **sizes,
             ROWS=tile.rows, BLOCK=block, REST=rest, STAGES=stages, num_warps=tile.warps,
             **registers(device, 128),
         )  # fmt: skip

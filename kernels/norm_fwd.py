@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_of
+from .common import device_of, vector
 from .rowwise import (
     NO_DROPOUT,
     at,
@@ -196,9 +196,9 @@ def norm_forward(
     most_registers = 80 if device.arch < 100 else 96
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            matrix_of(x), matrix_of(residual), weight, bias, None if drop is None else seed,
-            matrix_of(out), matrix_of(z), mean, rstd, config.eps, config.weight_offset or None,
-            *(drop or NO_DROPOUT), rows, width,
+            matrix_of(x), matrix_of(residual), vector(weight), vector(bias),
+            None if drop is None else vector(seed), matrix_of(out), matrix_of(z), mean, rstd,
+            config.eps, config.weight_offset or None, *(drop or NO_DROPOUT), rows, width,
             ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
             num_warps=tile.warps, **registers(device, most_registers),
         )  # fmt: skip

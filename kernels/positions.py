@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import vector, with_data
+
 
 class Sheets(NamedTuple):
     """A 3-D tensor as a kernel sees it: sheets of rows and columns."""
@@ -33,15 +35,16 @@ class Positions(NamedTuple):
 def sheets(x: Tensor) -> Sheets:
     """A 3-D tensor; a 2-D one, or one whose first dimension is 1, is read again and again."""
     *sheet, row, col = x.stride()
-    return Sheets(x, sheet[0] if sheet and x.shape[0] != 1 else 0, row, col)
+    return Sheets(with_data(x), sheet[0] if sheet and x.shape[0] != 1 else 0, row, col)
 
 
 def positions_view(positions: Tensor | None, offset: Tensor | None) -> Positions:
     """positions (1 or B, S), or None where each row's number is its position."""
+    offset = vector(offset)
     if positions is None:
         return Positions(None, None, None, offset)
     batch, row = positions.stride()
-    return Positions(positions, 0 if positions.shape[0] == 1 else batch, row, offset)
+    return Positions(with_data(positions), 0 if positions.shape[0] == 1 else batch, row, offset)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, Matrix, block_width
+from .common import Device, Matrix, block_width, with_data
 
 # --- device functions ----------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def dropout(value, seed, row, first, limit, keep_scale, BLOCK: tl.constexpr):
 
 def matrix_of(x: Tensor | None) -> Matrix | None:
     """(rows, width) with unit column stride."""
-    return None if x is None else Matrix(x, x.stride(0), 1)
+    return None if x is None else Matrix(with_data(x), x.stride(0), 1)
 
 
 class Dropout(NamedTuple):

@@ -9,7 +9,11 @@ import fusedattn
 import pytest
 import torch
 from compare import device_for
+from fusedattn import _native
 
+# Triton interpreted where there is no GPU, for a few small cases.
+EVERY = ["reference", "triton", *(["cpu"] if _native.cpu else [])]
+EVERY += ["cuda_emulated"] if _native.cuda_emulated() else []
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -197,3 +201,32 @@ def test_one_tensor_as_query_key_and_value(backend):
     want.sum().backward()
     assert torch.equal(out, want)
     torch.testing.assert_close(x.grad, sum(y.grad for y in copies))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", EVERY)
+def test_lengths_of_any_value_and_stride(backend, dtype):
+    """Those of 2³¹ and more are no limit, negative ones no key; they may lie apart."""
+    narrow, wide = [4, -1, 2**31 - 1, -(2**31)], [2**31, 2**32 + 3, -(2**63)]
+    lengths = narrow if dtype == torch.int32 else wide
+    device = device_for(backend)
+    x = {n: torch.randn(len(lengths), 1, 6, 8, device=device).half() for n in ("q", "k", "v")}
+    clamped = torch.tensor([min(max(n, 0), 6) for n in lengths], dtype=torch.int32, device=device)
+    apart = torch.tensor([[n, 1] for n in lengths], dtype=dtype, device=device)[:, 0]
+    found, want = (run({**x, "kv_lengths": n}, backend, causal=True) for n in (apart, clamped))
+    for name in want:
+        assert torch.equal(found[name], want[name]), name
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_saved_tensors_of_any_stride(backend):
+    """Hooks may give back what the backward needs, lse above all, in other strides."""
+    x = {n: torch.randn(1, 1, 9, 8, device=device_for(backend)).half() for n in ("q", "k", "v")}
+    want = run(x, backend)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda y: torch.stack([y, y], -1), lambda y: y[..., 0]
+    ):
+        found = run(x, backend)
+    for name in want:
+        assert torch.equal(found[name], want[name]), name

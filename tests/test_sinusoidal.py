@@ -49,6 +49,16 @@ def test_positions(index, backend):
     check_sinusoidal(x[None], backend, positions=torch.randint(0, 99, (1, 2, 6)).to(index))
 
 
+def test_positions_of_32_bits_do_not_wrap(any_backend):
+    x = torch.zeros(1, 2, 8, device=device_for(any_backend))
+    last = torch.tensor([5, 2**31 - 1], device=x.device)
+    found, want = (
+        fusedattn.add_sinusoidal(x, positions=positions, offset=offset, backend=any_backend)
+        for positions, offset in ((last.int(), 1), (last + 1, 0))
+    )
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("first", [0, 255, 4095, 65_535, 131_071, 1_000_000])
 def test_an_ulp_at_any_position(first, dtype, instruction_set):

@@ -144,6 +144,23 @@ def test_norm_rows_at_any_distance() -> None:
     assert torch.equal(fusedattn.layer_norm(rows, 77, backend="triton"), want[:1].expand(9, 77))
 
 
+def test_saved_statistics_of_any_stride() -> None:
+    """Saved-tensor hooks may give back mean and rstd with gaps."""
+    x, weight = (normal(*shape).to(DEVICE).requires_grad_() for shape in ((5, 16), (16,)))
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = fusedattn.layer_norm(x, 16, weight, backend="triton")
+        return torch.autograd.grad(out.square().sum(), (x, weight))
+
+    want = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda y: torch.stack([y, y], -1), lambda y: y[..., 0]
+    ):
+        found = gradients()
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_sum_of_ones_over_many_rows() -> None:
     x = normal(3000, 16).to(DEVICE)
     bias = torch.zeros(16, device=DEVICE, requires_grad=True)

@@ -20,11 +20,6 @@ inline PyObject* requires_grad_name = nullptr;  // "requires_grad"
 inline PyObject* cpu = nullptr;                 // torch.device("cpu")
 inline PyObject* vector_keywords = nullptr;     // ("dtype", "device")
 
-inline py::object owned(PyObject* made) {
-  if (made == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(made);
-}
-
 inline py::object empty_as(py::handle tensor) {
   return owned(PyObject_CallOneArg(empty_like, tensor.ptr()));
 }
@@ -58,9 +53,8 @@ class Usual {
                               ? raw.dtype.bits >= 16
                               : raw.dtype.code == dlpack::type_bfloat;
     found = floating && raw.dtype.lanes == 1 && raw.device.type == dlpack::device_cpu &&
-            raw.data != nullptr && raw.dimensions > 0;
-    for (int i = 0; found && i < raw.dimensions; ++i) found = raw.shape[i] > 0;
-    found = found && !is_negative(tensor);
+            raw.dimensions > 0 && elements(raw) > 0 && !without_storage(tensor, raw) &&
+            !is_negative(tensor);
   }
 
   explicit operator bool() const { return found; }
@@ -73,12 +67,7 @@ class Usual {
   }
   bool is_double() const { return raw.dtype.bits == 64; }
 
-  bool is_contiguous() const {
-    int64_t step = 1;
-    for (int i = raw.dimensions - 1; i >= 0; step *= raw.shape[i--])
-      if (raw.strides[i] != step && raw.shape[i] != 1) return false;
-    return true;
-  }
+  bool is_contiguous() const { return bindings::is_contiguous(raw); }
   bool has_shape_of(const Usual& other) const {
     if (raw.dimensions != other.raw.dimensions) return false;
     for (int i = 0; i < raw.dimensions; ++i)
@@ -174,7 +163,8 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
       [forward](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
                 py::handle residual, const py::tuple& config, bool with_gradient) -> py::object {
         if (!usual_norm(x, normalized_shape, weight, bias, residual)) return py::none();
-        const TensorView source = matrix_view(x);
+        Reader read;
+        const TensorView source = read.matrix("x", x);
         const NormOptions options = norm_options(config);
         const bool statistics = with_gradient && (requires_grad(x) || requires_grad(residual) ||
                                                   requires_grad(weight) || requires_grad(bias));
@@ -183,13 +173,17 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
         const py::object z = residual.is_none() ? none : empty_as(residual);
         const py::object rstd = statistics ? empty_vector(source.shape[0], wide) : none;
         const py::object mean = statistics && options.centre ? empty_as(rstd) : none;
-        {
-          const NormForward params{
-              source,           matrix_view(residual), view(weight), view(bias), TensorView{},
-              matrix_view(out), matrix_view(z),        view(mean),   view(rstd), options};
-          const WithoutGil release;
-          forward(params, Stream(0));
-        }
+        const NormForward params{source,
+                                 read.matrix("residual", residual),
+                                 read.view("weight", weight),
+                                 read.view("bias", bias),
+                                 TensorView{},
+                                 read.matrix("out", out),
+                                 read.matrix("z", z),
+                                 read.view("mean", mean),
+                                 read.view("rstd", rstd),
+                                 options};
+        run_checked(forward, params, Stream(0));
         return py::make_tuple(out, z, mean, rstd);
       },
       py::arg("x"), py::arg("normalized_shape"), py::arg("weight"), py::arg("bias"),
@@ -206,14 +200,20 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
         };
         const py::object dx = gradient(0, dout), dresidual = gradient(1, z);
         const py::object dweight = gradient(2, weight), dbias = gradient(3, weight);
-        {
-          const NormBackward params{matrix_view(dout), matrix_view(dz), matrix_view(z),
-                                    view(weight),      view(mean),      view(rstd),
-                                    TensorView{},      matrix_view(dx), matrix_view(dresidual),
-                                    view(dweight),     view(dbias),     norm_options(config)};
-          const WithoutGil release;
-          backward(params, Stream(0));
-        }
+        Reader read;
+        const NormBackward params{read.matrix("dout", dout),
+                                  read.matrix("dz", dz),
+                                  read.matrix("z", z),
+                                  read.view("weight", weight),
+                                  read.view("mean", mean),
+                                  read.view("rstd", rstd),
+                                  TensorView{},
+                                  read.matrix("dx", dx),
+                                  read.matrix("dresidual", dresidual),
+                                  read.view("dweight", dweight),
+                                  read.view("dbias", dbias),
+                                  norm_options(config)};
+        run_checked(backward, params, Stream(0));
         return py::make_tuple(dx, dresidual, dweight, dbias);
       },
       py::arg("dout"), py::arg("dz"), py::arg("z"), py::arg("weight"), py::arg("mean"),
@@ -233,12 +233,10 @@ inline void bind_usual_softmax(py::module_& m, void (*forward)(const SoftmaxForw
       [forward](py::handle x, py::handle dim, const py::tuple& config) -> py::object {
         if (!usual_softmax(Usual(x), dim)) return py::none();
         py::object out = empty_as(x);
-        {
-          const SoftmaxForward params{view(x, last), TensorView{}, TensorView{}, view(out, last),
-                                      softmax_options(config)};
-          const WithoutGil release;
-          forward(params, Stream(0));
-        }
+        Reader read;
+        const SoftmaxForward params{read.view("x", x, last), TensorView{}, TensorView{},
+                                    read.view("out", out, last), softmax_options(config)};
+        run_checked(forward, params, Stream(0));
         return out;
       },
       py::arg("x"), py::arg("dim"), py::arg("config"),
@@ -251,12 +249,11 @@ inline void bind_usual_softmax(py::module_& m, void (*forward)(const SoftmaxForw
         if (!gradient || !usual_softmax(result, dim) || !gradient.has_shape_of(result))
           return py::none();
         py::object dx = empty_as(out);
-        {
-          const SoftmaxBackward params{view(dout, last), view(out, last), view(dx, last),
-                                       TensorView{}, softmax_options(config)};
-          const WithoutGil release;
-          backward(params, Stream(0));
-        }
+        Reader read;
+        const SoftmaxBackward params{read.view("dout", dout, last), read.view("out", out, last),
+                                     read.view("dx", dx, last), TensorView{},
+                                     softmax_options(config)};
+        run_checked(backward, params, Stream(0));
         return dx;
       },
       py::arg("dout"), py::arg("out"), py::arg("dim"), py::arg("config"),

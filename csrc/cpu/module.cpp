@@ -24,7 +24,7 @@ void on_cpu(const Params& params, Stream) {
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace fusedattn;
-  m.doc() = "Native CPU kernels. Arguments are checked by fusedattn.ops; nothing is checked here.";
+  m.doc() = "Native CPU kernels. fusedattn.ops checks their arguments first, and says more.";
   bindings::import_exchange();
   bindings::bind_attention(m, on_cpu<AttentionForward>, on_cpu<AttentionBackward>);
   bindings::bind_norm(m, on_cpu<NormForward>, on_cpu<NormBackward>);

@@ -11,22 +11,16 @@ struct Positions {
 
   // `offset` holds one integer that replaces `start`, or is absent.
   Positions(const TensorView& positions, const TensorView& offset, int64_t start)
-      : positions(positions), start(offset ? integer(offset, 0) : start) {}
+      : positions(positions), start(offset ? offset.integer(0) : start) {}
 
   // All batches have the same positions.
   FUSEDATTN_MEMBER bool shared() const { return !positions || positions.stride[0] == 0; }
 
   FUSEDATTN_MEMBER int64_t at(int64_t b, int64_t i) const {
     const int64_t own =
-        positions ? integer(positions, b * positions.stride[0] + i * positions.stride[1]) : i;
+        positions ? positions.integer(b * positions.stride[0] + i * positions.stride[1]) : i;
     // Wraps instead of being undefined where a sum leaves the range.
     return int64_t(uint64_t(own) + uint64_t(start));
-  }
-
- private:
-  FUSEDATTN_MEMBER static int64_t integer(const TensorView& view, int64_t at) {
-    return view.dtype == DType::i32 ? static_cast<const int32_t*>(view.data)[at]
-                                    : static_cast<const int64_t*>(view.data)[at];
   }
 };
 

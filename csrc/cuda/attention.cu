@@ -8,10 +8,27 @@ namespace {
 
 std::string text(const AttentionForward& p) {
   const auto number = [](int64_t n) { return std::to_string(n); };
-  return std::string(p.dtype() == DType::f16 ? "float16" : "bfloat16") + ", B " +
-         number(p.batch()) + ", Hq " + number(p.heads()) + ", Hkv " + number(p.heads_kv()) +
-         ", Sq " + number(p.seq_q()) + ", Sk " + number(p.seq_k()) + ", D " + number(p.head_dim()) +
-         ", Dv " + number(p.head_dim_v());
+  const char* const dtypes[] = {"float16", "bfloat16", "float32", "float64"};
+  return std::string(dtypes[int(p.dtype())]) + ", B " + number(p.batch()) + ", Hq " +
+         number(p.heads()) + ", Hkv " + number(p.heads_kv()) + ", Sq " + number(p.seq_q()) +
+         ", Sk " + number(p.seq_k()) + ", D " + number(p.head_dim()) + ", Dv " +
+         number(p.head_dim_v());
+}
+
+// Throws for what the kernels cannot run: packs of 8 lie side by side in `tensors`, and numbers of
+// rows, and their sums, fit in 32 bits.
+void check(const AttentionForward& p, std::initializer_list<const TensorView*> tensors) {
+  constexpr int64_t most_rows = int64_t{1} << 30;
+  const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
+  bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask && !p.bias &&
+              packs(p.head_dim()) && packs(p.head_dim_v()) && p.seq_q() <= most_rows &&
+              p.seq_k() <= most_rows && p.batch() * p.heads() <= most_rows;
+  for (const TensorView* each : tensors) fits = fits && (!*each || aligned(*each, 4, 8, 2));
+  if (!fits)
+    throw std::invalid_argument(
+        "fusedattn: CUDA attention takes float16 and bfloat16, rows of aligned 16 bytes, D and Dv "
+        "up to 256, and neither mask nor bias; got " +
+        text(p));
 }
 
 // call(element, std::integral_constant<int, head_dim>) for the instantiation that serves p.
@@ -71,12 +88,14 @@ std::vector<AttentionTiles> attention_tiles() {
 std::string attention_registers_release() { return registers_release; }
 
 void run(const AttentionForward& p, Stream stream) {
+  check(p, {&p.q, &p.k, &p.v, &p.out});
   instantiation(p, [&]<class T, int head_dim>(T, std::integral_constant<int, head_dim>) {
     launch_attention_forward<T, head_dim>(p, stream);
   });
 }
 
 void run(const AttentionBackward& p, Stream stream) {
+  check(p, {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv});
   instantiation(p, [&]<class T, int head_dim>(T, std::integral_constant<int, head_dim>) {
     launch_attention_backward<T, head_dim>(p, stream);
   });

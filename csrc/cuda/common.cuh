@@ -22,6 +22,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -101,8 +102,14 @@ void visit(DType dtype, const Function& function) {
     case DType::f32:
       return function(float{});
     default:
-      throw std::runtime_error("fusedattn: CUDA kernels take float16, bfloat16 and float32");
+      throw std::invalid_argument("fusedattn: CUDA kernels take float16, bfloat16 and float32");
   }
+}
+
+// Throws unless kernels take what there is of these.
+inline void check_dtypes(std::initializer_list<const TensorView*> views) {
+  for (const TensorView* view : views)
+    if (*view) visit(view->dtype, [](auto) {});
 }
 
 // Whether every row can be read N elements at a time: address and all strides but the last,
@@ -187,6 +194,12 @@ FUSEDATTN_ACCESS(load_shared, store_shared, Space::shared)
 // Shared memory of a block of the cluster, from remote_shared().
 FUSEDATTN_ACCESS(load_remote, store_remote, Space::remote)
 #undef FUSEDATTN_ACCESS
+
+// TensorView::integer
+FUSEDATTN_DEVICE int64_t load_integer(const TensorView& view, int64_t at) {
+  if (view.dtype == DType::i32) return load(static_cast<const int32_t*>(view.data) + at);
+  return load(static_cast<const int64_t*>(view.data) + at);
+}
 
 // --- conversions ---------------------------------------------------------------------------------
 

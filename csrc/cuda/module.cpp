@@ -13,8 +13,8 @@
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace fusedattn;
-  m.doc() = "CUDA kernels. Arguments are checked by fusedattn.ops; nothing is checked here.";
-  bindings::import_exchange();
+  m.doc() = "CUDA kernels. fusedattn.ops checks their arguments first, and says more.";
+  bindings::import_exchange(dlpack::device_cuda);
   bindings::bind_attention(m, cuda::run, cuda::run);
   bindings::bind_norm(m, cuda::run, cuda::run);
   bindings::bind_softmax(m, cuda::run, cuda::run);

@@ -233,6 +233,8 @@ void launch_forward(Forward f, Launch shape) {
 }  // namespace
 
 void run(const NormForward& p, Stream stream) {
+  check_dtypes({&p.residual, &p.weight, &p.bias, &p.z});
+  check_count(p.width(), "columns");
   Forward f;
   f.x = matrix(p.x);
   f.residual = matrix(p.residual);

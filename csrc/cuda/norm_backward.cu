@@ -425,6 +425,8 @@ void launch_backward(const NormBackward& p, const Backward& b, const Launch& sha
 }  // namespace
 
 void run(const NormBackward& p, Stream stream) {
+  check_dtypes({&p.dz, &p.z, &p.weight, &p.dresidual, &p.dweight, &p.dbias});
+  check_count(p.width(), "columns");
   Backward b = {};
   b.dout = matrix(p.dout);
   b.dz = matrix(p.dz);

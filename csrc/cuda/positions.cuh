@@ -5,17 +5,12 @@
 
 namespace fusedattn::cuda {
 
-FUSEDATTN_DEVICE int64_t load_integer(const TensorView& view, int64_t at) {
-  if (view.dtype == DType::i32) return load(static_cast<const int32_t*>(view.data) + at);
-  return load(static_cast<const int64_t*>(view.data) + at);
-}
-
 // positions[batch, row], or the row's number where there are none, plus the offset: a number in
 // memory, if there is one, else `start`.
 FUSEDATTN_DEVICE int64_t position_of(const TensorView& positions, const TensorView& offset,
                                      int64_t start, int64_t batch, int64_t row) {
-  if (offset.data != nullptr) start = load_integer(offset, 0);
-  if (positions.data == nullptr) return row + start;
+  if (offset) start = load_integer(offset, 0);
+  if (!positions) return row + start;
   const int64_t sheet = positions.shape[0] == 1 ? 0 : batch;
   return start + load_integer(positions, sheet * positions.stride[0] + row * positions.stride[1]);
 }

@@ -39,6 +39,13 @@ inline int element_bytes(DType dtype) {
   }
 }
 
+// Throws where the number of columns, or of heads, is no int.
+inline void check_count(int64_t n, const char* what) {
+  if (n > INT32_MAX)
+    throw std::invalid_argument("fusedattn: got x with " + std::to_string(n) + " " + what +
+                                ", expected fewer than 2^31 on CUDA");
+}
+
 // Whether an absent tensor, or every row of this one, can be accessed n elements at a time.
 inline bool takes_chunks(const TensorView& view, int dimensions, int n) {
   return !view || aligned(view, dimensions, n, element_bytes(view.dtype));

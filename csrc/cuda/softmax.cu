@@ -4,9 +4,6 @@
 // warp, a warp, several warps); too wide for that, in the shared memory of a block or of a cluster,
 // which then sums as it reads (Milakov and Gimelshein 2018); what does not fit there is read again.
 // Keys past the diagonal are not read at all.
-#include <stdexcept>
-#include <string>
-
 #include "kernels.h"
 #include "rowwise.cuh"
 
@@ -325,10 +322,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(max_threads, 2)
 
 template <class Params>
 void describe(Rows& rows, Launch& shape, const Params& p, const TensorView& like, Stream stream) {
-  if (like.shape[1] > INT32_MAX || p.width() > INT32_MAX)
-    throw std::invalid_argument("softmax: got x with " + std::to_string(like.shape[1]) +
-                                " heads and " + std::to_string(p.width()) +
-                                " columns, expected fewer than 2^31 of each on CUDA");
+  check_count(like.shape[1], "heads");
+  check_count(p.width(), "columns");
   rows.count = p.rows();
   rows.heads = like.shape[1];
   rows.queries = like.shape[2];

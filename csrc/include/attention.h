@@ -24,7 +24,7 @@ struct AttentionForward {
   TensorView q, k, v;
   TensorView mask;        // bool, strides 0 where broadcast; may be absent
   TensorView bias;        // float, likewise
-  TensorView kv_lengths;  // (B,) int32; may be absent
+  TensorView kv_lengths;  // (B,) int32 or int64, of any value; may be absent
   TensorView out, lse;
   AttentionOptions options;
 
@@ -42,7 +42,7 @@ struct AttentionForward {
   // The keys of batch entry b that exist.
   FUSEDATTN_MEMBER int64_t keys(int64_t b) const {
     if (!kv_lengths) return seq_k();
-    const int64_t n = static_cast<const int32_t*>(kv_lengths.data)[b * kv_lengths.stride[0]];
+    const int64_t n = kv_lengths.integer(b * kv_lengths.stride[0]);
     return n < 0 ? 0 : n < seq_k() ? n : seq_k();
   }
 

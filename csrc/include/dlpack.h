@@ -10,7 +10,7 @@ struct Device {
   int32_t type, id;
 };
 
-constexpr int32_t device_cpu = 1;
+constexpr int32_t device_cpu = 1, device_cuda = 2;
 
 enum TypeCode : uint8_t { type_int = 0, type_float = 2, type_bfloat = 4, type_bool = 6 };
 

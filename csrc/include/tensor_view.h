@@ -31,13 +31,22 @@ struct TensorView {
   int64_t shape[4] = {1, 1, 1, 1};
   int64_t stride[4] = {0, 0, 0, 0};
   DType dtype = DType::f32;
-  int32_t device = 0;  // which GPU; 0 on a CPU
+  int32_t device = absent;  // which GPU; 0 on a CPU
 
-  FUSEDATTN_MEMBER explicit operator bool() const { return data != nullptr; }
+  static constexpr int32_t absent = -1;
+
+  // Whether there is a tensor. One without elements may have no data.
+  FUSEDATTN_MEMBER explicit operator bool() const { return device != absent; }
 
   // The element at (b, h, i, j), in elements from data.
   FUSEDATTN_MEMBER int64_t offset(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
     return b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
+  }
+
+  // The integer at `at` elements from data, of int32 or int64.
+  FUSEDATTN_MEMBER int64_t integer(int64_t at) const {
+    return dtype == DType::i32 ? static_cast<const int32_t*>(data)[at]
+                               : static_cast<const int64_t*>(data)[at];
   }
 
   template <class T>

@@ -10,7 +10,10 @@
 
 namespace fusedattn::emulator {
 
-inline void add_tensor(const TensorView& view) { Memory::here().add_tensor(view); }
+// Of a call that begins; null before the first one, for another may have been refused midway.
+inline void add_tensor(const TensorView* view) {
+  view == nullptr ? Memory::here().clear() : Memory::here().add_tensor(*view);
+}
 
 // What the kernels write.
 inline auto outputs(const AttentionForward& p) { return std::array{p.out, p.lse}; }

@@ -19,8 +19,8 @@ FUSEDATTN_DEVICE int width_of(const TensorView& view) { return view ? int(view.s
 // The keys of batch entry b that exist.
 FUSEDATTN_DEVICE int existing_keys(const AttentionForward& p, int64_t b) {
   if (!p.kv_lengths) return int(p.seq_k());
-  const int n = load(static_cast<const int32_t*>(p.kv_lengths.data) + b * p.kv_lengths.stride[0]);
-  return n < 0 ? 0 : n < p.seq_k() ? n : int(p.seq_k());
+  const int64_t n = load_integer(p.kv_lengths, b * p.kv_lengths.stride[0]);
+  return n < 0 ? 0 : int(n < p.seq_k() ? n : p.seq_k());
 }
 
 }  // namespace fusedattn::cuda

@@ -136,7 +136,8 @@ def attention(
         window: (left, right), the keys seen to either side of the diagonal. Not supported yet.
         scale: any float; D**-0.5 by default.
         softcap, alibi_slopes, sinks, dropout_p, seed: not supported yet.
-        kv_lengths: (B,) int32; keys at and past it do not exist. It moves no diagonal.
+        kv_lengths: (B,) int32 or int64, any value; keys at and past it do not exist. It moves no
+            diagonal.
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients are bitwise repeatable. `None` follows
             `torch.use_deterministic_algorithms`. The forward always is, and so is the CPU.

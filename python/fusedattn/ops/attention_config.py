@@ -276,7 +276,6 @@ def validate_extras(
             raise ValueError(
                 f"attention: got kv_lengths of shape {tuple(shape)}, expected ({q.shape[0]},)"
             )
-        kv_lengths = kv_lengths.to(torch.int32)
     return mask, bias, kv_lengths
 
 

@@ -67,8 +67,8 @@ def _native_kernels(native: Any, prepare: Any = lambda x: x) -> Any:
     def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
         dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
         native.attention_backward(
-            prepare(dout), dlse, prepare(q), prepare(k), prepare(v), out, lse, *grads, mask, bias,
-            kv_lengths, call.config, stream_of(q),
+            prepare(dout), dlse, prepare(q), prepare(k), prepare(v), prepare(out), lse, *grads,
+            mask, bias, kv_lengths, call.config, stream_of(q),
         )  # fmt: skip
 
     return SimpleNamespace(forward=forward, backward=backward)

@@ -323,7 +323,7 @@ def table_rows(
 
     A position without a row gives NaN.
     """
-    rows = torch.arange(length, device=table.device) if positions is None else positions
+    rows = torch.arange(length, device=table.device) if positions is None else positions.long()
     rows = rows + offset
     absent = (rows < 0) | (rows >= table.shape[-2])
     rows = rows.clamp(0, table.shape[-2] - 1)
@@ -381,7 +381,7 @@ def sinusoidal_positions(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """sin(p / base^(2i/W)) in feature 2i and cos in feature 2i + 1; (S, W) or (B, S, W), fp64."""
-    p = torch.arange(length, device=device) if positions is None else positions
+    p = torch.arange(length, device=device) if positions is None else positions.long()
     i = torch.arange((width + 1) // 2, dtype=torch.float64, device=p.device)
     phase = (p + offset).double()[..., None] * base ** (-2.0 * i / width)
     return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)[..., :width]

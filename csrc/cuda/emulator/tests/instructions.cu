@@ -123,8 +123,9 @@ FUSEDATTN_KERNEL void late_kernel(const FUSEDATTN_GRID_CONSTANT Tensors p) {
 void run_instructions(const std::string& kernel, const pybind11::list& inputs, pybind11::handle out,
                       const std::string& flaw) {
   TensorView views[3];
-  for (size_t i = 0; i < inputs.size(); ++i) views[i] = bindings::view(inputs[i]);
-  const Tensors p = {views[0], views[1], views[2], bindings::view(out), flaw};
+  bindings::Reader read;
+  for (size_t i = 0; i < inputs.size(); ++i) views[i] = read.view("input", inputs[i]);
+  const Tensors p = {views[0], views[1], views[2], read.view("out", out), flaw};
   Launch shape = {.grid = 1, .block = 32, .shared_bytes = 512};
   std::vector<TensorView> outputs = {p.out};
   if (kernel == "late") outputs.push_back(p.a);  // which it writes as well

@@ -95,7 +95,8 @@ FUSEDATTN_KERNEL void round_trip_kernel(const FUSEDATTN_GRID_CONSTANT Rows p, bo
 
 void run_planted(const std::string& kernel, pybind11::handle x, pybind11::handle out,
                  const std::string& flaw) {
-  const Rows p = {bindings::view(x), bindings::view(out), flaw};
+  bindings::Reader read;
+  const Rows p = {read.view("x", x), read.view("out", out), flaw};
   const int width = int(p.x.shape[1]);
   Launch shape = {.grid = p.x.shape[0], .block = width, .shared_bytes = width * 4};
   emulator::checked_call(std::array{p.out}, [&] {

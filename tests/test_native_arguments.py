@@ -1,0 +1,273 @@
+"""The native functions refuse what would make a kernel leave its tensors, whoever calls them.
+
+A traced program, a saved-tensor hook or `torch.ops.fusedattn` reach them with tensors that nobody
+has looked at. Each argument of each function is spoilt in every way; the calls run in a forked
+child, one an op, so that a crash is told from a refusal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import fusedattn
+import pytest
+import torch
+from fusedattn import _native
+from processes import Call, wrong_in_a_fork
+from torch import Tensor
+
+HALF, FLOAT, DOUBLE = torch.float16, torch.float32, torch.float64
+FLOATS = (HALF, torch.bfloat16, FLOAT)
+QUERIES = ("q", "k", "dq", "dk")  # of head dim D
+INTEGERS = (torch.int32, torch.int64)
+DTYPES = (*FLOATS, DOUBLE, *INTEGERS, torch.bool, torch.uint8, torch.complex64)
+
+
+class Arg(NamedTuple):
+    """An argument, and what else in its place is right."""
+
+    value: Any
+    optional: bool = False
+    dtypes: tuple[torch.dtype, ...] = ()
+    strides: bool = True  # any
+    broadcast: bool = False  # a size may be 1
+    copies: bool = False  # the first dimension may be 1
+
+
+def freed(x: Tensor) -> Tensor:
+    """As FSDP frees parameters."""
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def freed_behind(x: Tensor) -> Tensor:
+    """Its address is no null pointer."""
+    behind = torch.stack([x, x])[1]
+    return freed(behind)
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same elements, each followed by a gap."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def spoilt(arg: Arg) -> Iterator[tuple[str, Any, bool]]:
+    """(how, another value, whether that is right)."""
+    x = arg.value
+    yield "None", None, arg.optional
+    for other in ("text", 3, [1.0], object()):
+        yield repr(other), other, False
+    for dtype in DTYPES:
+        if dtype is not x.dtype:
+            yield str(dtype), x.to(dtype), dtype in arg.dtypes
+    yield "meta", x.to("meta"), False
+    yield "sparse", x.to_sparse(), False
+    yield "scalar", x.new_zeros(()), x.numel() == 1 or arg.broadcast
+    yield "five dimensions", x.expand(2, *(1,) * (4 - x.dim()), *x.shape), False
+    yield "freed", freed(x.clone()), False
+    yield "freed behind others", freed_behind(x), False
+    yield "zero", torch._efficientzerotensor(x.shape, dtype=x.dtype), False
+    for dim, size in enumerate(x.shape):
+        single = arg.broadcast or (arg.copies and dim == 0)
+        for n in {0, 1, size - 1, size + 1, 10**7} - {size}:
+            shape = [n if i == dim else m for i, m in enumerate(x.shape)]
+            yield f"shape {shape}", x.new_zeros(()).expand(shape), n == 1 and single
+            if n < 100:
+                yield f"shape {shape}, dense", x.new_zeros(shape), n == 1 and single
+    yield "spread", spread(x), arg.strides or x.numel() == 1
+
+
+# --- right calls of each function -----------------------------------------------------------------
+
+
+def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
+    cpu = native is _native.cpu
+    dtype, stat = (FLOAT, FLOAT) if cpu else (HALF, FLOAT)
+    q, k, v = (torch.randn(2, h, s, d).to(dtype) for h, s, d in ((4, 5, 8), (2, 6, 8), (2, 6, 16)))
+    out, lse = torch.randn(2, 4, 5, 16).to(dtype), torch.randn(2, 4, 5).to(stat)
+    inputs = {name: Arg(x, strides=cpu) for name, x in (("q", q), ("k", k), ("v", v))}
+    mask, bias = torch.ones(2, 4, 5, 6, dtype=torch.bool), torch.randn(2, 4, 5, 6)
+    pairs = {
+        "mask": Arg(mask if cpu else None, optional=True, broadcast=True),
+        "bias": Arg(bias if cpu else None, optional=True, dtypes=FLOATS, broadcast=True),
+        "kv_lengths": Arg(torch.tensor([3, 4]), optional=True, dtypes=INTEGERS),
+    }
+    results = {"out": Arg(out, strides=cpu), "lse": Arg(lse)}
+    config = (2, 0.5, -1, -1, 0.0, 0.0, False)
+    grads = {
+        "dout": Arg(out, optional=True, strides=cpu), "dlse": Arg(lse, optional=True), **inputs,
+        **results, **{f"d{n}": Arg(a.value.clone(), strides=cpu) for n, a in inputs.items()},
+        "dbias": Arg(bias.clone() if cpu else None, optional=True), **pairs,
+        "bias": Arg(bias if cpu else None),
+    }  # fmt: skip
+    return {**inputs, **pairs, **results}, grads, config
+
+
+def _norm(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
+    every = DTYPES[:4] if native is _native.cpu else FLOATS
+    rows = [torch.randn(3, 16) for _ in range(8)]
+    vector = Arg(torch.randn(16), optional=True, dtypes=every, strides=False)
+    stat = Arg(torch.ones(3), optional=True, strides=False)
+    other = {"optional": True, "dtypes": FLOATS, "strides": False}
+    seed = Arg(torch.tensor([7]), optional=True)
+    forward = {
+        "x": Arg(rows[0], strides=False), "residual": Arg(rows[1], **other), "weight": vector,
+        "bias": vector, "seed": seed, "out": Arg(rows[2], strides=False),
+        "z": Arg(rows[3], dtypes=FLOATS, strides=False), "mean": stat, "rstd": stat,
+    }  # fmt: skip
+    backward = {
+        "dout": Arg(rows[0], optional=True, strides=False), "dz": Arg(rows[1], **other),
+        "z": Arg(rows[2], dtypes=FLOATS, strides=False), "weight": vector,
+        "mean": stat._replace(optional=False), "rstd": stat._replace(optional=False), "seed": seed,
+        "dx": Arg(rows[3], strides=False), "dresidual": Arg(rows[4], **other),
+        "dweight": vector._replace(value=torch.randn(16)),
+        "dbias": vector._replace(value=torch.randn(16)),
+    }  # fmt: skip
+    return forward, backward, (True, 1e-5, 0.0, 0.25)
+
+
+def _softmax(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
+    x = [Arg(torch.randn(2, 3, 4, 5)) for _ in range(4)]
+    mask = Arg(x[0].value > 0, optional=True, broadcast=True)
+    bias = x[1]._replace(optional=True, dtypes=FLOATS, broadcast=True)
+    forward = {"x": x[0], "mask": mask, "bias": bias, "out": x[2]}
+    given = {"dx": x[2]._replace(optional=True), "ds": x[3]._replace(optional=True)}
+    return forward, {"dout": x[0], "out": x[1], **given}, (2, 0.5)
+
+
+def _rotary(native: Any) -> tuple[dict[str, Arg], tuple]:
+    x, x2 = torch.randn(2, 4, 5, 8), torch.randn(2, 3, 5, 8)
+    positions = Arg(torch.zeros(2, 5, dtype=torch.int64), True, INTEGERS, copies=True)
+    return {
+        "x": Arg(x), "x2": Arg(x2),
+        "cos": Arg(torch.randn(2, 7, 3)), "sin": Arg(torch.randn(2, 7, 3)),
+        "positions": positions, "offset": Arg(torch.tensor([1]), True, INTEGERS),
+        "out": Arg(x.clone()), "out2": Arg(x2.clone()),
+    }, (False, False, 0)  # fmt: skip
+
+
+def _sinusoidal(native: Any) -> tuple[dict[str, Arg], tuple]:
+    x = torch.randn(2, 5, 6)
+    positions = Arg(torch.zeros(2, 5, dtype=torch.int64), True, INTEGERS, copies=True)
+    offset = Arg(torch.tensor([1]), True, INTEGERS)
+    return {"x": Arg(x), "positions": positions, "offset": offset, "out": Arg(x.clone())}, (
+        1e4, 1.0, 0,
+    )  # fmt: skip
+
+
+FUNCTIONS: dict[str, Callable[[Any], tuple[dict[str, Arg], tuple]]] = {
+    "attention_forward": lambda native: _attention(native)[::2],
+    "attention_backward": lambda native: _attention(native)[1:],
+    "norm_forward": lambda native: _norm(native)[::2],
+    "norm_backward": lambda native: _norm(native)[1:],
+    "softmax_forward": lambda native: _softmax(native)[::2],
+    "softmax_backward": lambda native: _softmax(native)[1:],
+    "rotary_forward": _rotary,
+    "sinusoidal_forward": _sinusoidal,
+}
+
+
+def _beyond_cuda(name: str, right: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the CPU takes and the CUDA kernels do not."""
+    if not name.startswith("attention"):
+        return
+    tensors = {n: x for n, x in right.items() if isinstance(x, Tensor)}
+    yield "float32", {n: x.float() for n, x in tensors.items() if x.is_floating_point()}
+    for n in (4, 12, 264):
+        wide = {i: x.new_zeros(*x.shape[:-1], n) for i, x in tensors.items() if i in QUERIES}
+        yield f"D {n}", wide
+    yield "mask", {"mask": torch.ones(5, 6, dtype=torch.bool)[None, None]}
+    yield "bias", {"bias": torch.ones(1, 1, 5, 6)}
+
+
+def hostile_calls(native: Any, name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """(how, arguments, whether the function takes them)."""
+    args, config = FUNCTIONS[name](native)
+    right = {each: arg.value for each, arg in args.items()} | {"config": config}
+    yield "nothing", right, True
+    for each, arg in args.items():
+        if arg.value is None:
+            continue
+        for how, value, taken in spoilt(arg):
+            yield f"{each}: {how}", right | {each: value}, taken
+    yield "all None", dict.fromkeys(right), False
+    yield "all half", {n: x.half() if isinstance(x, Tensor) else x for n, x in right.items()}, False
+    yield "all empty", {n: x[:0] if isinstance(x, Tensor) else x for n, x in right.items()}, False
+    for other in ((), config[:-1], ("x",) * len(config), (None,) * len(config), list(config), None):
+        yield f"config {other}", right | {"config": other}, False
+    if native is not _native.cpu:
+        yield from ((how, right | changed, False) for how, changed in _beyond_cuda(name, right))
+    if name.startswith(("attention", "softmax")):
+        for causal in (-1, 3, 2**40):
+            yield f"causal {causal}", right | {"config": (causal, *config[1:])}, False
+
+
+@pytest.fixture(params=["cpu", "cuda_emulated"])
+def native(request) -> Any:
+    found = _native.cpu if request.param == "cpu" else _native.cuda_emulated()
+    if found is None:
+        pytest.skip(f"{request.param} is not built")
+    return found
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_does_not_fit_is_refused(native, name):
+    def calls() -> Iterator[Call]:
+        for how, arguments, taken in hostile_calls(native, name):
+            yield how, lambda arguments=arguments: getattr(native, name)(**arguments), taken
+
+    assert wrong_in_a_fork(calls) == []
+
+
+# --- storages that were freed, through the public functions ---------------------------------------
+
+
+def _public(backend: str) -> Iterator[tuple[str, Callable[..., Tensor], dict[str, Tensor]]]:
+    x, row, w = torch.randn(3, 16), torch.randn(3, 16), torch.randn(16)
+    mask = x > 0
+    yield "softmax", fusedattn.softmax, {"x": x}
+    yield "masked softmax", fusedattn.softmax, {"x": x, "mask": mask, "bias": row}
+    norms = (("layer_norm", {"weight": w, "bias": w}), ("rms_norm", {"weight": w}))
+    for name, weights in norms:
+        norm = functools.partial(getattr(fusedattn, name), normalized_shape=16)
+        yield name, norm, {"x": x, **weights}
+        yield f"{name} of a sum", lambda norm=norm, **t: norm(**t)[0], {"x": x, "residual": row}
+    dtype = HALF if backend == "cuda_emulated" else FLOAT
+    q, k, v = torch.randn(3, 1, 2, 4, 8).to(dtype).unbind()
+    extras = {"mask": torch.ones(4, 4, dtype=torch.bool), "bias": torch.randn(4, 4)}
+    lengths = {"kv_lengths": torch.tensor([3]), **({} if dtype == HALF else extras)}
+    yield "attention", fusedattn.attention, {"q": q, "k": k, "v": v, **lengths}
+    tables = {"cos": torch.randn(4, 4), "sin": torch.randn(4, 4)}
+    yield "apply_rotary", fusedattn.apply_rotary, {"x": q, **tables}
+    positions = {"positions": torch.arange(4), "offset": torch.tensor(1)}
+    yield "add_sinusoidal", fusedattn.add_sinusoidal, {"x": q[0], **positions}
+
+
+def calls_on_freed(backend: str) -> Iterator[Call]:
+    for name, function, tensors in _public(backend):
+        for each, x in tensors.items():
+            for free in (freed, freed_behind):
+                arguments = tensors | {each: free(x.clone())}
+                call = functools.partial(function, **arguments, backend=backend)
+                yield f"{name}, {each} {free.__name__}", call, False
+        if name == "add_sinusoidal":  # its gradient is no kernel
+            continue
+        for free in (freed, freed_behind):
+            first, *rest = tensors.items()
+            leaf = first[1].clone().requires_grad_()
+            out = function(**{first[0]: leaf}, **dict(rest), backend=backend)
+            call = functools.partial(out.backward, free(out.detach().clone()))
+            yield f"{name}, gradient {free.__name__}", call, False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted here")
+def test_a_freed_storage_is_refused_by_triton():
+    pytest.importorskip("triton")
+    assert wrong_in_a_fork(lambda: calls_on_freed("triton")) == []
+
+
+def test_a_freed_storage_is_refused(native):
+    backend = native.__name__.removeprefix("fusedattn._")
+    assert wrong_in_a_fork(lambda: calls_on_freed(backend)) == []

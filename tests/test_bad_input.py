@@ -185,3 +185,23 @@ def test_number_that_is_none(function, parameter):
         for x, y in zip(found, want, strict=True):
             torch.testing.assert_close(x.nan_to_num(0.0, 1.0, -1.0), y.nan_to_num(0.0, 1.0, -1.0))
             assert torch.equal(x.isnan(), y.isnan()), name
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("function", [name for name in CALLS if name != "explain"])
+def test_results_have_memory_of_their_own(function, backend):
+    """No output is an input, and no gradient another one or what came from behind."""
+    given = {x: y.clone() if isinstance(y, Tensor) else y for x, y in CALLS[function].items()}
+    tensors = {x: y for x, y in given.items() if isinstance(y, Tensor)}
+    leaves = [
+        y.requires_grad_()
+        for x, y in tensors.items()
+        if y.is_floating_point() and x not in ("cos", "sin")
+    ]
+    found = FUNCTIONS[function](**given, backend=backend)
+    found = found if isinstance(found, tuple) else (found,)
+    behind = [torch.ones_like(x) for x in found]
+    torch.autograd.backward(found, behind)
+    grads = [x.grad for x in leaves if x.grad is not None]
+    everything = [*tensors.values(), *found, *behind, *grads]
+    assert len({x.untyped_storage().data_ptr() for x in everything}) == len(everything)

@@ -7,6 +7,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Each package and its folder.
+SHIPPED = {"fusedattn": "python/fusedattn", "fusedattn/kernels": "kernels",
+           "fusedattn/benchmarks": "benchmarks"}  # fmt: skip
 
 # Seconds for builds and compilers: several times what they take on two slow, shared cores.
 PATIENCE = 1800

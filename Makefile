@@ -1,5 +1,5 @@
 # make bench    measure and plot everything here, and train the reference transformers
-# make test     the whole suite, then once more with every fresh tensor full of NaN
+# make test     the whole suite; its kernels find every fresh tensor full of NaN
 # make lint     ruff, clang-format, mypy
 # make gpu      on a machine with a GPU: its tests, compute-sanitizer, its benchmark grid; in ten
 #               minutes with the build, results in OUT=… or benchmarks/results
@@ -36,8 +36,7 @@ bench: $(BUILT)
 
 test: $(BUILT)
 	$(PYTHON) setup.py -q build_emulator
-	$(PYTEST) tests
-	$(PYTEST) tests -m "not slow" --deterministic
+	$(PYTEST) tests --deterministic
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

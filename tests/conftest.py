@@ -32,14 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deterministic",
         action="store_true",
-        help="deterministic algorithms, and torch.empty filled with NaN: shows unwritten elements",
+        help="tests that launch kernels find every fresh tensor full of NaN, which shows unwritten "
+        "elements, under torch's deterministic algorithms, without which torch does not fill",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--deterministic"):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist's own order of files
 
@@ -102,6 +100,29 @@ def fp64_on_one_thread() -> Iterator[None]:
     yield
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(threads)
+
+
+def launches_kernels(item: pytest.Item) -> bool:
+    """It has one of the fixtures below, or its file is about the kernels of one backend.
+
+    Other tests are about messages, builds, modules, or torch at work around an op: with the
+    algorithms that users have, and nothing unwritten is to be seen there that is not seen here.
+    """
+    fixtures = {"backend", "fast_backend", "any_backend", "instruction_set"}
+    own_file = item.path.name.startswith(("test_triton_", "test_cuda_"))
+    return own_file or not fixtures.isdisjoint(item.fixturenames)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Full of NaN, with --deterministic and where kernels are launched."""
+    if not (request.config.getoption("--deterministic") and launches_kernels(request.node)):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def _backends() -> list:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import collections
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import kept
 import triton
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -70,6 +74,31 @@ def kernels_of(path: Path) -> list[Kernel]:
                    collections.Counter(found))
         )  # fmt: skip
     return kernels
+
+
+class Built(NamedTuple):
+    """A native module of CUDA kernels."""
+
+    module: Path
+    log: str
+    kernels: list[Kernel]
+
+
+def build_once(
+    build: Callable[[], tuple[Path, str]], tools: Iterable[str], sources: dict[str, str]
+) -> Built:
+    """What `build` makes, a module and its log; or what an earlier run made of the same."""
+    begun, module = time.time(), kept.KEPT / "_cuda.so"
+    key = kept.digest(*tools, kept.triton_and_its_tools(), Path(__file__))
+    found = kept.load("cuda", key, sources)
+    if found is None or not module.exists() or kept.digest(module) != found["module"]:
+        fresh, log = build()
+        found = {"module": kept.digest(fresh), "log": log, "kernels": kernels_of(fresh)}
+        kept.KEPT.mkdir(parents=True, exist_ok=True)
+        shutil.copy(fresh, module)
+        kept.store("cuda", key, sources, found, begun)
+    kernels = [Kernel(*rest, collections.Counter(code)) for *rest, code in found["kernels"]]
+    return Built(module, found["log"], kernels)
 
 
 class AttentionRow(NamedTuple):

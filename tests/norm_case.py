@@ -7,7 +7,7 @@ from typing import Any
 
 import fusedattn
 import torch
-from compare import check, check_normalised, check_sum, device_for
+from compare import check, check_normalised, check_sum, device_for, once
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def check_norm(
     made = made or case.inputs(device_for(backend))
     actual = results(made, case, fusedattn, backend=backend)
     made = {name: x.cpu() for name, x in made.items()}
-    ref = results(made, case, reference, torch.float64)
+    ref = once((case, "oracle"), made, lambda: results(made, case, reference, torch.float64))
     label = f"{backend} {case}"
     for name, x in {**made, "out": made["x"], "z": made.get("residual")}.items():
         name = name if name in ("out", "z") else f"d{name}"
@@ -117,7 +117,7 @@ def check_norm(
         _check_rule_4(actual, made, case, label)
     if ill:
         return actual
-    eager = results(made, case, reference)
+    eager = once((case, "eager"), made, lambda: results(made, case, reference))
     rows = max(1, ref["out"].numel() // max(1, made["x"].shape[-case.dims :].numel()))
     for name in ("out", "z", "dx", "dresidual"):
         if name in actual:

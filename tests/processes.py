@@ -10,9 +10,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+ROOT = Path(__file__).parents[1]
+# Each package and its folder.
+SHIPPED = {"fusedattn": "python/fusedattn", "fusedattn/kernels": "kernels",
+           "fusedattn/benchmarks": "benchmarks"}  # fmt: skip
 
 # Seconds for builds and compilers: several times what they take on two slow, shared cores.
 PATIENCE = 1800

@@ -123,12 +123,13 @@ def test_autocast_casts_all_of_them(dtype, fast_backend):
 
 
 def test_raw_op_under_autocast():
-    """The op's own rule: q, k and v are cast, a float32 bias is not."""
+    """The op's own rule: q, k and v are cast, but no float64, and a float32 bias is not."""
     q, k, v = torch.randn(3, 1, 2, 6, 4)
     bias = torch.randn(1, 1, 6, 6)
     rest = [None, bias, *[None] * 4, "reference", 0, 0.5, *NO_WINDOW]
     with torch.autocast("cpu", torch.bfloat16):
         found = FORWARD(q, k, v, *rest)
+        assert FORWARD(*(x.double() for x in (q, k, v)), *rest)[0].dtype == torch.float64
     want = FORWARD(q.bfloat16(), k.bfloat16(), v.bfloat16(), *rest)
     assert found[0].dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 
+import compare
 import pytest
 import torch
 from compare import AttentionCase, check, check_results, check_sum, results, ulp
@@ -204,3 +206,38 @@ def test_ulp(dtype, largest):
 def test_every_case_has_its_own_text():
     assert str(AttentionCase()) == ""
     assert str(AttentionCase(dim=64, causal=True)) == "dim=64 causal=True"
+
+
+# --- oracles, once a session ---------------------------------------------------------------------
+
+
+def test_an_oracle_is_computed_once_for_the_same_tensors():
+    made = {"x": torch.randn(3, 4), "mask": None}
+    computed = []
+
+    def compute():
+        computed.append(made["x"].sum())
+        return {"out": made["x"] + 1}
+
+    first = compare.once("sum", made, compute)
+    assert compare.once("sum", {**made, "x": made["x"].clone()}, compute) is first
+    for other in (
+        made["x"].t().contiguous().t(),
+        made["x"].double(),
+        made["x"].view(4, 3),
+        -made["x"],
+    ):
+        assert compare.once("sum", {**made, "x": other}, compute) is not first
+    assert compare.once("product", made, compute) is not first
+    assert len(computed) == 6
+    first["out"].zero_()
+    with pytest.raises(AssertionError, match="changed an oracle"):
+        compare.once("sum", made, compute)
+
+
+def test_oracles_take_little_memory(monkeypatch):
+    monkeypatch.setattr(compare, "_kept", collections.OrderedDict())
+    monkeypatch.setattr(compare, "MOST_KEPT", 3000)
+    for i in range(5):
+        compare.once(i, {}, lambda: {"out": torch.zeros(256)})
+    assert [about for about, *_ in compare._kept] == [3, 4]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
+from kept import digests
 from processes import ARCHITECTURES
 from test_install import ROOT, build, make_tree, needs_compiler, run, tree  # noqa: F401
+
+if TYPE_CHECKING:
+    from machine_code import Built
 
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -182,26 +188,30 @@ ATTENTION = (
 REGISTERS_OF = {"sm_80": 0, "sm_86": 1, "sm_89": 1, "sm_90a": 2, "sm_100": 3, "sm_120": 4}
 
 
-class Built(NamedTuple):
-    module: Path
-    log: str
-    kernels: list
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The real kernels, compiled by the real nvcc for TARGETS."""
+    """The real kernels, compiled by the real nvcc for TARGETS; once for what has not changed."""
     if NVCC is None or not TARGETS:
         pytest.skip("needs nvcc and a target")
     pytest.importorskip("triton")
-    from machine_code import kernels_of
+    from machine_code import build_once
 
-    folder = make_tree(tmp_path_factory.mktemp("cuda"))
-    for name in ("cuda", "include", "bindings"):
-        shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name, dirs_exist_ok=True)
-    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    log = run(*command, cwd=folder, timeout=3000, FUSEDATTN_CUDA_ARCHS=";".join(ARCHITECTURES))
-    return Built(module_of(folder), log, kernels_of(module_of(folder)))
+    folders = [ROOT / "csrc" / name for name in ("cuda", "include", "bindings")]
+
+    def build_real() -> tuple[Path, str]:
+        folder = make_tree(tmp_path_factory.mktemp("cuda"))
+        for each in folders:
+            shutil.copytree(each, folder / "csrc" / each.name, dirs_exist_ok=True)
+        command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+        log = run(*command, cwd=folder, timeout=3000, FUSEDATTN_CUDA_ARCHS=";".join(ARCHITECTURES))
+        return module_of(folder), log
+
+    compilers = (NVCC, *shlex.split(os.environ.get("CXX", "g++")))
+    told = ("CXX", "CUDACXX", "CUDA_HOME", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    tools = [run(each, "--version", cwd=ROOT) for each in compilers if shutil.which(each)]
+    tools += [version("pybind11"), *ARCHITECTURES, *(str(os.environ.get(name)) for name in told)]
+    files = ("setup.py", "pyproject.toml", "tests/test_install.py", "tests/test_cuda_build.py")
+    return build_once(build_real, tools, digests([*folders, *(ROOT / name for name in files)]))
 
 
 @pytest.mark.slow

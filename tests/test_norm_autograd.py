@@ -109,8 +109,7 @@ def test_opcheck(op, centre, fast_backend):
     torch.library.opcheck(raw, args)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_compile(dtype, dynamic, fast_backend):
     torch._dynamo.reset()
 

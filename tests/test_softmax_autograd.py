@@ -143,10 +143,11 @@ def test_opcheck(dtype, dim, fast_backend):
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic, compiler, fast_backend):
+    ("compiler", "dynamic"),
+    [("aot_eager", False), ("aot_eager", True),
+     pytest.param("inductor", True, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_compile(compiler, dynamic, fast_backend):
     torch._dynamo.reset()
 
     def function(x, mask, bias):

@@ -39,7 +39,7 @@ REGIMES = {
     "causal, top-left, Sq > Sk": AttentionCase(seq_q=70, seq_k=35, causal="top_left"),
     "one query": AttentionCase(seq_q=1, seq_k=40, causal=True),
     "two keys": AttentionCase(seq_q=40, seq_k=2),
-    "grouped heads": AttentionCase(batch=2, heads=4, kv_heads=2, seq_q=33, causal=True),
+    "grouped heads": AttentionCase(heads=4, kv_heads=2, seq_q=33, causal=True),
     "one key head": AttentionCase(heads=4, kv_heads=1, seq_q=20),
     "Dv < D": AttentionCase(dim=64, dim_v=24, seq_q=33),
     "Dv > D": AttentionCase(dim=24, dim_v=80, seq_q=33),

@@ -8,17 +8,21 @@ finds as JSON. The tests start one such process per target, outside the interpre
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kept import KEPT, digest, imported_sources, load, store, triton_and_its_tools
 from processes import PATIENCE, wanted
 
 # Which tiles spill depends on the compiler: attention_tiles.py was made with this one.
@@ -71,11 +75,21 @@ class CompileOnly:
 
 def disassemble(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel uses, and how often each instruction stands in it."""
+    code = kernel.asm["cubin"]
+    path = KEPT / "sass" / digest(code.hex(), triton_and_its_tools(), Path(__file__))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(_read(code)))
+        path.with_suffix(f".{os.getpid()}").replace(path)
+    return {"shared": kernel.metadata.shared, **json.loads(path.read_text())}
+
+
+def _read(code: bytes) -> dict[str, Any]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(code)
         file.flush()
         sass, usage = (
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
@@ -86,7 +100,6 @@ def disassemble(kernel: Any) -> dict[str, Any]:
     copies = [each for each in found if each.startswith("LDGSTS")]
     uses = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
     return {
-        "shared": kernel.metadata.shared,
         "narrow copies": sum(".128" not in each for each in copies),
         **{name: sum(x.startswith(name) and ".128" in x for x in found) for name in WIDE},
         "narrow": sum(x.startswith(("LDG", "STG")) and ".128" not in x for x in found),
@@ -156,20 +169,30 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     return records
 
 
-def start_compiling(file: str, target: str) -> subprocess.Popen[str]:
-    """This script, or one like it, which prints the records of a target."""
+def tell(records: list[dict[str, Any]]) -> None:
+    """Print the records of a target, and from which sources they are."""
+    print(json.dumps({"records": records, "sources": imported_sources()}))
+
+
+def compile_in_a_process(file: str, target: str) -> list[dict[str, Any]]:
+    """The records that this script, or one like it, prints for a target.
+
+    Where nothing has changed that it read, those of an earlier run.
+    """
+    name, tools, begun = f"{Path(file).stem}-{target}", triton_and_its_tools(), time.time()
+    if (records := load(name, tools)) is not None:
+        return records
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, file, target]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe)
-
-
-def records_of(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """What a process started so has printed at its end."""
-    output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
-    return json.loads(output)
+    environment["TRITON_CACHE_DIR"] = str(KEPT / "triton")
+    done = subprocess.run(
+        [sys.executable, file, target],
+        env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    store(name, tools, found["sources"], found["records"], begun)
+    return found["records"]
 
 
 # --- the tests -----------------------------------------------------------------------------------
@@ -178,11 +201,10 @@ def records_of(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list[dict[str, Any]]]:
     """The records of every target, two compiling at a time."""
-    names, found = wanted(TARGETS), {}
-    for first in range(0, len(names), 2):
-        pair = {name: start_compiling(__file__, name) for name in names[first : first + 2]}
-        found |= {name: records_of(process) for name, process in pair.items()}
-    return found
+    names = wanted(TARGETS)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(functools.partial(compile_in_a_process, __file__), names)
+        return dict(zip(names, found, strict=True))
 
 
 def half(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,4 +248,4 @@ class TestMachineCode:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_target(sys.argv[1])))
+    tell(compile_target(sys.argv[1]))

@@ -6,14 +6,13 @@ Run as a script with the name of a target, this file prints what `cuobjdump` fin
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import pytest
 import torch
 from processes import wanted
-from test_triton_compile import CompileOnly, disassemble, records_of, start_compiling
+from test_triton_compile import CompileOnly, compile_in_a_process, disassemble, tell
 
 TARGETS = {"sm_80": (80, 166_912), "sm_90": (90, 232_448), "sm_100": (100, 232_448)}
 # name: dtype and widths. The hot ones are "layer" to "softmax", which must not spill.
@@ -93,7 +92,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", params=wanted(TARGETS))
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    records = records_of(start_compiling(__file__, request.param))
+    records = compile_in_a_process(__file__, request.param)
     return [{"target": request.param} | record for record in records]
 
 
@@ -128,4 +127,4 @@ def test_every_kernel_is_there(compiled: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_target(sys.argv[1])))
+    tell(compile_target(sys.argv[1]))

@@ -1,4 +1,12 @@
-"""fusedattn: fused transformer kernels for PyTorch, on the GPU and on the CPU."""
+"""fusedattn: fused transformer kernels for PyTorch, on the GPU and on the CPU.
+
+>>> import torch
+>>> import fusedattn
+>>> q, k, v = torch.randn(3, 2, 8, 128, 64)
+>>> out, lse = fusedattn.attention(q, k, v, causal=True, return_lse=True)
+>>> out.shape, lse.shape
+(torch.Size([2, 8, 128, 64]), torch.Size([2, 8, 128]))
+"""
 
 from . import autograd, nn
 from .nn.replacement import Replacement, replace

@@ -1,0 +1,304 @@
+"""Wrong lines, planted in a copy of the library one at a time; the named tests have to catch each.
+
+    python tests/mutants.py [word …]     those whose file or tests contain a word; else all
+
+A survivor is a hole in the tests. What the suite drops or merges may lose none of these, so run it
+before and after; a new check comes with its mutant. Mutants of C++ take a build each, of two
+instruction sets. It is no part of `make test`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from processes import ROOT, SHIPPED
+
+PYTEST = ["-q", "-x", "--deterministic", "--durations=0", "-p", "no:cacheprovider"]
+# A compiler that knows no set after avx2: fewer sources to compile.
+OLD_COMPILER = '#!/bin/sh\ncase " $* " in *-mavx512f*) exit 1;; esac\nexec g++ "$@"\n'
+
+
+class Mutant(NamedTuple):
+    """`old`, which stands once in `file`, becomes `new`; one of `tests` has to fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def native(self) -> bool:
+        return self.file.startswith("csrc")
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old}  →  {self.new or '(nothing)'}"
+
+
+def mutants(file: str, *rows: tuple[str, ...]) -> list[Mutant]:
+    """Of one file: (old, new, test, …)."""
+    return [Mutant(file, old, new, tuple(f"tests/test_{x}" for x in at)) for old, new, *at in rows]
+
+
+MUTANTS = [
+    *mutants(
+        "python/fusedattn/reference/functional.py",
+        ('0 if causal == "top_left" else seq_k - seq_q', "0",
+         "attention.py::test_causal_alignment_in_full"),
+        ("row = row - dlse.to(row.dtype)", "row = row + dlse.to(row.dtype)",
+         "attention.py::test_kind[reference-LSE_gradient_alone-float64]"),
+        ("exists[:, None, :, None], x,", "exists[:, None, :, None] | True, x,",
+         "attention_nonfinite.py::test_nothing_leaks_from_past_the_lengths"),
+        ("total = total - g.mean(-1, keepdim=True)", "total = total",
+         "norm_autograd.py::test_as_torch", "norm.py::test_weight_and_bias_are_optional"),
+        ("0x9E3779B9", "0x9E3779B8", "norm_dropout.py::test_philox"),
+        ("return ds * scale, ds", "return ds, ds", "softmax.py::test_scale"),
+        ('found.masked_fill(absent[..., None], float("nan"))', "found",
+         "rotary.py::test_position_without_a_row_in_compiled_code"),
+        ("base ** (-2.0 * i / width)", "base ** (-2.0 * i / (width + 1))",
+         "sinusoidal.py::test_shapes"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/attention_config.py",
+        ('"bottom_right": 2}', '"bottom_right": 1}',
+         "attention.py::test_causal_alignment_in_full"),
+        ("have == 1 or have == want", "have == 1 or want",
+         "attention_inputs.py::test_bad_argument"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/attention.py",
+        ("((out, dout), (lse, dlse)) if g is not None]", "((out, dout),) if g is not None]",
+         "attention_autograd.py::test_gradgradcheck"),
+        ("k = k.view_as(k) if k is q else k", "k = k",
+         "attention_compile.py::test_one_tensor_as_query_key_and_value"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/attention_library.py",
+        ("out.zero_(), lse.fill_(", "out, lse.fill_(", "attention_inputs.py::test_empty"),
+        ("(3 * q[3] + 2 * v[3])", "(2 * q[3] + 3 * v[3])",
+         "attention_torch.py::test_flop_counter"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/_library.py",
+        ("or x.is_neg()", "", "negative_views.py"),
+        ("x if x.dtype == torch.float64 else x.to(dtype)", "x.to(dtype)",
+         "attention_torch.py::test_raw_op_under_autocast"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/_registry.py",
+        ("_warned.add(key)", "pass", "registry.py::test_fallback_warns_once_per_reason"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/norm.py",
+        ("config.dropout_p == 0.0 and residual.dtype is x.dtype", "residual.dtype is x.dtype",
+         "norm.py::test_every_backend", "norm.py::test_which_outputs_have_a_gradient"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/softmax.py",
+        ("dbias.copy_(ds.sum_to_size(bias_shape))", "dbias.copy_(ds[:1].sum_to_size(bias_shape))",
+         "softmax.py::test_bias_broadcast_and_its_gradient"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/sinusoidal.py",
+        ("dout if ctx.scale == 1.0 else ctx.scale * dout", "dout",
+         "sinusoidal.py::test_gradients"),
+    ),
+    *mutants(
+        "python/fusedattn/nn/attention.py",
+        ("blocked | part", "blocked & part",
+         "nn_multihead_attention.py::test_matches_torch"),
+        ("self._qkv_same_embed_dim = False", "pass",
+         "nn_multihead_attention_contract.py::test_encoder_calls_the_fused_op"),
+    ),
+    *mutants(
+        "python/fusedattn/nn/rotary_scaling.py",
+        ("(self.dim / (self.dim - 2))", "(self.dim / self.dim)",
+         "positional_modules.py::test_frequencies_are_those_of_hugging_face"),
+    ),
+    *mutants(
+        "kernels/attention_fwd.py",
+        ("limit = tl.minimum(keys, i + diagonal + 1)", "limit = tl.minimum(keys, i + diagonal)",
+         "triton_attention.py::test_regimes"),
+        ("full = tl.maximum(tl.minimum(keys, first + diagonal + 1), 0)",
+         "full = tl.maximum(tl.minimum(keys, first + diagonal + BLOCK_N), 0)",
+         "triton_attention.py::test_regimes"),
+        ("acc = acc * alpha[:, None]", "acc = acc * 1.0", "triton_attention.py::test_regimes"),
+        ('"NATURAL": bias is not None or not config.scale > 1e-30', '"NATURAL": bias is not None',
+         "triton_attention.py::test_regimes"),
+    ),
+    *mutants(
+        "kernels/attention_bwd.py",
+        ("full = tl.cdiv(tl.maximum(start + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M",
+         "full = tl.maximum(start + BLOCK_N - 1 - diagonal, 0) // BLOCK_M * BLOCK_M",
+         "triton_attention.py::test_regimes"),
+        ("tl.where(nothing, 0.0, row)", "row",
+         "triton_attention.py::test_regimes", "triton_attention.py::test_a_row_that_sees_nothing"),
+    ),
+    *mutants(
+        "kernels/attention_bias_grad.py",
+        ("batch = batch0 + rest // summed_heads", "batch = batch0",
+         "triton_attention.py::test_bias_gradient"),
+        ("n0 * BLOCK_N < (m0 + 1) * BLOCK_M + diagonal", "n0 * BLOCK_N < m0 * BLOCK_M + diagonal",
+         "triton_attention.py::test_bias_gradient"),
+    ),
+    *mutants(
+        "kernels/common.py",
+        ("inside = inside & (col < WIDTH)", "inside = inside & (col <= WIDTH)",
+         "triton_attention.py::test_regimes"),
+    ),
+    *mutants(
+        "kernels/softmax.py",
+        ("p = exp_from(s, highest) * inverse[:, None]", "p = exp_from(s, m) * inverse[:, None]",
+         "triton_rowwise.py::test_softmax"),
+        # Nobody writes the columns that no row of the program sees: only NaN there shows it.
+        ("value = p * (d - total[:, None])\n            store_gradient(",
+         "value = p * (d - total[:, None])\n            if start < end: store_gradient(",
+         "triton_rowwise.py::test_softmax"),
+    ),
+    *mutants(
+        "kernels/norm_fwd.py",
+        ("variance = tl.sum(left * left, 1) / width - shift * shift\n    return mean + shift",
+         "variance = tl.sum(left * left, 1) / width\n    return mean",
+         "triton_rowwise.py::test_a_mean_far_from_zero"),
+    ),
+    *mutants(
+        "kernels/norm_bwd.py",
+        ("level += tl.sum(rest_g, 1)", "level += 0.0", "triton_rowwise.py::test_norms"),
+    ),
+    *mutants(
+        "kernels/rowwise.py",
+        ("tl.interleave(tl.interleave(a, c), tl.interleave(b, d))",
+         "tl.interleave(tl.interleave(a, b), tl.interleave(c, d))",
+         "triton_rowwise.py::test_dropout_is_that_of_the_reference"),
+    ),
+    *mutants(
+        "kernels/rotary.py",
+        ("sin = -sin", "sin = sin", "triton_rotary.py::TestRotary"),
+    ),
+    *mutants(
+        "kernels/sinusoidal.py",
+        ("((quarter + 1) & 2)", "(quarter & 2)", "triton_rotary.py::TestSinusoidal"),
+    ),
+    *mutants(
+        "csrc/cpu/attention_decode.h",
+        ("l += partial[rows + r] * factor;", "l += partial[rows + r];",
+         "attention.py::test_decode"),
+    ),
+    *mutants(
+        "csrc/cpu/rowwise/softmax_backward.h",
+        # The columns past the diagonal stay unwritten: only NaN there shows it.
+        ("    write_zeros(at, n, p.width());", "", "softmax.py::test_causal_is_its_mask"),
+    ),
+    *mutants(
+        "csrc/cpu/rowwise/sinusoidal.cpp",
+        ("!shared || i != encoded", "i != encoded", "sinusoidal.py::test_positions"),
+    ),
+    *mutants(
+        "csrc/cpu/rowwise/rotary.cpp",
+        ("swap_neighbours(each) * s[k]", "each * s[k]", "rotary.py::test_shapes"),
+    ),
+]  # fmt: skip
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def package(tree: Path, site: Path) -> Path:
+    """`site` as a folder from which Python imports the library of `tree`."""
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    for name, folder in SHIPPED.items():
+        shutil.copytree(tree / folder, site / name, ignore=ignored, dirs_exist_ok=True)
+    return site
+
+
+def run(tests: tuple[str, ...], site: Path) -> str:
+    """What comes of the tests: "passed", the first that failed, or why they could not run.
+
+    For a process of its own, forked from this one, which has imported what takes long.
+    """
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = str(site)
+    sys.path.insert(0, str(site))
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        status = pytest.main([*PYTEST, *tests])
+    failed = re.search(r"^FAILED (.*?)(?: - .*)?$", text.getvalue(), re.MULTILINE)
+    if status == 1 and failed:
+        return failed[1]
+    return "passed" if status == 0 else f"BROKEN: {text.getvalue()[-2000:]}"
+
+
+def build(tree: Path) -> None:
+    """The native CPU module of a tree, in place."""
+    environment = {**os.environ, "CXX": str(tree / "g++"), "FUSEDATTN_CUDA_ARCHS": "none"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+
+def make_tree(folder: Path, native: bool) -> Path:
+    """The sources; with `native` built with the old compiler, so that little is left to build."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, folder)
+    for name in ("csrc", *SHIPPED.values()):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results"))
+    if native:
+        (folder / "g++").write_text(OLD_COMPILER)
+        (folder / "g++").chmod(0o755)
+        build(folder)
+    return folder
+
+
+def try_out(mutant: Mutant | None, tree: Path, tests: tuple[str, ...]) -> str:
+    """The mutant, or None, in a copy of the sources in `tree`."""
+    with tempfile.TemporaryDirectory() as name:
+        changed = shutil.copytree(tree, Path(name, "tree"))
+        if mutant:
+            path = changed / mutant.file
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                return f"STALE: the old text stands there {text.count(mutant.old)} times"
+            path.write_text(text.replace(mutant.old, mutant.new))
+            if mutant.native:
+                build(changed)
+        return run(tests, package(changed, Path(name, "site")))
+
+
+def main(words: list[str]) -> int:
+    """Returns 1 if one is not caught, or its tests fail without it."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in ("hypothesis", "torch._dynamo", "triton"):
+        importlib.import_module(name)
+    assert "fusedattn" not in sys.modules, "each process has one of its own"
+    about = {x: f"{x.file} {' '.join(x.tests)}" for x in MUTANTS}
+    chosen = [x for x in MUTANTS if not words or any(word in about[x] for word in words)]
+    begun = time.time()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as name, context.Pool(2, maxtasksperchild=1) as pool:
+        tree = make_tree(Path(name), any(x.native for x in chosen))
+        tests = tuple(dict.fromkeys(test for x in chosen for test in x.tests))
+        sound = pool.apply_async(try_out, (None, tree, tests))
+        found = [pool.apply_async(try_out, (x, tree, x.tests)) for x in chosen]
+        caught = 0
+        for mutant, outcome in zip(chosen, found, strict=True):
+            text = outcome.get()
+            caught += text.startswith("tests/")
+            print(f"{mutant}\n    {text.replace('passed', 'SURVIVED')}", flush=True)
+        print(f"without any: {sound.get()}")
+    print(f"{caught} of {len(chosen)} caught, {time.time() - begun:.0f} s")
+    return int(caught < len(chosen) or sound.get() != "passed")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

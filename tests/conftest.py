@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deterministic",
         action="store_true",
-        help="deterministic algorithms, and torch.empty filled with NaN: shows unwritten elements",
+        help="deterministic algorithms; NaN in torch.empty and in the CPU kernels' scratch memory, "
+        "which shows what nobody wrote",
     )
 
 
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--deterministic"):
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
+        if _native.cpu is not None:
+            _native.cpu.fill_workspace(True)
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist's own order of files
 

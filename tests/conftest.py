@@ -32,12 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deterministic",
         action="store_true",
-        help="tests that launch kernels find every fresh tensor full of NaN, which shows unwritten "
-        "elements, under torch's deterministic algorithms, without which torch does not fill",
+        help="fresh tensors of tests that launch kernels, and the CPU kernels' scratch memory, are "
+        "full of NaN, which shows what nobody wrote; with torch's deterministic algorithms, without "
+        "which it does not fill",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--deterministic") and _native.cpu is not None:
+        _native.cpu.fill_workspace(True)
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist's own order of files
 

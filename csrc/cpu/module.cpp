@@ -10,6 +10,7 @@
 #include "bindings/usual.h"
 #include "cache.h"
 #include "dispatch.h"
+#include "workspace.h"
 
 namespace fusedattn {
 namespace {
@@ -25,6 +26,10 @@ void on_cpu(const Params& params, Stream) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace fusedattn;
   m.doc() = "Native CPU kernels. fusedattn.ops checks their arguments first, and says more.";
+  // What is found out once stands before any call: a fork in the middle of that would leave the
+  // child to wait for a thread it does not have.
+  available_sets();
+  cache_bytes(1);
   bindings::import_exchange();
   bindings::bind_attention(m, on_cpu<AttentionForward>, on_cpu<AttentionBackward>);
   bindings::bind_norm(m, on_cpu<NormForward>, on_cpu<NormBackward>);
@@ -42,5 +47,7 @@ PYBIND11_MODULE(_cpu, m) {
         "Bytes of the last level of cache that so many threads have between them.");
   m.def("assume_cache_bytes", &assume_cache_bytes, pybind11::arg("bytes"),
         "Reckon with so many bytes of cache; 0 lifts that. For tests.");
+  m.def("fill_workspace", &fill_workspace, pybind11::arg("on"),
+        "Fill scratch memory with NaN before each call. For tests.");
   m.def("openmp_threads", &omp_get_max_threads, "Threads that a kernel uses.");
 }

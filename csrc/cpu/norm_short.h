@@ -97,13 +97,13 @@ static void norm_backward_few(const NormBackwardRows<T, T>& f, Range rows,
   }
 }
 
-// Whether these were all rows of dout and x, taken in few vectors.
+// Whether these were all rows of dout and x, read in place and taken in few vectors.
 template <class T, class Z>
 static bool norm_backward_short(const NormBackwardRows<T, Z>& f, Range rows,
                                 ColumnSums<compute_t<T>>& to) {
   const bool bias = bool(f.p.dbias), centre = f.p.options.centre;
   if constexpr (std::is_same_v<T, Z>) {
-    if (!f.p.dout || f.p.dz || f.p.dresidual || f.dropout) return false;
+    if (!f.p.dout || f.p.dz || f.p.dresidual || f.dropout || f.z_rows) return false;
     if (!f.p.dweight || (bias && !centre)) return false;
     return with_few_vectors<T>(f.division.width, [&](auto vectors) {
       if (bias) return norm_backward_few<vectors(), true, true>(f, rows, to);

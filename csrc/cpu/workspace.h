@@ -53,7 +53,11 @@ class Workspace {
 
  private:
   char* data_;
-  size_t bytes_, shared_, stride_;
+  size_t shared_, stride_;
 };
+
+// Whether what is handed out from now on is full of NaN, so that what is read before it is written
+// shows. For tests.
+void fill_workspace(bool on);
 
 }  // namespace fusedattn

@@ -33,8 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--deterministic",
         action="store_true",
         help="fresh tensors of tests that launch kernels, and the CPU kernels' scratch memory, are "
-        "full of NaN, which shows what nobody wrote; with torch's deterministic algorithms, without "
-        "which it does not fill",
+        "full of NaN, which shows what nobody wrote; with torch's deterministic algorithms, but "
+        "for which it does not fill",
     )
 
 

@@ -5,7 +5,6 @@ These are torch.fx's proxies and nested tensors.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -13,25 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..ops._checks import check_integer
+
 
 def check_sizes(module: str, **sizes: Any) -> None:
     """Each is an int above 0."""
     for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral):
-            raise TypeError(f"{module}: got {name} of type {type(size).__name__}, expected an int")
-        if size <= 0:
+        if check_integer(module, name, size) <= 0:
             raise ValueError(f"{module}: got {name}={size}, expected a number above 0")
-
-
-def check_number(module: str, name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{module}: got {name} of type {type(value).__name__}, expected a float")
-
-
-def check_probability(module: str, name: str, p: Any) -> None:
-    check_number(module, name, p)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{module}: got {name}={p}, expected 0 <= {name} <= 1")
 
 
 def check_dtype(module: str, dtype: Any) -> None:

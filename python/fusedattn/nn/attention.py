@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..ops._checks import check_probability
 from ..ops._registry import UnsupportedError, is_strict
 from ..ops.attention import attention
 from ..reference import functional as reference
-from ._inputs import check_dtype, check_probability, check_sizes, is_nested, recorded, rows
+from ._inputs import check_dtype, check_sizes, is_nested, recorded, rows
 
 
 def _called_in_evaluation(module: torch.nn.Module, args: Any) -> None:

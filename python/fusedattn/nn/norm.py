@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..ops._checks import check_number, check_probability
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ._inputs import (
     check_dtype,
-    check_number,
-    check_probability,
     is_nested,
     recorded,
     rows,

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..ops._checks import check_number, check_probability
 from ..ops._library import plain
 from ..ops.rotary import apply_rotary_qk
 from ..ops.rotary_config import validate_input, validate_positions
 from ..ops.sinusoidal import add_sinusoidal
-from ._inputs import check_dtype, check_number, check_probability, check_sizes, recorded
+from ._inputs import check_dtype, check_sizes, recorded
 from .rotary_scaling import RotaryScaling
 
 Tables = tuple[Tensor, Tensor]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._inputs import check_number
+from ..ops._checks import check_number
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),

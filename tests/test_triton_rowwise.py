@@ -125,6 +125,13 @@ def test_a_mean_far_from_zero(width: int, mu: float, sigma: float) -> None:
     assert ((out - want).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("width", [7, 70, 16_000, WIDE])
+def test_constant_rows(width: int) -> None:
+    """The rounding of their sum is no deviation."""
+    x = (1e6 * torch.rand(9, 1, device=DEVICE)).repeat(1, width)
+    assert torch.equal(fusedattn.layer_norm(x, width, backend="triton"), torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("width", [77, WIDE])
 def test_dropout_is_that_of_the_reference(width: int) -> None:
     seed = torch.tensor([2**62 + 3])
@@ -200,6 +207,7 @@ SOFTMAXES = {
     "wide, causal, mask and bias": SoftmaxCase(
         (1, 2, WIDE), mask=(WIDE,), bias=(2, WIDE), causal=True
     ),
+    "wide, blocks that no row sees": SoftmaxCase((2, WIDE), causal="top_left"),
 }
 
 

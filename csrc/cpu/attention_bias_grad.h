@@ -2,6 +2,7 @@
 //
 // A task owns a tile of the bias and recomputes ds for all that it was added to, so no two threads
 // ever write to one element, the sum has a fixed order, and nothing larger than a tile is held.
+// Sums run in S over a few additions and then in double, as those of the norms over rows do.
 #pragma once
 
 #include "attention_tile.h"
@@ -13,12 +14,15 @@ class BiasGradTask {
   typedef stat_of<E> S;
   typedef unit_of<E> Unit;
   static constexpr int64_t block_q = 96, block_k = 256;
+  static constexpr int64_t per_flush = 64;  // additions to an element in S
   const AttentionBackward& f;
   const Scores<S> scores;
   const int64_t d, dv, units_d, units_dv, depth_d, depth_dv;
   Rows<Unit> q, o;
   Panels<Unit> kt, vt;
-  S *s, *dp, *sums, *row;
+  S *s, *dp, *recent, *row;
+  double* total = nullptr;  // if there are more
+  int64_t pending = 0;      // additions to an element of `recent`
   Unit* strip;
 
  public:
@@ -37,7 +41,8 @@ class BiasGradTask {
     vt = {arena.take<Unit>(E::planes * block_k * depth_dv), depth_dv, block_k * depth_dv};
     s = arena.take<S>(block_q * block_k);
     dp = arena.take<S>(block_q * block_k);
-    sums = arena.take<S>(block_q * block_k);
+    recent = arena.take<S>(block_q * block_k);
+    if (additions() > per_flush) total = arena.take<double>(block_q * block_k);
     row = arena.take<S>(block_k);
     strip = arena.take<Unit>(E::planes * larger(units_d, units_dv) *
                              (vector_bytes / int64_t(sizeof(Unit))));
@@ -52,7 +57,6 @@ class BiasGradTask {
   }
 
   void run(int64_t bias_b, int64_t bias_h, int64_t tile_q, int64_t tile_k) {
-    memset(sums, 0, block_q * block_k * sizeof(S));
     const TensorView& out = f.dbias;
     const int64_t b_end = out.shape[0] == 1 ? f.batch() : bias_b + 1;
     const int64_t h_end = out.shape[1] == 1 ? f.heads() : bias_h + 1;
@@ -60,20 +64,46 @@ class BiasGradTask {
         out.shape[2] == 1 ? f.seq_q() : smaller(f.seq_q(), (tile_q + 1) * block_q);
     const int64_t j_end =
         out.shape[3] == 1 ? f.seq_k() : smaller(f.seq_k(), (tile_k + 1) * block_k);
+    const int64_t rows = out.shape[2] == 1 ? 1 : i_end - tile_q * block_q;
+    const int64_t columns = out.shape[3] == 1 ? 1 : j_end - tile_k * block_k;
+    memset(recent, 0, rows * block_k * sizeof(S));
+    if (total) memset(total, 0, rows * block_k * sizeof(double));
     for (int64_t b = bias_b; b < b_end; ++b)
       for (int64_t h = bias_h; h < h_end; ++h)
         for (int64_t j0 = tile_k * block_k; j0 < smaller(j_end, f.keys(b)); j0 += block_k)
-          for (int64_t i0 = tile_q * block_q; i0 < i_end; i0 += block_q)
-            add_tile(b, h, i0, smaller(block_q, i_end - i0), j0,
-                     smaller(block_k, smaller(j_end, f.keys(b)) - j0));
-    const int64_t rows = out.shape[2] == 1 ? 1 : i_end - tile_q * block_q;
-    const int64_t columns = out.shape[3] == 1 ? 1 : j_end - tile_k * block_k;
-    for (int64_t i = 0; i < rows; ++i)
+          for (int64_t i0 = tile_q * block_q; i0 < i_end; i0 += block_q) {
+            const int64_t here = smaller(block_q, i_end - i0);
+            add_tile(b, h, i0, here, j0, smaller(block_k, smaller(j_end, f.keys(b)) - j0));
+            pending += out.shape[2] == 1 ? here : 1;
+            if (pending >= per_flush) flush(rows, columns);
+          }
+    flush(rows, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; total && j < columns; ++j)
+        recent[i * block_k + j] = S(total[i * block_k + j]);
       write_row(bias_b, bias_h, tile_q * block_q + i, tile_k * block_k, columns,
-                sums + i * block_k);
+                recent + i * block_k);
+    }
   }
 
  private:
+  // To an element of dbias, at most; what one row adds to its sum over the keys counts once.
+  int64_t additions() const {
+    const int64_t* const shape = f.dbias.shape;
+    return (shape[0] == 1 ? f.batch() : 1) * (shape[1] == 1 ? f.heads() : 1) *
+           (shape[2] == 1 ? f.seq_q() : 1) *
+           (shape[3] == 1 ? (f.seq_k() + block_k - 1) / block_k : 1);
+  }
+
+  void flush(int64_t rows, int64_t columns) {
+    pending = 0;
+    for (int64_t i = 0; total && i < rows; ++i)
+      for (int64_t j = i * block_k; j < i * block_k + columns; ++j) {
+        total[j] += double(recent[j]);
+        recent[j] = 0;
+      }
+  }
+
   void add_tile(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
     constexpr int w = width<S>;
     if (f.keys_seen(i0 + rows - 1, j0 + columns) <= j0) return;
@@ -100,18 +130,18 @@ class BiasGradTask {
     const S delta = delta_of(b, h, i);
     scores.prepare(score, b, h, i, j0, seen, row);
     scores.rebase(score, seen, lse);
-    S* sum = sums + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
-    vec<S> total{};
+    S* sum = recent + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
+    vec<S> of_row{};
     for (int64_t j = 0; j < seen; j += w) {
       const vec<S> p = exp2<E::exp2_degree>(load(score + j));
       const vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
       if (f.dbias.shape[3] == 1) {
-        total += ds;
+        of_row += ds;
       } else {
         store(sum + j, load(sum + j) + ds);
       }
     }
-    if (f.dbias.shape[3] == 1) sum[0] += reduce_add(total);
+    if (f.dbias.shape[3] == 1) sum[0] += reduce_add(of_row);
   }
 
   S delta_of(int64_t b, int64_t h, int64_t i) const {

@@ -3,7 +3,8 @@
 // Here every key is read once and used a few times, so memory sets the pace: K and V are streamed
 // as they are, unpacked. The keys of a (batch, key head) are split among tasks; each keeps a
 // running (m, l, o) per query, and a second pass combines them (split-KV, "Flash-Decoding", Dao et
-// al. 2023).
+// al. 2023). How they are split follows from their number alone, so that neither the number of
+// threads nor the rest of the batch changes a bit of the result.
 #pragma once
 
 #include "attention_softmax.h"
@@ -17,13 +18,15 @@ class Decode {
   static constexpr int64_t block = 512;        // keys at a time: K and V in turn, in long runs
   static constexpr int64_t most_queries = 8;   // per key head
   static constexpr int64_t least_split = 256;  // keys worth a task of their own
-  static constexpr int held = 8;               // vectors of an output row kept in registers
-  static constexpr int64_t ahead = 16;         // rows of K and V asked for before they are needed
+  static constexpr int64_t most_splits = 64;
+  static constexpr int64_t addends = 128;  // keys whose values are added up by themselves
+  static constexpr int held = 8;           // vectors of an output row kept in registers
+  static constexpr int64_t ahead = 16;     // rows of K and V asked for before they are needed
 
   const AttentionForward& f;
   const Scores<S> scores;
   const int64_t d, dv, rows, pairs;
-  int64_t splits;
+  const int64_t splits;  // at most, of any batch entry
 
  public:
   explicit Decode(const AttentionForward& f)
@@ -32,7 +35,8 @@ class Decode {
         d(f.head_dim()),
         dv(f.head_dim_v()),
         rows(f.group() * f.seq_q()),
-        pairs(f.batch() * f.heads_kv()) {}
+        pairs(f.batch() * f.heads_kv()),
+        splits(smaller((f.seq_k() + least_split - 1) / least_split, most_splits)) {}
 
   // Whole vectors of contiguous elements, and few queries.
   static bool takes(const AttentionForward& f) {
@@ -41,8 +45,6 @@ class Decode {
   }
 
   void run(int threads) {
-    const int64_t wanted = threads == 1 ? 1 : (4 * threads + pairs - 1) / pairs;
-    splits = larger(smaller(wanted, f.seq_k() / least_split), 1);
     const int64_t partial = rows * (dv + 2);
     Arena count;
     count.take<S>(pairs * splits * partial);
@@ -66,6 +68,11 @@ class Decode {
   }
 
  private:
+  // How many of n keys a task takes.
+  static int64_t keys_each(int64_t n) {
+    return larger(round_up((n + most_splits - 1) / most_splits, w), least_split);
+  }
+
   // A row that the hardware's own prefetch, which stops at page ends, would fetch late.
   FUSEDATTN_INLINE void prefetch(const T* row, int64_t n) {
     constexpr int64_t line = 64 / sizeof(T);
@@ -80,8 +87,8 @@ class Decode {
   // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
   void stream(int64_t pair, int64_t split, S* q, S* s, S* partial) const {
     const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv(), n = f.keys(b);
-    const int64_t each = round_up((n + splits - 1) / splits, w);
-    const int64_t first = split * each, end = smaller(n, first + each);
+    const int64_t first = split * keys_each(n), end = smaller(n, first + keys_each(n));
+    if (first >= end) return;
     S *m = partial, *l = partial + rows, *o = partial + 2 * rows;
     memset(o, 0, rows * dv * sizeof(S));
     for (int64_t r = 0; r < rows; ++r) {
@@ -133,18 +140,20 @@ class Decode {
     }
   }
 
-  // o += Σ p_j v_j
+  // o += Σ p_j v_j, a few keys at a time, so that no chain of additions is long.
   void add_values(const S* p, const T* v, int64_t n, S* o) const {
-    int64_t i = 0;
-    for (; i + held * w <= dv; i += held * w) add_columns<held>(p, v + i, n, o + i);
-    for (; i < dv; i += w) add_columns<1>(p, v + i, n, o + i);
+    for (int64_t j = 0; j < n; j += addends) {
+      const int64_t here = smaller(addends, n - j);
+      const T* row = v + j * f.v.stride[2];
+      int64_t i = 0;
+      for (; i + held * w <= dv; i += held * w) add_columns<held>(p + j, row + i, here, o + i);
+      for (; i < dv; i += w) add_columns<1>(p + j, row + i, here, o + i);
+    }
   }
 
   template <int N>
   void add_columns(const S* p, const T* v, int64_t n, S* o) const {
-    vec<S> sum[N];
-#pragma GCC unroll 8
-    for (int c = 0; c < N; ++c) sum[c] = load(o + c * w);
+    vec<S> sum[N] = {};
     for (int64_t j = 0; j < n; ++j, v += f.v.stride[2]) {
       prefetch(v + ahead * f.v.stride[2], N * w);
       const vec<S> weight = splat(p[j]);
@@ -152,18 +161,20 @@ class Decode {
       for (int c = 0; c < N; ++c) sum[c] += weight * load_as(v + c * w);
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < N; ++c) store(o + c * w, sum[c]);
+    for (int c = 0; c < N; ++c) store(o + c * w, load(o + c * w) + sum[c]);
   }
 
   // Bring the splits of one row to their common maximum, add them up and write the row.
   void combine(int64_t pair, int64_t r, S* partials, int64_t stride) const {
+    const int64_t b = pair / f.heads_kv(), each = keys_each(f.keys(b));
+    const int64_t used = (f.keys(b) + each - 1) / each;
     S m = -infinity<S>, l = 0;
-    for (int64_t k = 0; k < splits; ++k) {
+    for (int64_t k = 0; k < used; ++k) {
       const S of_split = partials[k * stride + r];
       m = of_split > m ? of_split : m;
     }
     S* const total = partials + 2 * rows + r * dv;
-    for (int64_t k = 0; k < splits; ++k) {
+    for (int64_t k = 0; k < used; ++k) {
       const S* partial = partials + k * stride;
       const S of_split = partial[r];
       const S factor = of_split == -infinity<S>
@@ -176,7 +187,7 @@ class Decode {
         store(total + i, k == 0 ? x : load(total + i) + x);
       }
     }
-    write_row<T>(scores, pair / f.heads_kv(), head(pair, r), query(r), m, l, total);
+    write_row<T>(scores, b, head(pair, r), query(r), m, l, total);
   }
 };
 

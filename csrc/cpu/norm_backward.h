@@ -138,7 +138,9 @@ struct NormBackwardRows {
     const T* dout[Rows];
     const Z* z[Rows];
     constexpr int ways = 2;  // additions in flight
+    constexpr int size = 2 * ways * width<S>;
     vec<S> mean[Rows], rstd[Rows], g_sum[Rows * ways] = {}, gn_sum[Rows * ways] = {};
+    vec<S> g_total[Rows] = {}, gn_total[Rows] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       dout[r] = dout_row(row + r, column);
@@ -173,10 +175,9 @@ struct NormBackwardRows {
     // wide rows have no place on any processor.
     const bool stay = last_cache_is_far() || division.width > norm_chunk;
     const auto fetch_page = [stay](const auto* p) {
-      stay ? fetch_ahead(p, ways * width<S>, prefetch) : fetch_ahead(p, ways * width<S>);
+      stay ? fetch_ahead(p, size, prefetch) : fetch_ahead(p, size);
     };
-    int64_t i = 0;
-    for (; i + ways * width<S> <= n; i += ways * width<S>) {
+    const auto block = [&](int64_t i) __attribute__((always_inline)) {
       if (ahead) [[unlikely]] {
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
@@ -184,16 +185,23 @@ struct NormBackwardRows {
           fetch_page(z[r] + i);
         }
       }
-#pragma GCC unroll 2
-      for (int way = 0; way < ways; ++way) add(i + way * width<S>, way, Whole{});
-    }
-    for_vectors<S>(n - i, [&](int64_t j, auto lanes) { add(i + j, 0, lanes); });
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const vec<S> g = g_sum[r * ways] + g_sum[r * ways + 1];
-      const vec<S> gn = gn_sum[r * ways] + gn_sum[r * ways + 1];
-      sums[r * chunks] = {double(reduce_add(g)), double(reduce_add(gn))};
-    }
+      for (int k = 0; k < size; k += width<S>) add(i + k, k / width<S> % ways, Whole{});
+    };
+    const auto flush = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        g_total[r] += g_sum[r * ways] + g_sum[r * ways + 1];
+        gn_total[r] += gn_sum[r * ways] + gn_sum[r * ways + 1];
+        g_sum[r * ways] = g_sum[r * ways + 1] = vec<S>{};
+        gn_sum[r * ways] = gn_sum[r * ways + 1] = vec<S>{};
+      }
+    };
+    const int64_t i = in_short_sums<size>(n, block, flush);
+    for_vectors<S>(n - i, [&](int64_t j, auto lanes) { add(i + j, 0, lanes); });
+    flush();
+    for (int r = 0; r < Rows; ++r)
+      sums[r * chunks] = {double(reduce_add(g_total[r])), double(reduce_add(gn_total[r]))};
   }
 
   template <int Rows>

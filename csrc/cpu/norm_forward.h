@@ -124,8 +124,7 @@ struct NormForwardRows {
     const bool stream_z = can_stream(past), stream_out = goes_past(row) && can_stream(out);
     const S centre = in_place && p.options.centre ? mean_of_first<S>(n, sum) : S(0);
     SumsInVectors<true, S> sums;
-    int64_t i = 0;
-    for (; i + ways * w <= n; i += ways * w) {
+    const auto block = [&](int64_t i) __attribute__((always_inline)) {
       fetch_ahead(x + i, ways * w, prefetch);
       fetch_ahead(residual + i, ways * w, prefetch);
       if (!stream_out) fetch_ahead(out + i, ways * w, prefetch_to_write);
@@ -142,7 +141,8 @@ struct NormForwardRows {
         const vec<S> a = result(j, Whole{}), b = result(j + w, Whole{});
         stream_out ? stream_pair<S>(out + j, a, b) : set_pair<S>(out + j, a, b);
       }
-    }
+    };
+    const int64_t i = in_short_sums<ways * w>(n, block, [&] { sums.flush(); });
     for_vectors<S>(n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       const vec<S> value = sum(i + j, lanes);
       set<S>(z + i + j, value, lanes);
@@ -174,8 +174,7 @@ struct NormForwardRows {
     const bool fetches = on, streamed = goes_past(row) && can_stream(out);
     const T* const far = x_row(next + on, 0);
     Next moments(source(next, 0), n);
-    int64_t i = 0;
-    for (; i + Next::block <= n; i += Next::block) {
+    const auto block = [&](int64_t i) __attribute__((always_inline)) {
       if (fetches) fetch_lines(far + i, Next::block, prefetch);
       moments.add(i);
 #pragma GCC unroll 4
@@ -183,7 +182,8 @@ struct NormForwardRows {
         const vec<S> a = result(j, Whole{}), b = result(j + w, Whole{});
         streamed ? stream_pair<S>(out + j, a, b) : set_pair<S>(out + j, a, b);
       }
-    }
+    };
+    const int64_t i = in_short_sums<Next::block>(n, block, [&] { moments.flush(); });
     for_vectors<S>(n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       set<S>(out + i + j, result(i + j, lanes), lanes);
     });

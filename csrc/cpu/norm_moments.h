@@ -16,19 +16,25 @@ struct Sums {
   double first, second;
 };
 
-// The same on their way: several additions are in flight.
+// The same on their way: several additions are in flight, for `in_short_sums`.
 template <bool Centre, class S>
 struct SumsInVectors {
   static constexpr int ways = 4;
-  vec<S> first[ways] = {}, second[ways] = {};
+  vec<S> first[ways] = {}, second[ways] = {}, first_total = {}, second_total = {};
 
   FUSEDATTN_MEMBER void add(int way, vec<S> d) {
     if constexpr (Centre) first[way] += d;
     second[way] += d * d;
   }
-  FUSEDATTN_MEMBER Sums total() const {
-    return {Centre ? reduce_add((first[0] + first[1]) + (first[2] + first[3])) : S(0),
-            reduce_add((second[0] + second[1]) + (second[2] + second[3]))};
+  FUSEDATTN_MEMBER void flush() {
+    if constexpr (Centre) first_total += (first[0] + first[1]) + (first[2] + first[3]);
+    second_total += (second[0] + second[1]) + (second[2] + second[3]);
+#pragma GCC unroll 4
+    for (int way = 0; way < ways; ++way) first[way] = second[way] = vec<S>{};
+  }
+  FUSEDATTN_MEMBER Sums total() {
+    flush();
+    return {Centre ? reduce_add(first_total) : S(0), reduce_add(second_total)};
   }
 };
 
@@ -62,7 +68,7 @@ template <bool Centre>
 struct PlainSums {
   static constexpr int w = width<float>, ways = SumsInVectors<Centre, float>::ways,
                        block = 2 * ways * w;
-  SumsInVectors<Centre, float> sums;
+  SumsInVectors<Centre, float> sums = {};
 
   FUSEDATTN_MEMBER void add(const bf16* x) {
 #pragma GCC unroll 4
@@ -81,8 +87,8 @@ struct PlainSums {
 
 template <class Summing, class P>
 FUSEDATTN_INLINE Sums sums_of(Summing summing, const P* x, int64_t n) {
-  int64_t i = 0;
-  for (; i + Summing::block <= n; i += Summing::block) summing.add(x + i);
+  const int64_t i = in_short_sums<Summing::block>(
+      n, [&](int64_t j) { summing.add(x + j); }, [&] { summing.sums.flush(); });
   return summing.total(x + i, n - i);
 }
 
@@ -102,14 +108,18 @@ struct Deviations {
   }
 };
 
-// The mean of the first of n elements value(i, lanes), which stands in for that of all.
+// The mean of the first of n elements value(i, lanes), which stands in for that of all. In 13 bits:
+// then the deviations of zeros, which may be most of a row, are added up exactly.
 template <class S, class Value>
 FUSEDATTN_INLINE S mean_of_first(int64_t n, const Value& value) {
-  const int64_t few = n < 4 * width<S> ? n : 4 * width<S>;
+  constexpr int most = 4 * width<S>;
+  const int64_t few = n < most ? n : most;
   vec<S> sum{};
   for_vectors<S>(
       few, [&](int64_t i, auto lanes) __attribute__((always_inline)) { sum += value(i, lanes); });
-  return reduce_add(sum) / S(few);
+  const S mean = reduce_add(sum) * (n < most ? 1 / S(n) : S(1) / most);
+  if constexpr (sizeof(S) == 8) return mean;
+  return ((vec<S>)((ints<S>)splat(mean) & ~0x7ff))[0];
 }
 
 // From sums of deviations from a centre; another pass where it does not tell enough of the mean.
@@ -156,6 +166,7 @@ class MomentsInBlocks {
   }
   // Takes the block at i.
   FUSEDATTN_MEMBER void add(int64_t i) { summing.add(x + i); }
+  FUSEDATTN_MEMBER void flush() { summing.sums.flush(); }
 
   // With what is left from i on.
   FUSEDATTN_MEMBER Moments finish(int64_t i) {
@@ -178,13 +189,12 @@ class MomentsInBlocks {
 template <bool Centre, class S, class P>
 static Moments moments_of(const P* x, int64_t n, bool ahead) {
   MomentsInBlocks<Centre, S, P> moments(x, n);
-  int64_t i = 0;
-  for (; i + moments.block <= n; i += moments.block) {
+  const auto add = [&](int64_t i) __attribute__((always_inline)) {
     if (ahead) [[unlikely]]
       fetch_ahead(x + i, moments.block, prefetch);
     moments.add(i);
-  }
-  return moments.finish(i);
+  };
+  return moments.finish(in_short_sums<moments.block>(n, add, [&] { moments.flush(); }));
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -11,8 +11,9 @@
 namespace fusedattn::FUSEDATTN_ISA {
 
 // Sums run in vectors of S over a chunk of a row and in double from chunk to chunk, in their order.
-// So a row's result depends neither on the number of threads nor on the other rows.
-constexpr int64_t norm_chunk = 2048;
+// So a row's result depends neither on the number of threads nor on the other rows. In short
+// vectors a shorter chunk, whose sums are as long.
+constexpr int64_t norm_chunk = width<float> < 8 ? 1024 : 2048;
 
 FUSEDATTN_INLINE int64_t chunks_of(int64_t width) { return (width + norm_chunk - 1) / norm_chunk; }
 

@@ -259,6 +259,22 @@ FUSEDATTN_INLINE void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, Some{int(n - i)});
 }
 
+// block(i) for the whole blocks of n elements, and flush() after every few: what a block adds to
+// goes on to another sum there. In a long chain of additions equal numbers are all rounded to the
+// same side. Returns how many elements these were.
+template <int Size, class Block, class Flush>
+FUSEDATTN_INLINE int64_t in_short_sums(int64_t n, const Block& block, const Flush& flush) {
+  constexpr int64_t few = (width<float> < 8 ? 16 : 32) * Size;
+  int64_t i = 0;
+  while (i + Size <= n) {
+    block(i);
+    i += Size;
+    if (i % few == 0) [[unlikely]]
+      flush();
+  }
+  return i;
+}
+
 // The same past the caches; p is aligned to a vector.
 template <class S, class P>
 FUSEDATTN_INLINE void stream_pair(P* p, vec<S> x, vec<S> y) {

@@ -13,6 +13,7 @@ namespace {
 
 // Columns between two looks at the maximum. At a stride of a power of two they share a set of L1.
 constexpr int64_t tile = 8;
+constexpr int64_t few_columns = 512;  // whose sum runs by itself: see in_short_sums
 
 FUSEDATTN_INLINE bool mergeable(const TensorView& x, int d) {
   return !x || x.stride[d] == x.stride[d + 1] * x.shape[d + 1];
@@ -126,8 +127,17 @@ struct ForwardColumns {
       high[v] = splat(-infinity<S>);
       sum[v] = vec<S>{};
     }
-    for (int64_t j0 = 0; j0 < columns; j0 += tile)
-      absorb<N>(b, h, i, j0, smaller(j0 + tile, columns), high, sum);
+    for (int64_t first = 0; first < columns; first += few_columns) {
+      const int64_t end = smaller(first + few_columns, columns);
+      vec<S> before[N], here[N] = {};
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) before[v] = high[v];
+      for (int64_t j0 = first; j0 < end; j0 += tile)
+        absorb<N>(b, h, i, j0, smaller(j0 + tile, end), high, here);
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v)
+        sum[v] = sum[v] * exponential(before[v], origin(high[v])) + here[v];
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
       high[v] = origin(high[v]);
@@ -188,13 +198,14 @@ struct ForwardColumns {
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) high[v] = maximum(load_scores(b, h, i + v * w, j), high[v]);
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) sum[v] *= exponential(before[v], origin(high[v]));
+    vec<S> here[N] = {};
     for (int64_t j = j0; j < j1; ++j) {
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v)
-        sum[v] += exponential(load_scores(b, h, i + v * w, j), origin(high[v]));
+        here[v] += exponential(load_scores(b, h, i + v * w, j), origin(high[v]));
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sum[v] = sum[v] * exponential(before[v], origin(high[v])) + here[v];
   }
 };
 
@@ -218,10 +229,15 @@ struct BackwardColumns {
     const T* dout = p.dout.at<const T>(b, h, i);
     const T* out = p.out.at<const T>(b, h, i);
     vec<S> row[N] = {};
-    for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t first = 0; first < columns; first += few_columns) {
+      vec<S> here[N] = {};
+      for (int64_t j = first; j < smaller(first + few_columns, columns); ++j) {
 #pragma GCC unroll 8
-      for (int v = 0; v < N; ++v)
-        row[v] += load_as(dout + j * dout_step + v * w) * load_as(out + j * out_step + v * w);
+        for (int v = 0; v < N; ++v)
+          here[v] += load_as(dout + j * dout_step + v * w) * load_as(out + j * out_step + v * w);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) row[v] += here[v];
     }
     const auto write = [&](auto* to, int64_t step, S scale) {
       for (int64_t j = 0; j < columns; ++j) {

@@ -72,15 +72,13 @@ FUSEDATTN_INLINE compute_t<T> exponentials(const T* x, int64_t n, const Exponent
                                            compute_t<T>* e, const Next* next = nullptr,
                                            const Also& also = {}) {
   typedef compute_t<T> S;
-  vec<S> sums[unroll] = {};
-  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+  return sum_of_vectors<S>(n, [&](int v, int64_t j, auto left) {
     if (v == 0 && next) fetch_lines(next + j, unroll * width<S>, prefetch);
     if (v == 0) also(j);
     const vec<S> y = exp2<Degree>(exponent(load_some(x + j, left, -infinity<S>)));
     store(e + j, y);
-    sums[v] += y;
+    return y;
   });
-  return reduce_add(sum_of(sums));
 }
 
 // out = inverse · e.

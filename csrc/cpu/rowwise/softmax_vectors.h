@@ -74,6 +74,20 @@ FUSEDATTN_INLINE V sum_of(const V (&x)[unroll]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
+// Σ value(v, j, left) over those vectors, a few at a time: see in_short_sums.
+template <class S, class Value>
+FUSEDATTN_INLINE S sum_of_vectors(int64_t n, const Value& value) {
+  constexpr int64_t few = 16 * unroll * width<S>;
+  vec<S> total{};
+  for (int64_t first = 0; first < n; first += few) {
+    vec<S> sums[unroll] = {};
+    for_vectors<S>(smaller(n - first, few),
+                   [&](int v, int64_t j, auto left) { sums[v] += value(v, first + j, left); });
+    total += sum_of(sums);
+  }
+  return reduce_add(total);
+}
+
 template <class S>
 FUSEDATTN_INLINE S finite_origin(S high) {
   return high == -infinity<S> ? S(0) : high;  // −inf − 0 still has the exponential 0
@@ -105,15 +119,13 @@ FUSEDATTN_INLINE S reciprocal(S sum) {
 template <class T>
 FUSEDATTN_INLINE compute_t<T> dot(const T* x, const T* y, int64_t n, bool ahead) {
   typedef compute_t<T> S;
-  vec<S> sums[unroll] = {};
-  for_vectors<S>(n, [&](int v, int64_t j, auto left) {
+  return sum_of_vectors<S>(n, [&](int v, int64_t j, auto left) {
     if (v == 0 && ahead) [[unlikely]] {
       fetch_ahead(x + j, unroll * width<S>, prefetch);
       fetch_ahead(y + j, unroll * width<S>, prefetch);
     }
-    sums[v] += load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
+    return load_some(x + j, left, S(0)) * load_some(y + j, left, S(0));
   });
-  return reduce_add(sum_of(sums));
 }
 
 #if defined(__AVX512BF16__)

@@ -183,8 +183,13 @@ def norm(
 
     `centre` is for layer norm; RMS norm subtracts no mean.
     """
-    mean = z.mean(-1, keepdim=True) if centre else torch.zeros_like(z[..., :1])
-    centred = z - mean if centre else z
+    mean, centred = torch.zeros_like(z[..., :1]), z
+    if centre:
+        # The mean of what is left makes up for the rounding of the first: a row of equal elements,
+        # whose mean is off by an ulp, would be that ulp over √eps.
+        first = z.mean(-1, keepdim=True)
+        left = (z - first).mean(-1, keepdim=True)
+        mean, centred = first + left, (z - first) - left
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     out = centred * rstd
     if weight is not None:

@@ -140,7 +140,8 @@ def attention(
             diagonal.
         return_lse: also return the log-sum-exp of the scores.
         deterministic: gradients are bitwise repeatable. `None` follows
-            `torch.use_deterministic_algorithms`. The forward always is, and so is the CPU.
+            `torch.use_deterministic_algorithms`. The forward always is, and so is the CPU for one
+            number of threads; its output and log-sum-exp are the same for every number.
         backend: "auto", or the name of the one that must serve the call.
 
     Returns:

@@ -45,8 +45,9 @@ def layer_norm(
 
     Returns:
         out in the shape and dtype of x; with a residual (out, residual_out), where residual_out is
-        z: what was normalised, rounded to its own dtype. Float32 rows of any finite size are
-        normalised without overflow by the cpu backend.
+        z: what was normalised, rounded to its own dtype. The cpu backend normalises float32 rows
+        without overflow as long as x − mean is finite; the others square in float32, which takes
+        rows up to some 1e19.
 
     Raises:
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.

@@ -101,7 +101,7 @@ def test_opcheck(op, centre, fast_backend):
     seed, config = torch.tensor([3]), NormConfig(centre, 1e-5, 0.0, 0.5)
     raw = getattr(torch.ops.fusedattn, op)
     if op == "norm_fwd":
-        args = (x, r, w, b, seed, 1, torch.bfloat16, True, fast_backend, *config)
+        args = (x, r, w, b, seed, 1, torch.bfloat16, fast_backend, *config, True)
     else:
         mean, rstd = (torch.rand(3) if centre else None), torch.rand(3)
         dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16 if centre else None)

@@ -48,7 +48,9 @@ def check_tensor(
 
 
 def _has_values(x: object) -> bool:
-    return isinstance(x, Tensor) and not (torch.nn.parameter.is_lazy(x) or is_causal_bias(x))
+    # Not torch's `is_lazy`, which dynamo does not trace of a subclass.
+    lazy = isinstance(x, torch.nn.parameter.UninitializedTensorMixin)  # type: ignore[attr-defined]
+    return isinstance(x, Tensor) and not (lazy or is_causal_bias(x))
 
 
 def is_causal_bias(x: object) -> bool:

@@ -37,8 +37,9 @@ _SCHEMA_TYPES = {
 class LibraryOp:
     """torch.ops.fusedattn.<name>, derived from `call`, the NamedTuple of its calls.
 
-    The fields of `call` are tensors, then plain options, then a config, whose fields follow the
-    backend's name in the schema. An absent output is None here and an empty tensor to torch.
+    The fields of `call` are tensors, then plain options, then flags, then a config. In the schema
+    the backend's name and the fields of the config stand before the flags: DTensor's cache knows
+    what follows the first int. An absent output is None here and an empty tensor to torch.
 
     outputs: their names.
     allocate(call) -> the outputs, unwritten, which is the fake kernel too.
@@ -67,13 +68,15 @@ class LibraryOp:
         self.call, self._usual = call, usual
         self._allocate, self._run, self._check, self._wanted = allocate, run, check, wanted
         *fields, (_, self._config) = get_type_hints(call).items()
-        self._fields = len(fields)
+        self._flags = sum(kind is bool for _, kind in fields)
+        self._leading = len(fields) - self._flags
         self.tensors = sum(kind in (Tensor, Tensor | None) for _, kind in fields)
         arguments = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in fields]
         for i in range(mutates):
             arguments[i] = arguments[i].replace("Tensor", f"Tensor({'ab'[i]}!)", 1)
         options = get_type_hints(self._config).items()
-        arguments += ["str backend", *(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in options)]
+        configured = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in options]
+        arguments[self._leading : self._leading] = ["str backend", *configured]
         returns = ", ".join(f"Tensor {each}" for each in outputs)
         _library.define(f"{name}({', '.join(arguments)}) -> ({returns})")
         self.packet = getattr(torch.ops.fusedattn, name)
@@ -117,7 +120,8 @@ class LibraryOp:
     def dispatch(self, call: Any, backend: str) -> tuple[Tensor | None, ...]:
         """The outputs by the dispatcher."""
         register_flops()
-        found = self.packet(*call[:-1], backend, *call[-1])
+        n = self._leading
+        found = self.packet(*call[:n], backend, *call[-1], *call[n:-1])
         found = found if isinstance(found, tuple) else () if found is None else (found,)
         if self._wanted is None:
             return found
@@ -127,8 +131,8 @@ class LibraryOp:
 
     def _rebuild(self, args: Sequence[Any]) -> tuple[Any, str]:
         """The call and the backend, from the arguments in the schema's order."""
-        n = self._fields
-        return self.call(*args[:n], self._config(*args[n + 1 :])), args[n]
+        n, end = self._leading, len(args) - self._flags
+        return self.call(*args[:n], *args[end:], self._config(*args[n + 1 : end])), args[n]
 
     def _present(self, call: Any, outputs: tuple[Tensor | None, ...]) -> Any:
         """Outputs as torch takes them."""
@@ -149,6 +153,7 @@ class LibraryOp:
 
     def _recorded(self, *args: Any) -> Any:
         """Above the kernel: where a gradient is recorded, the call is a node of autograd's."""
+        _know_dtensors(args)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             call, backend = self._rebuild(args)
             return self._present(call, self._owner(call).record_whole(call, backend))
@@ -179,6 +184,15 @@ def _cast(packet: Any, tensors: int, device: str) -> Callable[..., Any]:
             return packet(*cast, *args[tensors:])
 
     return kernel
+
+
+def _know_dtensors(tensors: Sequence[Any]) -> None:
+    """Register our sharding rules when the first DTensor comes: they import much of torch."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and any(isinstance(x, module.DTensor) for x in tensors):
+        from ..distributed.sharding import register
+
+        register()
 
 
 def register_flops() -> None:
@@ -277,6 +291,7 @@ def plain(*tensors: Tensor | None) -> bool:
     try:
         for x in tensors:  # a generator takes twice as long
             if x is not None and (type(x) not in _PLAIN_TYPES or x.data_ptr() == 0 or x.is_neg()):
+                _know_dtensors(tensors)
                 return False
     except RuntimeError:  # without storage: left behind by a transform of torch.func
         return False

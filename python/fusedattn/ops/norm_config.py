@@ -60,7 +60,8 @@ class NormCall(NamedTuple):
 class NormBackwardCall(NamedTuple):
     """The gradients of out and z, either None for zero, with what the forward left.
 
-    The dtypes are those of the gradients that are wanted; that of x always is.
+    mean and rstd have the shape of the rows, which are the leading dimensions of z, or one
+    dimension. The dtypes are those of the gradients that are wanted; that of x always is.
     """
 
     dout: Tensor | None
@@ -229,7 +230,8 @@ def check_backward_call(call: NormBackwardCall) -> NormBackwardCall:
         raise ValueError(f"{name}: got no mean, expected that of each row")
     call = call._replace(mean=call.mean if config.centre else None, config=config)
     wide = torch.float64 if call.x_dtype == torch.float64 else torch.float32
-    rows = (matrix_shape(z, call.dims)[0],)
+    flat = call.rstd.dim() == 1
+    rows = (matrix_shape(z, call.dims)[0],) if flat else z.shape[: z.dim() - call.dims]
     for what, x, shape, dtype in (
         ("dout", call.dout, z.shape, call.x_dtype), ("dz", call.dz, z.shape, z.dtype),
         ("mean", call.mean, rows, wide), ("rstd", call.rstd, rows, wide),

@@ -6,7 +6,7 @@ Kernels are objects with
     backward(call, dx, dresidual, dweight, dbias)           call a `NormBackwardCall`
 
 on matrices (rows, width) with unit column stride and any row stride; with `any_rank` contiguous
-tensors (…, width) as well; weight and bias are contiguous vectors. They write every element of
+tensors (…, width) as well; all others are contiguous vectors. They write every element of
 their outputs; nothing is empty. x is float64 if any of x, residual and z is; the statistics are
 float32, float64 for a float64 x.
 
@@ -157,7 +157,7 @@ BACKENDS = (
 
 
 def _empty_outputs(call: NormCall) -> Outputs:
-    """out, z, mean and rstd; out and z are contiguous, in the shape of x."""
+    """out and z, contiguous, in the shape of x; mean and rstd in that of its rows."""
     x = call.x
     out = torch.empty_like(x, memory_format=_contiguous)
     z = None
@@ -165,7 +165,7 @@ def _empty_outputs(call: NormCall) -> Outputs:
         z = torch.empty_like(x, dtype=call.z_dtype, memory_format=_contiguous)
     if not call.statistics:
         return out, z, None, None
-    rows, _ = matrix_shape(x, call.dims)
+    rows = x.shape[: -call.dims]
     wide = x.dtype in (torch.float32, torch.float64)
     rstd = x.new_empty(rows) if wide else x.new_empty(rows, dtype=torch.float32)
     return out, z, rstd.new_empty(rows) if call.config.centre else None, rstd
@@ -214,7 +214,7 @@ def _run_forward(call: NormCall, kernels: Any) -> Outputs:
     form = (shape, call.dims, kernels.any_rank)
     x, residual, out, z = (_matrix(y, *form) for y in (call.x, call.residual, out, z))
     given = NormCall(x, residual, _vector(call.weight), _vector(call.bias), *call[4:])
-    kernels.forward(given, out, z, mean, rstd)
+    kernels.forward(given, out, z, _vector(mean), _vector(rstd))
     return outputs
 
 
@@ -226,7 +226,8 @@ def _run_backward(call: NormBackwardCall, kernels: Any) -> Outputs:
         return grads
     form = (shape, call.dims, kernels.any_rank)
     dout, dz, z, dx, dresidual = (_matrix(y, *form) for y in (*call[:3], dx, dresidual))
-    given = NormBackwardCall(dout, dz, z, _vector(call.weight), *call[4:])
+    weight, mean, rstd = (_vector(y) for y in call[3:6])
+    given = NormBackwardCall(dout, dz, z, weight, mean, rstd, *call[6:])  # type: ignore[arg-type]
     kernels.backward(given, dx, dresidual, dweight, dbias)
     return grads
 
@@ -234,7 +235,10 @@ def _run_backward(call: NormBackwardCall, kernels: Any) -> Outputs:
 def _usual_backward(call: NormBackwardCall, native: Any) -> Outputs | None:
     if call.seed is not None or call.dims != 1:
         return None
-    return native.usual_norm_backward(*call[:6], call.dtypes, call.config)
+    statistics = call[4:6]
+    if call.rstd.dim() != 1:  # not those of a usual forward
+        statistics = _vector(call.mean), _vector(call.rstd)  # type: ignore[assignment]
+    return native.usual_norm_backward(*call[:4], *statistics, call.dtypes, call.config)
 
 
 # --- library ops ---------------------------------------------------------------------------------

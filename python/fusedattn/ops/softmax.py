@@ -40,10 +40,10 @@ def _formula(call: SoftmaxCall) -> tuple[Tensor]:
 
 
 def _backward_formula(call: SoftmaxBackwardCall) -> tuple[Tensor | None, ...]:
-    """dx and dbias by the reference, from out: what reaches it goes on to x and the bias."""
+    """dx and ds by the reference, from out: what reaches it goes on to x and the bias."""
     dout, out = (x.float() if x.dtype in HALVES else x for x in call[:2])
     dx, ds = reference.softmax_backward(dout, out, call.dim, scale=call.config.scale)
-    return dx, None if call.bias_shape is None else ds.sum_to_size(call.bias_shape)
+    return dx, ds if call.bias_grad else None
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -52,12 +52,13 @@ def _backward_formula(call: SoftmaxBackwardCall) -> tuple[Tensor | None, ...]:
 def _keep(call: SoftmaxCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     x_grad, _, bias_grad = wanted
     of_bias = (call.bias.shape, call.bias.dtype) if bias_grad else (None, None)  # type: ignore[union-attr]
-    return outputs, (*of_bias, x_grad, call.dim, call.config)
+    return outputs, (*of_bias, call.dim, x_grad, bias_grad, call.config)
 
 
 def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
-    dx, dbias = run(SoftmaxBackwardCall(*douts, *saved, *rest))
-    return dx, None, dbias
+    shape, dtype, *options = rest
+    dx, ds = run(SoftmaxBackwardCall(*douts, *saved, *options))
+    return dx, None, None if ds is None else ds.sum_to_size(shape).to(dtype)
 
 
 op = Op(

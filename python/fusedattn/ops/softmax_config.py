@@ -47,15 +47,14 @@ class SoftmaxCall(NamedTuple):
 class SoftmaxBackwardCall(NamedTuple):
     """The gradient of out, with out.
 
-    x_grad: that of x is wanted. bias_shape and bias_dtype: of the bias whose gradient is wanted.
+    x_grad, bias_grad: those of x and of the bias are wanted.
     """
 
     dout: Tensor
     out: Tensor
-    bias_shape: tuple[int, ...] | None
-    bias_dtype: torch.dtype | None
-    x_grad: bool
     dim: int
+    x_grad: bool
+    bias_grad: bool
     config: SoftmaxConfig
 
 
@@ -124,10 +123,7 @@ def check_call(call: SoftmaxCall) -> SoftmaxCall:
 
 def check_backward_call(call: SoftmaxBackwardCall) -> SoftmaxBackwardCall:
     """The same for a call of the backward."""
-    out, bias = call.out, None
+    out = call.out
     check_like("softmax_bwd", "dout", call.dout, out.shape, out.dtype, out.device)
-    if call.bias_shape is not None:
-        bias = torch.empty((), dtype=call.bias_dtype, device=out.device).expand(call.bias_shape)
-    return call._replace(
-        config=check_call(SoftmaxCall(out, None, bias, call.dim, call.config)).config
-    )
+    checked = check_call(SoftmaxCall(out, None, None, call.dim, call.config))
+    return call._replace(config=checked.config)

@@ -169,37 +169,31 @@ def _run_forward(call: SoftmaxCall, kernels: Any) -> tuple[Tensor]:
 
 
 def _empty_gradients(call: SoftmaxBackwardCall) -> tuple[Tensor | None, Tensor | None]:
-    out, shape = call.out, call.bias_shape
+    """dx and ds, in whose memory `dim` is the last dimension."""
+    out, dim = call.out, call.dim
     dx = torch.empty_like(out) if call.x_grad else None
-    return dx, None if shape is None else out.new_empty(shape, dtype=call.bias_dtype)
+    if not call.bias_grad:
+        return dx, None
+    stat = torch.float32 if out.dtype in HALVES else out.dtype
+    if _is_last(out, dim):
+        return dx, out.new_empty(out.shape, dtype=stat)
+    return dx, out.new_empty(out.movedim(dim, -1).shape, dtype=stat).movedim(-1, dim)
 
 
 def _run_backward(call: SoftmaxBackwardCall, kernels: Any) -> tuple[Tensor | None, Tensor | None]:
-    dout, out, _, bias_dtype, _, dim, config = call
-    dx, dbias = _empty_gradients(call)
-    ds = None
-    if dbias is not None:
-        stat = torch.float32 if out.dtype in HALVES else out.dtype
-        last = _is_last(out, dim)
-        if last and dbias.shape == out.shape and bias_dtype == stat:
-            ds = dbias
-        else:
-            shape = out.shape if last else out.movedim(dim, -1).shape
-            ds = out.new_empty(shape, dtype=stat)
-            ds = ds if last else ds.movedim(-1, dim)
+    dout, out, dim, _, _, config = call
+    dx, ds = _empty_gradients(call)
     if out.numel() != 0:
         if kernels.any_rank and out.dim() <= 4 and _is_last(out, dim):
             kernels.backward(dout, out, dx, ds, config)
         else:
             for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
                 kernels.backward(g, o, a, s, config)
-    if dbias is not None and ds is not None and ds is not dbias:
-        dbias.copy_(ds.sum_to_size(dbias.shape))
-    return dx, dbias
+    return dx, ds
 
 
 def _usual_backward(call: SoftmaxBackwardCall, native: Any) -> Any:
-    if not call.x_grad or call.bias_shape is not None:
+    if not call.x_grad or call.bias_grad:
         return None
     dx = native.usual_softmax_backward(call.dout, call.out, call.dim, call.config)
     return None if dx is None else (dx, None)
@@ -212,8 +206,8 @@ softmax_fwd = LibraryOp(
     allocate=lambda call: (torch.empty_like(call.x),), run=_run_forward, check=check_call,
 )  # fmt: skip
 softmax_bwd = LibraryOp(
-    "softmax_bwd", SoftmaxBackwardCall, ("dx", "dbias"),
+    "softmax_bwd", SoftmaxBackwardCall, ("dx", "ds"),
     allocate=_empty_gradients, run=_run_backward, check=check_backward_call,
-    wanted=lambda call: (call.x_grad, call.bias_shape is not None),
+    wanted=lambda call: (call.x_grad, call.bias_grad),
     usual=_usual_backward,
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Tensors that are spread over several processes: sharding rules for DTensor."""

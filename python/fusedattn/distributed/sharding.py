@@ -1,0 +1,172 @@
+"""Sharding rules: how the library ops run on DTensors, each process on its own shards.
+
+A rule gives each dimension of an op's tensors a letter, as in einsum, or a "." where it must be
+whole. An op may be split along a letter, or along some together: what it computes for an index
+needs that index of its inputs alone. Then a tensor with the letter is sharded there, and an input
+without it, or of size 1 where others are not, is replicated; the gradient of such an input is a sum
+over the letter, of which each process has a part. What is placed otherwise torch redistributes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _shardings(
+    ways: Sequence[str],
+    inputs: Sequence[tuple[Any, str]],
+    outputs: Sequence[str | None],
+    *,
+    gradients: bool = False,
+) -> list[tuple[list[Any], list[Any]]]:
+    """What `register_sharding` asks for: placements of the outputs and of the inputs, for each way.
+
+    Inputs come with the letters of their last dimensions, of outputs the letters are enough; an
+    absent tensor is None.
+    """
+    named = [None if x is None else _named(x, letters) for x, letters in inputs]
+    known = "".join(filter(None, named))
+    found = [([Replicate()] * len(outputs), [None if x is None else Replicate() for x in named])]
+    for way in ways:
+        if all(letter in known for letter in way):
+            rest = Partial() if gradients else Replicate()
+            given = [None if x is None else _place(x, way, Replicate()) for x in named]
+            # The place of an output that nobody wants holds an empty tensor.
+            made = [Replicate() if x is None else _place(x, way, rest) for x in outputs]
+            found.append((made, given))
+    return found
+
+
+def _named(x: Any, letters: str) -> str:
+    """The letters of x, without those along which it is broadcast."""
+    letters = letters[len(letters) - x.ndim :]
+    return "".join(
+        "." if size == 1 else letter for letter, size in zip(letters, x.shape, strict=True)
+    )
+
+
+def _place(letters: str, way: str, otherwise: Any) -> Any:
+    return next((Shard(dim) for dim, letter in enumerate(letters) if letter in way), otherwise)
+
+
+# --- attention: along the batch, or along the heads of queries and keys together -----------------
+
+
+def _attention_ways(q: Any, k: Any) -> list[str]:
+    """Grouped heads are split where each process gets the queries of its keys."""
+    heads = k.shape[1]
+    mesh = q.mesh.shape
+    parts = (math.prod(dims) for n in range(len(mesh)) for dims in combinations(mesh, n + 1))
+    grouped = heads not in (1, q.shape[1])
+    return ["b"] if grouped and any(heads % n for n in parts if n <= heads) else ["b", "h"]
+
+
+def _attention_inputs(q, k, v, mask, bias, kv_lengths) -> list[tuple[Any, str]]:
+    return [(x, "bh..") for x in (q, k, v, mask, bias)] + [(kv_lengths, "b")]
+
+
+def _attention_fwd(q, k, v, mask, bias, kv_lengths, *_: Any):
+    inputs = _attention_inputs(q, k, v, mask, bias, kv_lengths)
+    return _shardings(_attention_ways(q, k), inputs, ["bh..", "bh."])
+
+
+def _attention_bwd(dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, *options: Any):
+    bias_grad = options[-1]
+    like_out = [(dout, "bh.."), (dlse, "bh."), (out, "bh.."), (lse, "bh.")]
+    inputs = like_out + _attention_inputs(q, k, v, mask, bias, kv_lengths)
+    grads = [*(_named(x, "bh..") for x in (q, k, v)), _named(bias, "bh..") if bias_grad else None]
+    return _shardings(_attention_ways(q, k), inputs, grads, gradients=True)
+
+
+# --- norms and softmax: along every dimension that is not reduced ---------------------------------
+
+
+def _rows(x: Any, dims: int, dropout_p: float) -> str:
+    if dropout_p != 0.0:
+        raise NotImplementedError(
+            f"norm: got dropout_p={dropout_p} with a DTensor, expected 0: the mask depends on the "
+            "place of a row in the whole tensor; call torch.nn.functional.dropout on x before"
+        )
+    return _LETTERS[: x.ndim - dims]
+
+
+def _norm_fwd(x, residual, weight, bias, seed, dims, z_dtype, backend, centre, *options: Any):
+    *_, dropout_p, statistics = options
+    rows, row = _rows(x, dims, dropout_p), "." * dims
+    inputs = [(x, rows + row), (residual, rows + row), (weight, row), (bias, row)]
+    z = rows + row if z_dtype is not None else None
+    wanted = (centre and statistics, statistics)
+    return _shardings(rows, inputs, [rows + row, z, *(rows if each else None for each in wanted)])
+
+
+def _norm_bwd(
+    dout, dz, z, weight, mean, rstd, seed, dims, x_dtype, residual_dtype, weight_dtype, bias_dtype,
+    *options: Any,
+):  # fmt: skip
+    rows, row = _rows(z, dims, options[-1]), "." * dims
+    known = rows if rstd.ndim == len(rows) else "."  # in one dimension they follow no row
+    inputs = [*((x, rows + row) for x in (dout, dz, z)), (weight, row)]
+    inputs += [(mean, known), (rstd, known)]
+    wanted = ((rows + row, residual_dtype), (".", weight_dtype), (".", bias_dtype))
+    grads = [None if dtype is None else letters for letters, dtype in wanted]
+    ways = known.replace(".", "")
+    return _shardings(ways, inputs, [rows + row, *grads], gradients=True)
+
+
+def _softmax_letters(x: Any, dim: int, causal: int) -> str:
+    letters = _LETTERS[: x.ndim]
+    if causal:
+        letters = letters[:-2] + ".."
+    return letters.replace(letters[dim], ".") if letters else ""
+
+
+def _softmax_fwd(x, mask, bias, dim, backend, causal, scale):
+    letters = _softmax_letters(x, dim, causal)
+    inputs = [(y, letters) for y in (x, mask, bias)]
+    return _shardings(letters.replace(".", ""), inputs, [letters])
+
+
+def _softmax_bwd(dout, out, dim, backend, causal, scale, x_grad, bias_grad):
+    letters = _softmax_letters(out, dim, causal)
+    grads = [letters if wanted else None for wanted in (x_grad, bias_grad)]
+    return _shardings(letters.replace(".", ""), [(dout, letters), (out, letters)], grads)
+
+
+# --- positions: along batch and heads, and along the length where each row says its position ------
+
+
+def _rotary_fwd(x, x2, cos, sin, positions, start, *_: Any):
+    length = "." if positions is None else "s"
+    of_x, of_x2 = f"bh{length}.", f"bg{length}."
+    inputs = [(x, of_x), (x2, of_x2), (cos, "b.."), (sin, "b.."), (positions, "bs"), (start, ".")]
+    ways = ("b", "hg", "h", "g", "s")
+    return _shardings(ways, inputs, [of_x, None if x2 is None else of_x2])
+
+
+def _sinusoidal_fwd(x, positions, start, *_: Any):
+    of_x = "b.." if positions is None else "bs."
+    return _shardings("bs", [(x, of_x), (positions, "bs"), (start, ".")], [of_x])
+
+
+@functools.cache
+def register() -> None:
+    """Tell DTensor the rules. `rotary_` has none: in place nothing can be redistributed."""
+    ops = torch.ops.fusedattn
+    register_sharding(ops.attention_fwd.default)(_attention_fwd)
+    register_sharding(ops.attention_bwd.default)(_attention_bwd)
+    register_sharding(ops.norm_fwd.default)(_norm_fwd)
+    register_sharding(ops.norm_bwd.default)(_norm_bwd)
+    register_sharding(ops.softmax_fwd.default)(_softmax_fwd)
+    register_sharding(ops.softmax_bwd.default)(_softmax_bwd)
+    register_sharding(ops.rotary_fwd.default)(_rotary_fwd)
+    register_sharding(ops.sinusoidal_fwd.default)(_sinusoidal_fwd)

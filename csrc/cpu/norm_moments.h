@@ -108,18 +108,22 @@ struct Deviations {
   }
 };
 
-// The mean of the first of n elements value(i, lanes), which stands in for that of all. In 13 bits:
-// then the deviations of zeros, which may be most of a row, are added up exactly.
+// The mean of the first of n elements value(i, lanes), which stands in for that of all; 0 where it
+// is small beside them. Then zeros, which may be most of a row, add nothing: a small addend that
+// comes again and again is rounded the same way each time.
 template <class S, class Value>
 FUSEDATTN_INLINE S mean_of_first(int64_t n, const Value& value) {
   constexpr int most = 4 * width<S>;
   const int64_t few = n < most ? n : most;
-  vec<S> sum{};
-  for_vectors<S>(
-      few, [&](int64_t i, auto lanes) __attribute__((always_inline)) { sum += value(i, lanes); });
-  const S mean = reduce_add(sum) * (n < most ? 1 / S(n) : S(1) / most);
-  if constexpr (sizeof(S) == 8) return mean;
-  return ((vec<S>)((ints<S>)splat(mean) & ~0x7ff))[0];
+  vec<S> sum{}, squares{};
+  for_vectors<S>(few, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const vec<S> x = value(i, lanes);
+    sum += x;
+    squares += x * x;
+  });
+  const S total = reduce_add(sum), mean = total * (n < most ? 1 / S(n) : S(1) / most);
+  const S of_squares = reduce_add(squares);
+  return 4 * total * mean <= of_squares && of_squares < infinity<S> ? S(0) : mean;
 }
 
 // From sums of deviations from a centre; another pass where it does not tell enough of the mean.

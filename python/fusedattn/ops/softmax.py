@@ -58,7 +58,9 @@ def _keep(call: SoftmaxCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...]
 def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
     shape, dtype, *options = rest
     dx, ds = run(SoftmaxBackwardCall(*douts, *saved, *options))
-    return dx, None, None if ds is None else ds.sum_to_size(shape).to(dtype)
+    if ds is not None and ds.shape != shape:
+        ds = ds.sum_to_size(shape)
+    return dx, None, ds if ds is None or ds.dtype is dtype else ds.to(dtype)
 
 
 op = Op(

@@ -92,7 +92,11 @@ def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
     pairs = {
         "mask": Arg(mask if cpu else None, optional=True, broadcast=True),
         "bias": Arg(bias if cpu else None, optional=True, dtypes=FLOATS, broadcast=True),
-        "kv_lengths": Arg(torch.tensor([3, 4]), optional=True, dtypes=INTEGERS),
+        "kv_lengths": Arg(
+            torch.tensor([3, 4], dtype=torch.int32),
+            optional=True,
+            dtypes=INTEGERS if cpu else (torch.int32,),
+        ),
     }
     results = {"out": Arg(out, strides=cpu), "lse": Arg(lse)}
     config = (2, 0.5, -1, -1, 0.0, 0.0, False)

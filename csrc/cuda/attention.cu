@@ -22,12 +22,13 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
   bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask && !p.bias &&
               packs(p.head_dim()) && packs(p.head_dim_v()) && p.seq_q() <= most_rows &&
-              p.seq_k() <= most_rows && p.batch() * p.heads() <= most_rows;
+              p.seq_k() <= most_rows && p.batch() * p.heads() <= most_rows &&
+              (!p.kv_lengths || p.kv_lengths.dtype == DType::i32);
   for (const TensorView* each : tensors) fits = fits && (!*each || aligned(*each, 4, 8, 2));
   if (!fits)
     throw std::invalid_argument(
         "fusedattn: CUDA attention takes float16 and bfloat16, rows of aligned 16 bytes, D and Dv "
-        "up to 256, and neither mask nor bias; got " +
+        "up to 256, int32 kv_lengths, and neither mask nor bias; got " +
         text(p));
 }
 

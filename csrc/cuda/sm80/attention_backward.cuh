@@ -176,7 +176,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
   const float lse = exists ? load(p.lse.at<float>(b, h, i)) : -INFINITY;
   if (lse != -INFINITY) {
     shift = lse * log2_e;
-    delta = p.dlse ? sum - load(p.dlse.at<float>(b, h, i)) : sum;
+    delta = present(p.dlse) ? sum - load(p.dlse.at<float>(b, h, i)) : sum;
   }
   store(p.shift + at, shift);
   store(p.delta + at, delta);

@@ -54,21 +54,25 @@ def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     return cpu_refuses(call.q, "q, k and v") or _refuse_pending(call)
 
 
-def _native_kernels(native: Any, prepare: Any = lambda x: x) -> Any:
-    """`prepare` makes of a tensor one that the kernels can read."""
+def _same(x: Any, most: int = 0) -> Any:
+    return x
+
+
+def _native_kernels(native: Any, prepare: Any = _same, lengths: Any = _same) -> Any:
+    """`prepare` makes of a tensor one that the kernels can read, `lengths` of kv_lengths."""
 
     def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
         q, k, v, mask, bias, kv_lengths = call[:6]
         native.attention_forward(
-            prepare(q), prepare(k), prepare(v), mask, bias, kv_lengths, out, lse, call.config,
-            stream_of(q),
+            prepare(q), prepare(k), prepare(v), mask, bias, lengths(kv_lengths, k.shape[2]), out,
+            lse, call.config, stream_of(q),
         )  # fmt: skip
 
     def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
         dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
         native.attention_backward(
             prepare(dout), dlse, prepare(q), prepare(k), prepare(v), prepare(out), lse, *grads,
-            mask, bias, kv_lengths, call.config, stream_of(q),
+            mask, bias, lengths(kv_lengths, k.shape[2]), call.config, stream_of(q),
         )  # fmt: skip
 
     return SimpleNamespace(forward=forward, backward=backward)
@@ -127,7 +131,14 @@ def _cuda_kernels(native: Any) -> Any:
     def packed(x: Tensor | None) -> Tensor | None:
         return x if x is None or _in_packs(x) else x.clone(memory_format=torch.contiguous_format)
 
-    return _native_kernels(native, packed)
+    def in_32_bits(kv_lengths: Tensor | None, most: int) -> Tensor | None:
+        if kv_lengths is None or kv_lengths.dtype == torch.int32:
+            return kv_lengths
+        if kv_lengths.untyped_storage().nbytes() == 0:
+            return kv_lengths  # freed, which the native module refuses
+        return kv_lengths.clamp(0, most).to(torch.int32)
+
+    return _native_kernels(native, packed, in_32_bits)
 
 
 # --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------

@@ -278,7 +278,9 @@ def hand_over(function: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _unusual(given: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(x for x in given.values() if type(x) not in _USUAL_TYPES)
+    return tuple(
+        x for x in given.values() if type(x) not in _USUAL_TYPES and not isinstance(x, type)
+    )
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -222,6 +222,7 @@ _exports_onnx = torch.onnx.is_in_onnx_export
 _is_compiling = torch.compiler.is_compiling
 has_override = torch._C._has_torch_function_variadic
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_REFUSED_BY_NAME: Any = (type, torch.nn.parameter.UninitializedTensorMixin)  # type: ignore[attr-defined]
 _USUAL_TYPES = (*_PLAIN_TYPES, type(None), bool, int, float, str, tuple)
 
 
@@ -279,7 +280,11 @@ def hand_over(function: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 def _unusual(given: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(
-        x for x in given.values() if type(x) not in _USUAL_TYPES and not isinstance(x, type)
+        x
+        for x in given.values()
+        if type(x) not in _USUAL_TYPES
+        and not isinstance(x, _REFUSED_BY_NAME)
+        and not (isinstance(x, Tensor) and x.is_nested)  # which knows functions by their names
     )
 
 

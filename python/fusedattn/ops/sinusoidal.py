@@ -154,7 +154,7 @@ def _keep(call: SinusoidalCall, outputs: Any, wanted: Any) -> tuple[tuple[()], t
 
 def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
     (dout,), (scale,) = douts, rest
-    return dout if scale == 1.0 else scale * dout, None, None
+    return scale * dout, None, None
 
 
 op = Op(

@@ -57,7 +57,7 @@ def backward_args(name: str, backend: str) -> list:
     args = forward_args(name, backend)
     out, lse = FORWARD(*args)
     bias_grad = args[4] is not None
-    return [torch.randn_like(out), torch.randn_like(lse), out, lse, *args[:9], bias_grad, *args[9:]]
+    return [torch.randn_like(out), torch.randn_like(lse), out, lse, *args, bias_grad]
 
 
 @pytest.mark.parametrize("name", OPERANDS)
@@ -126,10 +126,12 @@ def test_raw_op_under_autocast():
     """The op's own rule: q, k and v are cast, but no float64, and a float32 bias is not."""
     q, k, v = torch.randn(3, 1, 2, 6, 4)
     bias = torch.randn(1, 1, 6, 6)
-    rest = [None, bias, *[None] * 4, "reference", 0, 0.5, *NO_WINDOW]
+    tail = [*[None] * 4, "reference", 0, 0.5, *NO_WINDOW]
+    rest = [None, bias, *tail]
     with torch.autocast("cpu", torch.bfloat16):
         found = FORWARD(q, k, v, *rest)
-        assert FORWARD(*(x.double() for x in (q, k, v)), *rest)[0].dtype == torch.float64
+        in_64_bits = [x.double() for x in (q, k, v)]
+        assert FORWARD(*in_64_bits, None, bias.double(), *tail)[0].dtype == torch.float64
     want = FORWARD(q.bfloat16(), k.bfloat16(), v.bfloat16(), *rest)
     assert found[0].dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

@@ -56,7 +56,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from fusedattn.ops.attention_config import AttentionConfig
+    from fusedattn.ops.attention_config import AttentionBackwardCall
 
 # --- kernels -------------------------------------------------------------------------------------
 
@@ -267,30 +267,15 @@ def _row_terms(
 
 
 def attention_backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: Tensor | None,
-    *,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    kv_lengths: Tensor | None,
-    config: AttentionConfig,
+    call: AttentionBackwardCall, dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None
 ) -> None:
-    """Write dq, dk and dv (any strides) and dbias, from what the forward was given and gave.
+    """Write dq, dk and dv (any strides) and, where not None, dbias, contiguous.
 
-    dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero). dbias, or None: fp32
-    zeros of the bias's four dimensions.
+    dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero).
     """
+    dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
     device = device_of(q)
-    arguments = common_arguments(q, k, v, bias, config)
+    arguments = common_arguments(q, k, v, bias, call.config)
     key = tuning_key(q, k, mask, bias, arguments)
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
@@ -316,12 +301,16 @@ def attention_backward(
         def launch_dq(options: triton.Config) -> None:
             section = min(heads_q, heads_in_l2(device, k, v, group))
             dq_kernel[(heads_q * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)](
-                *views, view(dq), view(dbias) if whole else None, heads_total=heads_q,
+                *views, view(dq), view(ds) if whole else None, heads_total=heads_q,
                 section=section, **arguments, **options.all_kwargs(),
             )  # fmt: skip
 
-        whole = dbias is not None and dbias.shape == (*q.shape[:3], k.shape[2])
+        # In fp32, and zero where no tile comes by.
+        ds = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
+        whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
         launch_dkdv(_dkdv_tuner.pick(key, dkdv_tiles(*about), launch_dkdv))
         launch_dq(_dq_tuner.pick(key, dq_tiles(*about), launch_dq))
-        if dbias is not None and not whole:
-            broadcast_bias_gradient(dbias, views, arguments, about, q)
+        if dbias is not None and ds is not None:
+            if not whole:
+                broadcast_bias_gradient(ds, views, arguments, about, q)
+            dbias.copy_(ds)

@@ -47,7 +47,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from fusedattn.ops.attention_config import AttentionConfig
+    from fusedattn.ops.attention_config import AttentionCall, AttentionConfig
 
 # --- shared with the backward --------------------------------------------------------------------
 
@@ -249,25 +249,15 @@ def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:
 _tuner = Tuner()
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    kv_lengths: Tensor | None,
-    config: AttentionConfig,
-) -> None:
+def attention_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     """Write `out` (B, Hq, Sq, Dv), any strides, and `lse` (B, Hq, Sq), fp32 and contiguous.
 
     fp16, bf16 and fp32; head dims to 512; any strides; mask and bias with four dimensions, each
     full or 1. Keys at and after kv_lengths are not read.
     """
+    q, k, v, mask, bias, kv_lengths = call[:6]
     device = device_of(q)
-    arguments = common_arguments(q, k, v, bias, config)
+    arguments = common_arguments(q, k, v, bias, call.config)
     heads_total = q.shape[0] * q.shape[1]
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))

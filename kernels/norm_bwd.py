@@ -38,7 +38,7 @@ from .rowwise import (
 )
 
 if TYPE_CHECKING:
-    from fusedattn.ops.norm_config import NormConfig
+    from fusedattn.ops.norm_config import NormBackwardCall
 
 # --- kernels -------------------------------------------------------------------------------------
 
@@ -286,20 +286,15 @@ def _add_parts(
 
 
 def norm_backward(
-    dout: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    seed: Tensor | None,
+    call: NormBackwardCall,
     dx: Tensor,
     dresidual: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    config: NormConfig,
 ) -> None:
     """Write `dx` and, where not None, `dresidual`, `dweight` and `dbias`; no atomics."""
+    dout, dz, z, weight, mean, rstd, seed = call[:7]
+    config = call.config
     rows, width = z.shape
     device = device_of(z)
     tile = tile_of(rows, width, per_thread=16, most=16384)

@@ -35,7 +35,7 @@ from .rowwise import (
 )
 
 if TYPE_CHECKING:
-    from fusedattn.ops.norm_config import NormConfig
+    from fusedattn.ops.norm_config import NormCall
 
 # --- kernel --------------------------------------------------------------------------------------
 
@@ -169,22 +169,15 @@ def forward_kernel(
 
 
 def norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    config: NormConfig,
+    call: NormCall, out: Tensor, z: Tensor | None, mean: Tensor | None, rstd: Tensor | None
 ) -> None:
     """Write `out` and, where not None, `z`, `mean` (None for RMS) and `rstd`.
 
     Matrices have unit column stride and any row stride, and may each have their own dtype; mean
     and rstd are fp32. z is None only where it is x: no residual, no dropout.
     """
+    x, residual, weight, bias, seed = call[:5]
+    config = call.config
     rows, width = x.shape
     if rstd is None:  # the kernel tells the two norms apart by their statistics
         rstd = x.new_empty(rows, dtype=torch.float32)

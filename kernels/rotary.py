@@ -29,7 +29,7 @@ from .common import device_of, view
 from .positions import load_positions, positions_view, sheets
 
 if TYPE_CHECKING:
-    from fusedattn.ops.rotary import RotaryConfig
+    from fusedattn.ops.rotary import RotaryCall
 
 WARPS = 4
 BYTES = 16 << 10  # what a program reads of x: eight loads of 16 bytes per thread
@@ -197,22 +197,13 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def rotary_forward(
-    x: Tensor,
-    x2: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: Tensor | None,
-    out: Tensor,
-    out2: Tensor | None,
-    config: RotaryConfig,
-) -> None:
+def rotary_forward(call: RotaryCall, out: Tensor, out2: Tensor | None) -> None:
     """Write `out` as x (B, H, S, D) turned, and `out2` as x2 turned; `out` may be x itself.
 
     fp16, bf16 and fp32, any strides; cos and sin of any float dtype. Where a position has no
     row in the tables NaN is written, and nothing outside them is read.
     """
+    x, x2, cos, sin, positions, start, config = call
     batches, heads, rows, dim = x.shape
     heads2 = 0 if x2 is None else x2.shape[1]
     length, half = cos.shape[-2:]
@@ -235,7 +226,7 @@ def rotary_forward(
             None if x2 is None else view(x2),
             sheets(cos),
             sheets(sin),
-            positions_view(positions, offset),
+            positions_view(positions, start),
             config.offset,
             view(out),
             None if out2 is None else view(out2),

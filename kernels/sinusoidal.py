@@ -25,7 +25,7 @@ from torch import Tensor
 from .positions import load_positions, positions_view, sheets
 
 if TYPE_CHECKING:
-    from fusedattn.ops.sinusoidal import SinusoidalConfig
+    from fusedattn.ops.sinusoidal import SinusoidalCall
 
 WARPS = 4
 BYTES = 8 << 10  # of x in a program: four loads of 16 bytes per thread
@@ -134,14 +134,9 @@ def _columns(width: int) -> int:
     return columns
 
 
-def sinusoidal_forward(
-    x: Tensor,
-    positions: Tensor | None,
-    offset: Tensor | None,
-    out: Tensor,
-    config: SinusoidalConfig,
-) -> None:
+def sinusoidal_forward(call: SinusoidalCall, out: Tensor) -> None:
     """Write `out` (B, S, W) in the dtype of x; fp16, bf16 and fp32, any strides."""
+    x, positions, start, config = call
     batches, rows, width = x.shape
     columns = _columns(width)
     block_s = min(_power_of_two(rows), BYTES // (x.element_size() * columns))
@@ -151,7 +146,7 @@ def sinusoidal_forward(
     with torch.cuda.device_of(x):
         sinusoidal_kernel[(programs,)](
             sheets(x),
-            positions_view(positions, offset),
+            positions_view(positions, start),
             config.offset,
             sheets(out),
             config.scale,

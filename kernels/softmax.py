@@ -27,7 +27,7 @@ from .common import LOG2E, View, broadcast_view, load_pairs, matrix, view
 from .rowwise import at, store, tile_of
 
 if TYPE_CHECKING:
-    from fusedattn.ops.softmax_config import SoftmaxConfig
+    from fusedattn.ops.softmax_config import SoftmaxBackwardCall, SoftmaxCall, SoftmaxConfig
 
 # --- shared by the kernels -----------------------------------------------------------------------
 
@@ -259,14 +259,13 @@ def _programs(sizes: list[int], rows: int) -> tuple[int]:
     return (sizes[0] * sizes[1] * triton.cdiv(sizes[2], rows),)
 
 
-def softmax_forward(
-    x: Tensor, mask: Tensor | None, bias: Tensor | None, out: Tensor, config: SoftmaxConfig
-) -> None:
+def softmax_forward(call: SoftmaxCall, out: Tensor) -> None:
     """Write `out` (B, H, rows, width).
 
     fp16, bf16 and fp32, a bias of any of them; any strides; mask and bias have four dimensions,
     each full or 1.
     """
+    x, mask, bias, _, config = call
     given = [view(x), broadcast_view(mask), broadcast_view(bias), view(out)]
     sizes, views = _views(x, given, config.causal != 0)
     arguments = _arguments(x, sizes, 32, config)
@@ -274,10 +273,9 @@ def softmax_forward(
         forward_kernel[_programs(sizes, arguments["ROWS"])](*views, **arguments)
 
 
-def softmax_backward(
-    dout: Tensor, out: Tensor, dx: Tensor | None, ds: Tensor | None, config: SoftmaxConfig
-) -> None:
+def softmax_backward(call: SoftmaxBackwardCall, dx: Tensor | None, ds: Tensor | None) -> None:
     """Write `dx` and `ds` (fp32), where not None; any strides."""
+    dout, out, config = call.dout, call.out, call.config
     given = [view(dout), view(out), *(None if x is None else view(x) for x in (dx, ds))]
     sizes, views = _views(out, given, config.causal != 0)
     arguments = _arguments(out, sizes, 16, config)

@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import mmap
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -268,6 +269,23 @@ def device_for(backend: str) -> str:
     """CUDA C++ runs on the GPU, Triton where there is one; everything else here on the CPU."""
     on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
     return "cuda" if on_gpu else "cpu"
+
+
+def far_apart(x: Tensor, stride: int, dim: int = -2) -> Tensor:
+    """x with `stride` elements from one to the next along `dim`: address space, not memory.
+
+    Dimensions before `dim` have stride 0. The memory between is mapped and never touched, so that
+    it isn't torch's to fill.
+    """
+    dim %= x.dim()
+    size = (x.shape[dim] - 1) * stride + x.shape[dim:].numel()
+    if x.is_cuda:
+        space = torch.empty(size, dtype=x.dtype, device=x.device)
+    else:
+        space = torch.frombuffer(mmap.mmap(-1, size * x.element_size()), dtype=x.dtype)
+    inner = x[(0,) * (dim + 1)].contiguous().stride()
+    strides = (*[0] * dim, stride, *inner)
+    return space.as_strided(x.shape, strides).copy_(x)
 
 
 def results(

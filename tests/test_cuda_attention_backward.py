@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import AttentionCase, check_results, results
 from fusedattn import _native
-from fusedattn.ops.attention_config import configure
+from fusedattn.ops.attention_config import AttentionBackwardCall, configure
 from fusedattn.reference import functional as reference
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -35,9 +35,10 @@ def backward(made: dict, case: AttentionCase, deterministic: bool = False) -> di
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dout, dlse = (made[f"d{x}"] if x in case.grads else None for x in BOTH)
     config = configure(q.shape[3], case.causal, case.scale, None, None, 0.0, deterministic)
-    emulated.attention_backward(
-        dout, dlse, q, k, v, out, lse, dq, dk, dv, None, None, None, made["kv_lengths"], config
+    call = AttentionBackwardCall(
+        dout, dlse, out, lse, q, k, v, None, None, made["kv_lengths"], *[None] * 3, False, config
     )
+    emulated.attention_backward(call, dq, dk, dv, None)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from compare import AttentionCase, check, results
 from fusedattn import _native
-from fusedattn.ops.attention_config import configure
+from fusedattn.ops.attention_config import AttentionBackwardCall, configure
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
@@ -59,10 +59,11 @@ class Run:
             )  # fmt: skip
             return {"out": out, "lse": lse}
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        emulated.attention_backward(
-            made["dout"], made["dlse"], q, k, v, self.out, self.lse, dq, dk, dv, None, None, None,
-            kv_lengths, self.config,
+        call = AttentionBackwardCall(
+            made["dout"], made["dlse"], self.out, self.lse, q, k, v, None, None, kv_lengths,
+            *[None] * 3, False, self.config,
         )  # fmt: skip
+        emulated.attention_backward(call, dq, dk, dv, None)
         return {"dq": dq, "dk": dk, "dv": dv}
 
     def how_it_fails(self) -> str:

@@ -138,4 +138,4 @@ def test_softmax_of_too_many_heads_is_refused() -> None:
         pytest.skip("needs setup.py build_emulator")
     many = torch.zeros(1, 1, 1, 1).expand(1, 2**31, 1, 1)
     with pytest.raises(ValueError, match="got x with 2147483648 heads"):
-        emulated.softmax_forward(many, None, None, many, (0, 1.0), 0)
+        emulated.softmax_forward((many, None, None, -1, (0, 1.0)), many)

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import fusedattn
 import pytest
 import torch
 from fusedattn import _native
+from fusedattn.ops import (
+    attention_kernels,
+    norm_kernels,
+    rotary_kernels,
+    sinusoidal,
+    softmax_kernels,
+)
 from processes import Call, wrong_in_a_fork
 from torch import Tensor
 
@@ -216,13 +223,52 @@ def native(request) -> Any:
     return found
 
 
+def _call(native: Any, name: str, arguments: dict[str, Any]) -> None:
+    """The function on a call and outputs of these; what they leave out is None."""
+    fields, _, outputs = native.fields[name]
+    call = (*(arguments.get(field) for field in fields), arguments["config"])
+    getattr(native, name)(call, *(arguments[output] for output in outputs))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_does_not_fit_is_refused(native, name):
     def calls() -> Iterator[Call]:
         for how, arguments, taken in hostile_calls(native, name):
-            yield how, lambda arguments=arguments: getattr(native, name)(**arguments), taken
+            yield how, functools.partial(_call, native, name, arguments), taken
 
     assert wrong_in_a_fork(calls) == []
+
+
+CALLS = {
+    "attention_forward": attention_kernels.attention_fwd,
+    "attention_backward": attention_kernels.attention_bwd,
+    "norm_forward": norm_kernels.norm_fwd,
+    "norm_backward": norm_kernels.norm_bwd,
+    "softmax_forward": softmax_kernels.softmax_fwd,
+    "softmax_backward": softmax_kernels.softmax_bwd,
+    "rotary_forward": rotary_kernels.rotary_fwd,
+    "sinusoidal_forward": sinusoidal.sinusoidal_fwd,
+}
+
+
+def test_the_fields_of_a_call_have_the_same_names_on_both_sides(native):
+    """C++ reads them by place: another order there would be another meaning."""
+    want = {}
+    for name, library in CALLS.items():
+        *fields, _ = library.call._fields
+        outputs = [output.name for output in library.packet.default._schema.returns]
+        config = get_type_hints(library.call)["config"]._fields
+        want[name] = tuple(fields), config, tuple(outputs)
+    assert native.fields == want
+
+
+def test_an_option_that_no_kernel_takes_is_refused(native):
+    for name in ("attention_forward", "attention_backward"):
+        right = {n: arg.value for n, arg in FUNCTIONS[name](native)[0].items()}
+        right["config"] = FUNCTIONS[name](native)[1]
+        for extra in ("alibi_slopes", "sinks", "seed"):
+            with pytest.raises(ValueError, match=f"got {extra}, which no kernel"):
+                _call(native, name, right | {extra: torch.ones(4)})
 
 
 # --- storages that were freed, through the public functions ---------------------------------------

@@ -12,7 +12,11 @@ import compare
 import pytest
 import torch
 from compare import check_attention
-from fusedattn.ops.attention_config import AttentionConfig
+from fusedattn.ops.attention_config import (
+    AttentionBackwardCall,
+    AttentionCall,
+    AttentionConfig,
+)
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
@@ -96,8 +100,10 @@ def launch(
 ) -> dict[str, Tensor]:
     """Both launchers, called directly; NaN in every output that is not given."""
     q, k, v, bias = (made[name] for name in ("q", "k", "v", "bias"))
-    options = {name: made[name] for name in ("mask", "bias", "kv_lengths")}
-    options["config"] = AttentionConfig(causal, scale)
+    call = AttentionCall(
+        q, k, v, made["mask"], bias, made["kv_lengths"], None, None, None,
+        AttentionConfig(causal, scale),
+    )  # fmt: skip
     found = {
         "out": q.new_full((*q.shape[:3], v.shape[3]), torch.nan),
         "lse": q.new_full(q.shape[:3], torch.nan, dtype=torch.float32),
@@ -106,11 +112,13 @@ def launch(
         "dv": torch.full_like(v, torch.nan),
         "dbias": None if bias is None else torch.zeros_like(bias, dtype=torch.float32),
     } | outputs
-    attention_forward(q, k, v, found["out"], found["lse"], **options)
+    results = found["out"], found["lse"]
+    attention_forward(call, *results)
+    grads = (found[name] for name in ("dq", "dk", "dv", "dbias"))
     attention_backward(
-        made["dout"], made["dlse"], q, k, v, found["out"], found["lse"],
-        found["dq"], found["dk"], found["dv"], found["dbias"], **options,
-    )  # fmt: skip
+        AttentionBackwardCall(made["dout"], made["dlse"], *results, *call[:-1], True, call.config),
+        *grads,
+    )
     return {name: x for name, x in found.items() if x is not None}
 
 
@@ -233,12 +241,10 @@ def test_a_finite_bias_is_added_however_large() -> None:
 @pytest.mark.parametrize(("seq", "stride"), [(5, 2**29), (34, 2**26)], ids=["in a tile", "tiles"])
 def test_offsets_past_two_billion_elements(seq: int, stride: int) -> None:
     """Rows so far apart that their offsets pass 2³¹ elements: address space, not memory."""
-    huge = torch.empty(seq * stride, dtype=BF16, device=DEVICE)
     made = AttentionCase(heads=1, seq_q=seq, dim=64, dtype=BF16).inputs(DEVICE)
     want = launch(made)
     for name in ("q", "k", "v", "dout"):
-        far = huge.as_strided((1, 1, seq, 64), (0, 0, stride, 1))
-        assert_equal(launch(made | {name: far.copy_(made[name])}), want)
+        assert_equal(launch(made | {name: compare.far_apart(made[name], stride)}), want)
 
 
 def test_the_fastest_candidate_is_taken_once_per_key(monkeypatch: pytest.MonkeyPatch) -> None:

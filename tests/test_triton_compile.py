@@ -108,10 +108,15 @@ def _read(code: bytes) -> dict[str, Any]:
     }
 
 
-def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str, config: type) -> None:
+def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
     """Both launchers on tensors of the case: the kernels are compiled as the JIT would."""
     from fusedattn.kernels.attention_bwd import attention_backward
     from fusedattn.kernels.attention_fwd import attention_forward
+    from fusedattn.ops.attention_config import (
+        AttentionBackwardCall,
+        AttentionCall,
+        AttentionConfig,
+    )
 
     seq = 256
     q, dq, out, dout = (torch.empty(2, 4, seq, dim, dtype=dtype) for _ in range(4))
@@ -124,18 +129,19 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str, config: 
         bias = torch.empty(2, 4, seq, seq, dtype=dtype)
     if "shared" in terms:
         bias = torch.empty(1, 4, seq, seq, dtype=dtype)
-    options = {"mask": mask, "bias": bias, "config": config(causal, 0.1)}
-    options["kv_lengths"] = torch.empty(2, dtype=torch.int32)
+    lengths = torch.empty(2, dtype=torch.int32)
+    config = AttentionConfig(causal, 0.1)
+    call = AttentionCall(q, k, v, mask, bias, lengths, None, None, None, config)
+    attention_forward(call, out, lse)
     dbias = None if bias is None else bias.float()
-    attention_forward(q, k, v, out, lse, **options)
-    attention_backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, **options)
+    backward = AttentionBackwardCall(dout, dlse, out, lse, *call[:-1], dbias is not None, config)
+    attention_backward(backward, dq, dk, dv, dbias)
 
 
 def compile_target(name: str) -> list[dict[str, Any]]:
     """Every case for one target: a record for each compiled kernel."""
     import triton
     from fusedattn.kernels import attention_bwd, attention_fwd, common
-    from fusedattn.ops.attention_config import AttentionConfig
     from triton.runtime.driver import driver
 
     arch, shared = TARGETS[name]
@@ -165,7 +171,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
         for dim in dims:
             about.update({"target": name, "case": case, "dtype": dtype, "dim": dim})
             about["every tile"] = every
-            compile_case(getattr(torch, dtype), dim, causal, terms, AttentionConfig)
+            compile_case(getattr(torch, dtype), dim, causal, terms)
     return records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import position_cases as cases
 import pytest
 import torch
+from compare import far_apart
 from fusedattn.ops.rotary_config import RotaryConfig
 from fusedattn.ops.sinusoidal import SinusoidalConfig
 from packaging.version import Version
@@ -27,20 +28,13 @@ class TestSinusoidal(SinusoidalTests):
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def far_apart(x: torch.Tensor) -> torch.Tensor:
-    """x with rows so far apart that offsets pass 2³¹ elements: address space, not memory."""
-    rows = x.shape[-2]
-    huge = torch.empty(rows * 2**29, dtype=x.dtype, device=x.device)
-    return huge.as_strided(x.shape, (*[0] * (x.dim() - 2), 2**29, 1)).copy_(x)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rotary_at_offsets_past_two_billion_elements(backend: str) -> None:
     case = cases.RotaryCase(batch=1, heads=1, seq=5, heads2=1, dtype=torch.bfloat16)
     made = case.inputs(cases.device_for(backend))
     want = cases.launch_rotary(made, backend, RotaryConfig())
-    far = far_apart(made["x2"])
+    far = far_apart(made["x2"], 2**29)
     _, got = cases.launch_rotary(made | {"x2": far}, backend, RotaryConfig())
     assert torch.equal(got, want[1])
     cases.launch_rotary(made, backend, RotaryConfig(), out2=far)
@@ -54,5 +48,5 @@ def test_sinusoidal_at_offsets_past_two_billion_elements(backend: str) -> None:
     x = case.inputs(cases.device_for(backend))["x"]
     config, empty = SinusoidalConfig(), torch.full_like(x, torch.nan)
     want = cases.launch_sinusoidal(x, empty, backend, config)
-    far, out = far_apart(x), far_apart(torch.full_like(x, torch.nan))
+    far, out = (far_apart(y, 2**29) for y in (x, torch.full_like(x, torch.nan)))
     assert torch.equal(cases.launch_sinusoidal(far, out, backend, config), want)

@@ -26,16 +26,17 @@ def launch_case(case: str, dtype: torch.dtype) -> None:
     """A launcher on tensors of a common model."""
     from fusedattn.kernels.rotary import rotary_forward
     from fusedattn.kernels.sinusoidal import sinusoidal_forward
-    from fusedattn.ops.rotary_config import RotaryConfig
-    from fusedattn.ops.sinusoidal import SinusoidalConfig
+    from fusedattn.ops.rotary_config import RotaryCall, RotaryConfig
+    from fusedattn.ops.sinusoidal import SinusoidalCall, SinusoidalConfig
 
     if case == "sinusoidal":
         x = torch.empty(8, 512, 768, dtype=dtype)
-        sinusoidal_forward(x, None, None, torch.empty_like(x), SinusoidalConfig())
+        sinusoidal_forward(SinusoidalCall(x, None, None, SinusoidalConfig()), torch.empty_like(x))
         return
     q, k = (torch.empty(2, 512, heads, 128, dtype=dtype).transpose(1, 2) for heads in (32, 8))
     table = torch.empty(1, 512, 64)
-    rotary_forward(q, k, table, table, None, None, q, k, RotaryConfig(case == "interleaved"))
+    config = RotaryConfig(case == "interleaved")
+    rotary_forward(RotaryCall(q, k, table, table, None, None, config), q, k)
 
 
 def compile_target(name: str) -> list[dict[str, Any]]:

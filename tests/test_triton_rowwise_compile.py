@@ -35,7 +35,7 @@ HOT = ("layer", "rms", "softmax")
 def launch_norm(case: str, width: int, dtype: torch.dtype) -> None:
     from fusedattn.kernels.norm_bwd import norm_backward
     from fusedattn.kernels.norm_fwd import norm_forward
-    from fusedattn.ops.norm_config import NormConfig
+    from fusedattn.ops.norm_config import NormBackwardCall, NormCall, NormConfig
 
     x, w, rstd = torch.empty(512, width, dtype=dtype), torch.empty(width), torch.empty(512)
     w = w.to(dtype)
@@ -44,20 +44,24 @@ def launch_norm(case: str, width: int, dtype: torch.dtype) -> None:
     layer = "layer" in case
     mean, bias = (rstd, w) if layer else (None, None)
     config = NormConfig(layer, 1e-5, 0.0, 0.0 if seed is None else 0.1)
-    norm_forward(x, extra, w, bias, seed, x, extra, mean, rstd, config)
-    norm_backward(x, extra, x, w, mean, rstd, seed, x, extra, w, bias, config)
+    call = NormCall(x, extra, w, bias, seed, 1, None, True, config)
+    norm_forward(call, x, extra, mean, rstd)
+    dtypes = dtype, None, dtype, None
+    backward = NormBackwardCall(x, extra, x, w, mean, rstd, seed, 1, *dtypes, config)
+    norm_backward(backward, x, extra, w, bias)
 
 
 def launch_softmax(case: str, width: int, dtype: torch.dtype) -> None:
     from fusedattn.kernels.softmax import softmax_backward, softmax_forward
-    from fusedattn.ops.softmax_config import SoftmaxConfig
+    from fusedattn.ops.softmax_config import SoftmaxBackwardCall, SoftmaxCall, SoftmaxConfig
 
     x = torch.empty(2, 4, 64, width, dtype=dtype)
     mask = torch.empty(2, 1, 1, width, dtype=torch.bool) if "mask" in case else None
     bias = torch.empty(1, 4, 64, width, dtype=dtype) if "bias" in case else None
     config = SoftmaxConfig(2 if "causal" in case else 0, 1.0)
-    softmax_forward(x, mask, bias, x, config)
-    softmax_backward(x, x, x, None if bias is None else x.float(), config)
+    softmax_forward(SoftmaxCall(x, mask, bias, -1, config), x)
+    ds = None if bias is None else x.float()
+    softmax_backward(SoftmaxBackwardCall(x, x, -1, True, bias is not None, config), x, ds)
 
 
 def compile_target(name: str) -> list[dict[str, Any]]:

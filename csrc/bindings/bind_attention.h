@@ -1,27 +1,57 @@
-// Attention's functions of a native module: Python's arguments into its parameter structs.
+// Attention's calls as parameter structs, and what they have to be.
 #pragma once
 
 #include "attention.h"
-#include "checks.h"
+#include "call.h"
 
 namespace fusedattn::bindings {
 
-// `config` is AttentionConfig of fusedattn/ops/attention_config.py.
-inline void read(Reader& reader, AttentionForward& params, py::handle q, py::handle k, py::handle v,
-                 py::handle mask, py::handle bias, py::handle kv_lengths, py::handle out,
-                 py::handle lse, const py::tuple& config) {
-  params.q = reader.view("q", q);
-  params.k = reader.view("k", k);
-  params.v = reader.view("v", v);
-  params.mask = reader.broadcast("mask", mask);
-  params.bias = reader.broadcast("bias", bias);
-  params.kv_lengths = reader.view("kv_lengths", kv_lengths);
-  params.out = reader.view("out", out);
-  params.lse = reader.view("lse", lse);
-  params.options.causal = causal_of<Causal>(config[0]);
-  params.options.scale = config[1].cast<double>();
-  params.options.deterministic = config[6].cast<bool>();
-}
+// AttentionCall and AttentionConfig of fusedattn/ops/attention_config.py.
+template <>
+struct Call<AttentionForward> {
+  using P = AttentionForward;
+  using O = AttentionOptions;
+  static constexpr const char* name = "attention_forward";
+  static constexpr Field<P> fields[] = {{"q", &P::q},
+                                        {"k", &P::k},
+                                        {"v", &P::v},
+                                        {"mask", &P::mask, Read::broadcast},
+                                        {"bias", &P::bias, Read::broadcast},
+                                        {"kv_lengths", &P::kv_lengths},
+                                        {"alibi_slopes", nullptr, Read::refused},
+                                        {"sinks", nullptr, Read::refused},
+                                        {"seed", nullptr, Read::refused}};
+  static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
+  static constexpr auto config =
+      std::tuple(Option{"causal", &O::causal}, Option{"scale", &O::scale},
+                 Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
+                 Option{"softcap", &O::softcap}, Option{"dropout_p", &O::dropout_p},
+                 Option{"deterministic", &O::deterministic});
+};
+
+// AttentionBackwardCall.
+template <>
+struct Call<AttentionBackward> {
+  using P = AttentionBackward;
+  static constexpr const char* name = "attention_backward";
+  static constexpr Field<P> fields[] = {{"dout", &P::dout},
+                                        {"dlse", &P::dlse},
+                                        {"out", &P::out},
+                                        {"lse", &P::lse},
+                                        {"q", &P::q},
+                                        {"k", &P::k},
+                                        {"v", &P::v},
+                                        {"mask", &P::mask, Read::broadcast},
+                                        {"bias", &P::bias, Read::broadcast},
+                                        {"kv_lengths", &P::kv_lengths},
+                                        {"alibi_slopes", nullptr, Read::refused},
+                                        {"sinks", nullptr, Read::refused},
+                                        {"seed", nullptr, Read::refused},
+                                        {"bias_grad", nullptr, Read::unread}};
+  static constexpr Field<P> outputs[] = {
+      {"dq", &P::dq}, {"dk", &P::dk}, {"dv", &P::dv}, {"dbias", &P::dbias, Read::broadcast}};
+  static constexpr auto config = Call<AttentionForward>::config;
+};
 
 template <>
 inline void check(const AttentionForward& p) {
@@ -57,44 +87,6 @@ inline void check(const AttentionBackward& p) {
   like("dv", p.dv, p.v).given();
   if (p.dbias) Argument("bias", p.bias).given();
   like("dbias", p.dbias, p.bias);
-}
-
-inline void bind_attention(py::module_& m, void (*forward)(const AttentionForward&, Stream),
-                           void (*backward)(const AttentionBackward&, Stream)) {
-  m.def(
-      "attention_forward",
-      [forward](py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
-                py::handle kv_lengths, py::handle out, py::handle lse, const py::tuple& config,
-                Stream stream) {
-        AttentionForward params;
-        Reader reader;
-        read(reader, params, q, k, v, mask, bias, kv_lengths, out, lse, config);
-        run_checked(forward, params, stream);
-      },
-      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("bias"),
-      py::arg("kv_lengths"), py::arg("out"), py::arg("lse"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes out and lse.");
-  m.def(
-      "attention_backward",
-      [backward](py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v,
-                 py::handle out, py::handle lse, py::handle dq, py::handle dk, py::handle dv,
-                 py::handle dbias, py::handle mask, py::handle bias, py::handle kv_lengths,
-                 const py::tuple& config, Stream stream) {
-        AttentionBackward params;
-        Reader reader;
-        read(reader, params, q, k, v, mask, bias, kv_lengths, out, lse, config);
-        params.dout = reader.view("dout", dout);
-        params.dlse = reader.view("dlse", dlse);
-        params.dq = reader.view("dq", dq);
-        params.dk = reader.view("dk", dk);
-        params.dv = reader.view("dv", dv);
-        params.dbias = reader.broadcast("dbias", dbias);
-        run_checked(backward, params, stream);
-      },
-      py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-      py::arg("lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
-      py::arg("mask"), py::arg("bias"), py::arg("kv_lengths"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes dq, dk, dv and, where given, dbias.");
 }
 
 }  // namespace fusedattn::bindings

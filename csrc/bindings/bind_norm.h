@@ -1,16 +1,57 @@
-// The norms' functions of a native module: Python's arguments into their parameter structs.
+// The norms' calls as parameter structs, and what they have to be.
 #pragma once
 
-#include "checks.h"
+#include "call.h"
 #include "norm.h"
 
 namespace fusedattn::bindings {
 
-// NormConfig of fusedattn/ops/norm_config.py.
-inline NormOptions norm_options(const py::tuple& config) {
-  return {config[0].cast<bool>(), config[1].cast<double>(), config[2].cast<double>(),
-          config[3].cast<double>()};
-}
+// NormCall and NormConfig of fusedattn/ops/norm_config.py.
+template <>
+struct Call<NormForward> {
+  using P = NormForward;
+  static constexpr const char* name = "norm_forward";
+  static constexpr Field<P> fields[] = {{"x", &P::x, Read::matrix},
+                                        {"residual", &P::residual, Read::matrix},
+                                        {"weight", &P::weight},
+                                        {"bias", &P::bias},
+                                        {"seed", &P::seed},
+                                        {"dims", nullptr, Read::unread},
+                                        {"z_dtype", nullptr, Read::unread},
+                                        {"statistics", nullptr, Read::unread}};
+  static constexpr Field<P> outputs[] = {{"out", &P::out, Read::matrix},
+                                         {"z", &P::z, Read::matrix},
+                                         {"mean", &P::mean},
+                                         {"rstd", &P::rstd}};
+  static constexpr auto config =
+      std::tuple(Option{"centre", &NormOptions::centre}, Option{"eps", &NormOptions::eps},
+                 Option{"weight_offset", &NormOptions::weight_offset},
+                 Option{"dropout_p", &NormOptions::dropout_p});
+};
+
+// NormBackwardCall.
+template <>
+struct Call<NormBackward> {
+  using P = NormBackward;
+  static constexpr const char* name = "norm_backward";
+  static constexpr Field<P> fields[] = {{"dout", &P::dout, Read::matrix},
+                                        {"dz", &P::dz, Read::matrix},
+                                        {"z", &P::z, Read::matrix},
+                                        {"weight", &P::weight},
+                                        {"mean", &P::mean},
+                                        {"rstd", &P::rstd},
+                                        {"seed", &P::seed},
+                                        {"dims", nullptr, Read::unread},
+                                        {"x_dtype", nullptr, Read::unread},
+                                        {"residual_dtype", nullptr, Read::unread},
+                                        {"weight_dtype", nullptr, Read::unread},
+                                        {"bias_dtype", nullptr, Read::unread}};
+  static constexpr Field<P> outputs[] = {{"dx", &P::dx, Read::matrix},
+                                         {"dresidual", &P::dresidual, Read::matrix},
+                                         {"dweight", &P::dweight},
+                                         {"dbias", &P::dbias}};
+  static constexpr auto config = Call<NormForward>::config;
+};
 
 template <>
 inline void check(const NormForward& p) {
@@ -42,50 +83,6 @@ inline void check(const NormBackward& p) {
   Argument("dresidual", p.dresidual).shape(matrix).dense(1).floating_beside(p.dtype());
   Argument("dweight", p.dweight).shape({p.width()}).dense().floating();
   Argument("dbias", p.dbias).shape({p.width()}).dense().floating();
-}
-
-inline void bind_norm(py::module_& m, void (*forward)(const NormForward&, Stream),
-                      void (*backward)(const NormBackward&, Stream)) {
-  m.def(
-      "norm_forward",
-      [forward](py::handle x, py::handle residual, py::handle weight, py::handle bias,
-                py::handle seed, py::handle out, py::handle z, py::handle mean, py::handle rstd,
-                const py::tuple& config, Stream stream) {
-        Reader read;
-        const NormForward params{read.matrix("x", x),         read.matrix("residual", residual),
-                                 read.view("weight", weight), read.view("bias", bias),
-                                 read.view("seed", seed),     read.matrix("out", out),
-                                 read.matrix("z", z),         read.view("mean", mean),
-                                 read.view("rstd", rstd),     norm_options(config)};
-        run_checked(forward, params, stream);
-      },
-      py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("seed"),
-      py::arg("out"), py::arg("z"), py::arg("mean"), py::arg("rstd"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes out and, where given, z, mean and rstd.");
-  m.def(
-      "norm_backward",
-      [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
-                 py::handle rstd, py::handle seed, py::handle dx, py::handle dresidual,
-                 py::handle dweight, py::handle dbias, const py::tuple& config, Stream stream) {
-        Reader read;
-        const NormBackward params{read.matrix("dout", dout),
-                                  read.matrix("dz", dz),
-                                  read.matrix("z", z),
-                                  read.view("weight", weight),
-                                  read.view("mean", mean),
-                                  read.view("rstd", rstd),
-                                  read.view("seed", seed),
-                                  read.matrix("dx", dx),
-                                  read.matrix("dresidual", dresidual),
-                                  read.view("dweight", dweight),
-                                  read.view("dbias", dbias),
-                                  norm_options(config)};
-        run_checked(backward, params, stream);
-      },
-      py::arg("dout"), py::arg("dz"), py::arg("z"), py::arg("weight"), py::arg("mean"),
-      py::arg("rstd"), py::arg("seed"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"),
-      py::arg("dbias"), py::arg("config"), py::arg("stream") = Stream(0),
-      "Writes dx and, where given, dresidual, dweight and dbias.");
 }
 
 }  // namespace fusedattn::bindings

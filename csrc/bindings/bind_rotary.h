@@ -1,23 +1,27 @@
-// The rotary embedding's function of a native module: Python's arguments into its parameter struct.
+// The rotary embedding's call as a parameter struct, and what it has to be.
 #pragma once
 
-#include "checks.h"
+#include "call.h"
 #include "rotary.h"
 
 namespace fusedattn::bindings {
 
-// cos or sin: (T, R/2) or (1 or B, T, R/2) as the latter.
-inline TensorView table_view(Reader& read, const char* name, py::handle table) {
-  TensorView result = read.broadcast(name, table, Align::last);
-  Argument(name, result).shape({1, result.shape[1], result.shape[2], result.shape[3]});
-  for (int i = 0; i < 3; ++i) {
-    result.shape[i] = result.shape[i + 1];
-    result.stride[i] = result.stride[i + 1];
-  }
-  result.shape[3] = 1;
-  result.stride[3] = 0;
-  return result;
-}
+// RotaryCall and RotaryConfig of fusedattn/ops/rotary_config.py; out may be x.
+template <>
+struct Call<Rotary> {
+  using P = Rotary;
+  static constexpr const char* name = "rotary_forward";
+  static constexpr Field<P> fields[] = {{"x", &P::x},
+                                        {"x2", &P::x2},
+                                        {"cos", &P::cos, Read::table},
+                                        {"sin", &P::sin, Read::table},
+                                        {"positions", &P::positions, Read::broadcast},
+                                        {"start", &P::offset}};
+  static constexpr Field<P> outputs[] = {{"out", &P::out}, {"out2", &P::out2}};
+  static constexpr auto config = std::tuple(Option{"interleaved", &RotaryOptions::interleaved},
+                                            Option{"inverse", &RotaryOptions::inverse},
+                                            Option{"offset", &RotaryOptions::offset});
+};
 
 template <>
 inline void check(const Rotary& p) {
@@ -39,33 +43,6 @@ inline void check(const Rotary& p) {
   Argument("out", p.out).given().shape(full).dtype(p.dtype());
   if (p.x2) Argument("out2", p.out2).given();
   Argument("out2", p.out2).shape(second).dtype(p.dtype());
-}
-
-// `config` is RotaryConfig of fusedattn/ops/rotary_config.py.
-inline void bind_rotary(py::module_& m, void (*forward)(const Rotary&, Stream)) {
-  m.def(
-      "rotary_forward",
-      [forward](py::handle x, py::handle x2, py::handle cos, py::handle sin, py::handle positions,
-                py::handle offset, py::handle out, py::handle out2, const py::tuple& config,
-                Stream stream) {
-        Rotary params;
-        Reader read;
-        params.x = read.view("x", x);
-        params.x2 = read.view("x2", x2);
-        params.cos = table_view(read, "cos", cos);
-        params.sin = table_view(read, "sin", sin);
-        params.positions = read.broadcast("positions", positions);
-        params.offset = read.view("offset", offset);
-        params.out = read.view("out", out);
-        params.out2 = read.view("out2", out2);
-        params.options.interleaved = config[0].cast<bool>();
-        params.options.inverse = config[1].cast<bool>();
-        params.options.offset = config[2].cast<int64_t>();
-        run_checked(forward, params, stream);
-      },
-      py::arg("x"), py::arg("x2"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
-      py::arg("offset"), py::arg("out"), py::arg("out2"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes out and, where given, out2; out may be x.");
 }
 
 }  // namespace fusedattn::bindings

@@ -1,10 +1,23 @@
-// Sinusoidal positions' function of a native module: Python's arguments into its parameter struct.
+// Sinusoidal positions' call as a parameter struct, and what it has to be.
 #pragma once
 
-#include "checks.h"
+#include "call.h"
 #include "sinusoidal.h"
 
 namespace fusedattn::bindings {
+
+// SinusoidalCall and SinusoidalConfig of fusedattn/ops/sinusoidal.py.
+template <>
+struct Call<Sinusoidal> {
+  using P = Sinusoidal;
+  static constexpr const char* name = "sinusoidal_forward";
+  static constexpr Field<P> fields[] = {
+      {"x", &P::x}, {"positions", &P::positions, Read::broadcast}, {"start", &P::offset}};
+  static constexpr Field<P> outputs[] = {{"out", &P::out}};
+  static constexpr auto config = std::tuple(Option{"base", &SinusoidalOptions::base},
+                                            Option{"scale", &SinusoidalOptions::scale},
+                                            Option{"offset", &SinusoidalOptions::offset});
+};
 
 template <>
 inline void check(const Sinusoidal& p) {
@@ -15,27 +28,6 @@ inline void check(const Sinusoidal& p) {
   Argument("positions", p.positions).integer();
   Argument("offset", p.offset).shape({1}).integer();
   Argument("out", p.out).given().shape(full).dtype(p.dtype());
-}
-
-// `config` is SinusoidalConfig of fusedattn/ops/sinusoidal.py.
-inline void bind_sinusoidal(py::module_& m, void (*forward)(const Sinusoidal&, Stream)) {
-  m.def(
-      "sinusoidal_forward",
-      [forward](py::handle x, py::handle positions, py::handle offset, py::handle out,
-                const py::tuple& config, Stream stream) {
-        Sinusoidal params;
-        Reader read;
-        params.x = read.view("x", x);
-        params.positions = read.broadcast("positions", positions);
-        params.offset = read.view("offset", offset);
-        params.out = read.view("out", out);
-        params.options.base = config[0].cast<double>();
-        params.options.scale = config[1].cast<double>();
-        params.options.offset = config[2].cast<int64_t>();
-        run_checked(forward, params, stream);
-      },
-      py::arg("x"), py::arg("positions"), py::arg("offset"), py::arg("out"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes out.");
 }
 
 }  // namespace fusedattn::bindings

@@ -1,18 +1,39 @@
-// Softmax's functions of a native module: Python's arguments into its parameter structs.
+// Softmax's calls as parameter structs, and what they have to be.
 #pragma once
 
-#include "checks.h"
+#include "call.h"
 #include "softmax.h"
 
 namespace fusedattn::bindings {
 
-// Tensors of fewer than four dimensions are those of four whose first ones have size 1.
-constexpr Align last = Align::last;
+// SoftmaxCall and SoftmaxConfig of fusedattn/ops/softmax_config.py. Tensors of fewer than four
+// dimensions are those of four whose first ones have size 1.
+template <>
+struct Call<SoftmaxForward> {
+  using P = SoftmaxForward;
+  static constexpr const char* name = "softmax_forward";
+  static constexpr Field<P> fields[] = {{"x", &P::x, Read::last},
+                                        {"mask", &P::mask, Read::broadcast_last},
+                                        {"bias", &P::bias, Read::broadcast_last},
+                                        {"dim", nullptr, Read::unread}};
+  static constexpr Field<P> outputs[] = {{"out", &P::out, Read::last}};
+  static constexpr auto config = std::tuple(Option{"causal", &SoftmaxOptions::causal},
+                                            Option{"scale", &SoftmaxOptions::scale});
+};
 
-// `config` is SoftmaxConfig of fusedattn/ops/softmax_config.py.
-inline SoftmaxOptions softmax_options(const py::tuple& config) {
-  return {causal_of<SoftmaxCausal>(config[0]), config[1].cast<double>()};
-}
+// SoftmaxBackwardCall.
+template <>
+struct Call<SoftmaxBackward> {
+  using P = SoftmaxBackward;
+  static constexpr const char* name = "softmax_backward";
+  static constexpr Field<P> fields[] = {{"dout", &P::dout, Read::last},
+                                        {"out", &P::out, Read::last},
+                                        {"dim", nullptr, Read::unread},
+                                        {"x_grad", nullptr, Read::unread},
+                                        {"bias_grad", nullptr, Read::unread}};
+  static constexpr Field<P> outputs[] = {{"dx", &P::dx, Read::last}, {"ds", &P::ds, Read::last}};
+  static constexpr auto config = Call<SoftmaxForward>::config;
+};
 
 template <>
 inline void check(const SoftmaxForward& p) {
@@ -32,34 +53,6 @@ inline void check(const SoftmaxBackward& p) {
   Argument("dout", p.dout).given().shape(full).dtype(p.dtype());
   Argument("dx", p.dx).shape(full).dtype(p.dtype());
   Argument("ds", p.ds).shape(full).dtype(wide(p.dtype()));
-}
-
-inline void bind_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, Stream),
-                         void (*backward)(const SoftmaxBackward&, Stream)) {
-  m.def(
-      "softmax_forward",
-      [forward](py::handle x, py::handle mask, py::handle bias, py::handle out,
-                const py::tuple& config, Stream stream) {
-        Reader read;
-        const SoftmaxForward params{read.view("x", x, last), read.broadcast("mask", mask, last),
-                                    read.broadcast("bias", bias, last), read.view("out", out, last),
-                                    softmax_options(config)};
-        run_checked(forward, params, stream);
-      },
-      py::arg("x"), py::arg("mask"), py::arg("bias"), py::arg("out"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes out.");
-  m.def(
-      "softmax_backward",
-      [backward](py::handle dout, py::handle out, py::handle dx, py::handle ds,
-                 const py::tuple& config, Stream stream) {
-        Reader read;
-        const SoftmaxBackward params{read.view("dout", dout, last), read.view("out", out, last),
-                                     read.view("dx", dx, last), read.view("ds", ds, last),
-                                     softmax_options(config)};
-        run_checked(backward, params, stream);
-      },
-      py::arg("dout"), py::arg("out"), py::arg("dx"), py::arg("ds"), py::arg("config"),
-      py::arg("stream") = Stream(0), "Writes dx and ds, where given.");
 }
 
 }  // namespace fusedattn::bindings

@@ -96,8 +96,7 @@ inline DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType
 
 // 0 none, 1 top-left, 2 bottom-right.
 template <class Causal>
-Causal causal_of(py::handle number) {
-  const int value = number.cast<int>();
+Causal causal_of(int value) {
   if (value < 0 || value > 2)
     throw py::value_error("fusedattn: got causal " + std::to_string(value) + ", expected 0 to 2");
   return Causal(value);
@@ -107,8 +106,8 @@ Causal causal_of(py::handle number) {
 template <class Params>
 void check(const Params& params);
 
-template <class Params>
-void run_checked(void (*run)(const Params&, Stream), const Params& params, Stream stream) {
+template <class Run, class Params>
+void run_checked(const Run& run, const Params& params, Stream stream) {
   check(params);
   const WithoutGil release;
   run(params, stream);

@@ -123,6 +123,19 @@ class Reader {
     return result;
   }
 
+  // (T, n) or (1 or B, T, n) as the latter.
+  TensorView table(const char* name, py::handle tensor) {
+    TensorView result = broadcast(name, tensor, Align::last);
+    if (result.shape[0] != 1) refuse(name, "four dimensions", "three at most");
+    for (int i = 0; i < 3; ++i) {
+      result.shape[i] = result.shape[i + 1];
+      result.stride[i] = result.stride[i + 1];
+    }
+    result.shape[3] = 1;
+    result.stride[3] = 0;
+    return result;
+  }
+
  private:
   dlpack::Tensor borrow(const char* name, py::handle tensor) {
     dlpack::Tensor raw;

@@ -156,16 +156,17 @@ inline void import_usual() {
   vector_keywords = keep(py::make_tuple("dtype", "device"));
 }
 
-inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, Stream),
-                            void (*backward)(const NormBackward&, Stream)) {
+// run(params, stream) serves a call.
+template <class Run>
+void bind_usual_norm(py::module_& m, const Run& run) {
   m.def(
       "usual_norm_forward",
-      [forward](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
-                py::handle residual, const py::tuple& config, bool with_gradient) -> py::object {
+      [run](py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias,
+            py::handle residual, const py::tuple& config, bool with_gradient) -> py::object {
         if (!usual_norm(x, normalized_shape, weight, bias, residual)) return py::none();
         Reader read;
         const TensorView source = read.matrix("x", x);
-        const NormOptions options = norm_options(config);
+        const NormOptions options = options_of<NormForward>(config);
         const bool statistics = with_gradient && (requires_grad(x) || requires_grad(residual) ||
                                                   requires_grad(weight) || requires_grad(bias));
         PyObject* const wide = source.dtype == DType::f64 ? float64 : float32;
@@ -183,7 +184,7 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
                                  read.view("mean", mean),
                                  read.view("rstd", rstd),
                                  options};
-        run_checked(forward, params, Stream(0));
+        run_checked(run, params, Stream(0));
         return py::make_tuple(out, z, mean, rstd);
       },
       py::arg("x"), py::arg("normalized_shape"), py::arg("weight"), py::arg("bias"),
@@ -192,8 +193,8 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
       "one; None where Python has to look.");
   m.def(
       "usual_norm_backward",
-      [backward](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
-                 py::handle rstd, const py::tuple& dtypes, const py::tuple& config) -> py::object {
+      [run](py::handle dout, py::handle dz, py::handle z, py::handle weight, py::handle mean,
+            py::handle rstd, const py::tuple& dtypes, const py::tuple& config) -> py::object {
         if (!usual_norm_backward(dout, dz, z, weight, mean, rstd, dtypes)) return py::none();
         const auto gradient = [&](int i, py::handle like) {
           return py::handle(dtypes[i]).is_none() ? py::object(py::none()) : empty_as(like);
@@ -212,8 +213,8 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
                                   read.matrix("dresidual", dresidual),
                                   read.view("dweight", dweight),
                                   read.view("dbias", dbias),
-                                  norm_options(config)};
-        run_checked(backward, params, Stream(0));
+                                  options_of<NormBackward>(config)};
+        run_checked(run, params, Stream(0));
         return py::make_tuple(dx, dresidual, dweight, dbias);
       },
       py::arg("dout"), py::arg("dz"), py::arg("z"), py::arg("weight"), py::arg("mean"),
@@ -222,38 +223,39 @@ inline void bind_usual_norm(py::module_& m, void (*forward)(const NormForward&, 
       "has to look.");
 }
 
-inline void bind_usual_softmax(py::module_& m, void (*forward)(const SoftmaxForward&, Stream),
-                               void (*backward)(const SoftmaxBackward&, Stream)) {
+template <class Run>
+void bind_usual_softmax(py::module_& m, const Run& run) {
   m.def(
       "usual_softmax", [](py::handle x, py::handle dim) { return usual_softmax(Usual(x), dim); },
       py::arg("x"), py::arg("dim"),
       "Whether softmax_forward takes these as they are; False where Python has to look.");
   m.def(
       "usual_softmax_forward",
-      [forward](py::handle x, py::handle dim, const py::tuple& config) -> py::object {
+      [run](py::handle x, py::handle dim, const py::tuple& config) -> py::object {
         if (!usual_softmax(Usual(x), dim)) return py::none();
         py::object out = empty_as(x);
         Reader read;
-        const SoftmaxForward params{read.view("x", x, last), TensorView{}, TensorView{},
-                                    read.view("out", out, last), softmax_options(config)};
-        run_checked(forward, params, Stream(0));
+        const SoftmaxForward params{read.view("x", x, Align::last), TensorView{}, TensorView{},
+                                    read.view("out", out, Align::last),
+                                    options_of<SoftmaxForward>(config)};
+        run_checked(run, params, Stream(0));
         return out;
       },
       py::arg("x"), py::arg("dim"), py::arg("config"),
       "out of such a call; None where Python has to look.");
   m.def(
       "usual_softmax_backward",
-      [backward](py::handle dout, py::handle out, py::handle dim,
-                 const py::tuple& config) -> py::object {
+      [run](py::handle dout, py::handle out, py::handle dim,
+            const py::tuple& config) -> py::object {
         const Usual gradient(dout), result(out);
         if (!gradient || !usual_softmax(result, dim) || !gradient.has_shape_of(result))
           return py::none();
         py::object dx = empty_as(out);
         Reader read;
-        const SoftmaxBackward params{read.view("dout", dout, last), read.view("out", out, last),
-                                     read.view("dx", dx, last), TensorView{},
-                                     softmax_options(config)};
-        run_checked(backward, params, Stream(0));
+        const SoftmaxBackward params{
+            read.view("dout", dout, Align::last), read.view("out", out, Align::last),
+            read.view("dx", dx, Align::last), TensorView{}, options_of<SoftmaxBackward>(config)};
+        run_checked(run, params, Stream(0));
         return dx;
       },
       py::arg("dout"), py::arg("out"), py::arg("dim"), py::arg("config"),

@@ -9,23 +9,24 @@
 
 namespace fusedattn {
 
-#define FUSEDATTN_DECLARE_ROWWISE(isa)    \
-  namespace isa {                         \
-  NormKernels norm_kernels();             \
-  SoftmaxKernels softmax_kernels();       \
-  RotaryKernels rotary_kernels();         \
-  SinusoidalKernels sinusoidal_kernels(); \
-  }
-FUSEDATTN_DECLARE_ROWWISE(generic)
-FUSEDATTN_DECLARE_ROWWISE(avx2)
-FUSEDATTN_DECLARE_ROWWISE(avx512)
-FUSEDATTN_DECLARE_ROWWISE(avx512_bf16)
-
-AttentionKernels attention_kernels_generic();
-AttentionKernels attention_kernels_avx2();
-AttentionKernels attention_kernels_avx512();
-AttentionKernels attention_kernels_avx512_bf16();
-AttentionKernels attention_kernels_amx();
+// <isa>::<op>_kernels(), of each op.
+#define FUSEDATTN_DECLARE(op, ...) KernelTable<__VA_ARGS__> op##_kernels();
+namespace generic {
+FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+}
+namespace avx2 {
+FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+}
+namespace avx512 {
+FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+}
+namespace avx512_bf16 {
+FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+}
+namespace amx {  // tiles multiply; the row-wise ops are those of the set below
+KernelTable<AttentionForward, AttentionBackward> attention_kernels();
+}
+#undef FUSEDATTN_DECLARE
 
 namespace {
 
@@ -63,12 +64,20 @@ bool has_amx() {
 }
 #endif
 
-// All ops of the set `isa`.
-#define FUSEDATTN_KERNELS(isa)                                                                     \
-  Kernels {                                                                                        \
-    attention_kernels_##isa(), isa::norm_kernels(), isa::softmax_kernels(), isa::rotary_kernels(), \
-        isa::sinusoidal_kernels()                                                                  \
-  }
+template <class... Params>
+void take(Kernels& all, const KernelTable<Params...>& of_op) {
+  ((static_cast<Table<Params>&>(all) = of_op), ...);
+}
+
+// Adds the kernels of an op, by name `op` in namespace `isa`.
+#define FUSEDATTN_TAKE(op, ...) take(set.kernels, op##_kernels());
+#define FUSEDATTN_SET(isa)           \
+  [] {                               \
+    using namespace isa;             \
+    InstructionSet set = {#isa, {}}; \
+    FUSEDATTN_OPS(FUSEDATTN_TAKE)    \
+    return set;                      \
+  }()
 
 std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
 
@@ -76,19 +85,21 @@ std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
 
 const std::vector<InstructionSet>& available_sets() {
   static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> found = {{"generic", FUSEDATTN_KERNELS(generic)}};
+    std::vector<InstructionSet> found = {FUSEDATTN_SET(generic)};
 #if FUSEDATTN_HAS_AVX2
-    if (has_avx2()) found.push_back({"avx2", FUSEDATTN_KERNELS(avx2)});
+    if (has_avx2()) found.push_back(FUSEDATTN_SET(avx2));
 #endif
 #if FUSEDATTN_HAS_AVX512
-    if (has_avx512()) found.push_back({"avx512", FUSEDATTN_KERNELS(avx512)});
+    if (has_avx512()) found.push_back(FUSEDATTN_SET(avx512));
 #endif
 #if FUSEDATTN_HAS_AVX512_BF16
-    if (has_avx512_bf16()) found.push_back({"avx512_bf16", FUSEDATTN_KERNELS(avx512_bf16)});
+    if (has_avx512_bf16()) found.push_back(FUSEDATTN_SET(avx512_bf16));
 #endif
 #if FUSEDATTN_HAS_AMX
-    // Tiles multiply; the row-wise ops are those of the set below.
-    if (has_amx()) found.push_back({"amx", {attention_kernels_amx(), {}, {}, {}, {}}});
+    if (has_amx()) {
+      found.push_back({"amx", {}});
+      take(found.back().kernels, amx::attention_kernels());
+    }
 #endif
     return found;
   }();

@@ -5,22 +5,16 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "norm.h"
-#include "rotary.h"
-#include "sinusoidal.h"
-#include "softmax.h"
+#include "ops.h"
 
 namespace fusedattn {
 
 // What one instruction set serves; what it leaves empty, a simpler one does.
-struct Kernels : AttentionKernels, NormKernels, SoftmaxKernels, RotaryKernels, SinusoidalKernels {
-  using AttentionKernels::of;
-  using NormKernels::of;
-  using RotaryKernels::of;
-  using SinusoidalKernels::of;
-  using SoftmaxKernels::of;
-};
+template <class, class... Params>
+using TableOf = KernelTable<Params...>;
+#define FUSEDATTN_PARAMS(op, ...) , __VA_ARGS__
+using Kernels = TableOf<void FUSEDATTN_OPS(FUSEDATTN_PARAMS)>;
+#undef FUSEDATTN_PARAMS
 
 struct InstructionSet {
   const char* name;

@@ -2,16 +2,16 @@
 #include "amx.h"
 #include "attention_kernels.h"
 
-namespace fusedattn {
+namespace fusedattn::FUSEDATTN_ISA {
 
-AttentionKernels attention_kernels_amx() {
+AttentionKernels attention_kernels() {
   // Less than a tile leaves most of it empty; fp32 also has to earn its splitting (measured).
   constexpr int64_t tile = 16 * 16, earned = 255 * 255;
   AttentionKernels kernels;
-  amx::add<amx::Amx<1>, amx::bf16>(kernels, DType::bf16, tile, tile);
-  amx::add<amx::Amx<2>, amx::f16>(kernels, DType::f16, tile, tile);
-  amx::add<amx::Amx<3>, float>(kernels, DType::f32, 100 * 100, earned);
+  add<Amx<1>, bf16>(kernels, DType::bf16, tile, tile);
+  add<Amx<2>, f16>(kernels, DType::f16, tile, tile);
+  add<Amx<3>, float>(kernels, DType::f32, 100 * 100, earned);
   return kernels;
 }
 
-}  // namespace fusedattn
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -1,8 +1,8 @@
 #define FUSEDATTN_ISA avx2
 #include "attention_kernels.h"
 
-namespace fusedattn {
+namespace fusedattn::FUSEDATTN_ISA {
 
-AttentionKernels attention_kernels_avx2() { return avx2::fma_kernels(); }
+AttentionKernels attention_kernels() { return fma_kernels(); }
 
-}  // namespace fusedattn
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -1,8 +1,8 @@
 #define FUSEDATTN_ISA avx512
 #include "attention_kernels.h"
 
-namespace fusedattn {
+namespace fusedattn::FUSEDATTN_ISA {
 
-AttentionKernels attention_kernels_avx512() { return avx512::fma_kernels(); }
+AttentionKernels attention_kernels() { return fma_kernels(); }
 
-}  // namespace fusedattn
+}  // namespace fusedattn::FUSEDATTN_ISA

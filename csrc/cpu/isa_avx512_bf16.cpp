@@ -2,12 +2,12 @@
 #include "attention_kernels.h"
 #include "bf16_dot.h"
 
-namespace fusedattn {
+namespace fusedattn::FUSEDATTN_ISA {
 
-AttentionKernels attention_kernels_avx512_bf16() {
+AttentionKernels attention_kernels() {
   AttentionKernels kernels;
-  avx512_bf16::add<avx512_bf16::Bf16Dot, avx512_bf16::bf16>(kernels, DType::bf16);
+  add<Bf16Dot, bf16>(kernels, DType::bf16);
   return kernels;
 }
 
-}  // namespace fusedattn
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -1,8 +1,8 @@
 #define FUSEDATTN_ISA generic
 #include "attention_kernels.h"
 
-namespace fusedattn {
+namespace fusedattn::FUSEDATTN_ISA {
 
-AttentionKernels attention_kernels_generic() { return generic::fma_kernels(); }
+AttentionKernels attention_kernels() { return fma_kernels(); }
 
-}  // namespace fusedattn
+}  // namespace fusedattn::FUSEDATTN_ISA

@@ -2,11 +2,7 @@
 #include <omp.h>
 #include <pybind11/stl.h>
 
-#include "bindings/bind_attention.h"
-#include "bindings/bind_norm.h"
-#include "bindings/bind_rotary.h"
-#include "bindings/bind_sinusoidal.h"
-#include "bindings/bind_softmax.h"
+#include "bindings/bind_all.h"
 #include "bindings/usual.h"
 #include "cache.h"
 #include "dispatch.h"
@@ -15,10 +11,12 @@
 namespace fusedattn {
 namespace {
 
-template <class Params>
-void on_cpu(const Params& params, Stream) {
-  run(params);
-}
+struct OnCpu {
+  template <class Params>
+  void operator()(const Params& params, Stream) const {
+    run(params);
+  }
+};
 
 }  // namespace
 }  // namespace fusedattn
@@ -31,14 +29,10 @@ PYBIND11_MODULE(_cpu, m) {
   available_sets();
   cache_bytes(1);
   bindings::import_exchange();
-  bindings::bind_attention(m, on_cpu<AttentionForward>, on_cpu<AttentionBackward>);
-  bindings::bind_norm(m, on_cpu<NormForward>, on_cpu<NormBackward>);
-  bindings::bind_softmax(m, on_cpu<SoftmaxForward>, on_cpu<SoftmaxBackward>);
-  bindings::bind_rotary(m, on_cpu<Rotary>);
-  bindings::bind_sinusoidal(m, on_cpu<Sinusoidal>);
+  bindings::bind_all(m, OnCpu());
   bindings::import_usual();
-  bindings::bind_usual_norm(m, on_cpu<NormForward>, on_cpu<NormBackward>);
-  bindings::bind_usual_softmax(m, on_cpu<SoftmaxForward>, on_cpu<SoftmaxBackward>);
+  bindings::bind_usual_norm(m, OnCpu());
+  bindings::bind_usual_softmax(m, OnCpu());
   m.def("instruction_sets", &instruction_sets,
         "Names of the instruction sets usable on this processor, simplest first.");
   m.def("select_instruction_set", &select_instruction_set, pybind11::arg("name"),

@@ -6,11 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "norm.h"
-#include "rotary.h"
-#include "sinusoidal.h"
-#include "softmax.h"
+#include "ops.h"
 
 namespace fusedattn::cuda {
 
@@ -26,13 +22,10 @@ std::vector<AttentionTiles> attention_tiles();
 // The release of nvcc that gave these registers.
 std::string attention_registers_release();
 
-void run(const AttentionForward& params, Stream stream);
-void run(const AttentionBackward& params, Stream stream);
-void run(const NormForward& params, Stream stream);
-void run(const NormBackward& params, Stream stream);
-void run(const SoftmaxForward& params, Stream stream);
-void run(const SoftmaxBackward& params, Stream stream);
-void run(const Rotary& params, Stream stream);
-void run(const Sinusoidal& params, Stream stream);
+#define FUSEDATTN_DECLARE(op, Forward, ...) \
+  void run(const Forward&, Stream);         \
+  __VA_OPT__(void run(const __VA_ARGS__&, Stream);)
+FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+#undef FUSEDATTN_DECLARE
 
 }  // namespace fusedattn::cuda

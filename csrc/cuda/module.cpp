@@ -3,11 +3,7 @@
 // loads where there is neither.
 #include <pybind11/stl.h>
 
-#include "bindings/bind_attention.h"
-#include "bindings/bind_norm.h"
-#include "bindings/bind_rotary.h"
-#include "bindings/bind_sinusoidal.h"
-#include "bindings/bind_softmax.h"
+#include "bindings/bind_all.h"
 #include "cuda/kernels.h"
 #include "cuda/targets.h"
 
@@ -15,11 +11,7 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace fusedattn;
   m.doc() = "CUDA kernels. fusedattn.ops checks their arguments first, and says more.";
   bindings::import_exchange(dlpack::device_cuda);
-  bindings::bind_attention(m, cuda::run, cuda::run);
-  bindings::bind_norm(m, cuda::run, cuda::run);
-  bindings::bind_softmax(m, cuda::run, cuda::run);
-  bindings::bind_rotary(m, cuda::run);
-  bindings::bind_sinusoidal(m, cuda::run);
+  bindings::bind_all(m, [](const auto& params, Stream stream) { cuda::run(params, stream); });
   m.def(
       "attention_tiles",
       [] {

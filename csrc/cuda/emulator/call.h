@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/call.h"
 #include "cuda/kernels.h"
 #include "memory.h"
 
@@ -14,18 +15,6 @@ namespace fusedattn::emulator {
 inline void add_tensor(const TensorView* view) {
   view == nullptr ? Memory::here().clear() : Memory::here().add_tensor(*view);
 }
-
-// What the kernels write.
-inline auto outputs(const AttentionForward& p) { return std::array{p.out, p.lse}; }
-inline auto outputs(const AttentionBackward& p) { return std::array{p.dq, p.dk, p.dv}; }
-inline auto outputs(const NormForward& p) { return std::array{p.out, p.z, p.mean, p.rstd}; }
-inline auto outputs(const NormBackward& p) {
-  return std::array{p.dx, p.dresidual, p.dweight, p.dbias};
-}
-inline auto outputs(const SoftmaxForward& p) { return std::array{p.out}; }
-inline auto outputs(const SoftmaxBackward& p) { return std::array{p.dx, p.ds}; }
-inline auto outputs(const Rotary& p) { return std::array{p.out, p.out2}; }
-inline auto outputs(const Sinusoidal& p) { return std::array{p.out}; }
 
 // Run kernels on the tensors that the binding has read, with NaN in every output. At the end each
 // element of them must have been written.
@@ -43,7 +32,10 @@ void checked_call(const Views& outputs, const Function& kernels) {
 
 template <class Params>
 void checked(const Params& params, Stream stream) {
-  checked_call(outputs(params), [&] { cuda::run(params, stream); });
+  constexpr const auto& fields = bindings::Call<Params>::outputs;
+  std::array<TensorView, std::size(fields)> outputs;
+  for (size_t i = 0; i < outputs.size(); ++i) outputs[i] = params.*fields[i].to;
+  checked_call(outputs, [&] { cuda::run(params, stream); });
 }
 
 }  // namespace fusedattn::emulator

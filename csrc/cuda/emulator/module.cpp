@@ -1,11 +1,7 @@
 // The Python module fusedattn._cuda_emulated: _cuda's functions on the emulator, for the tests.
 #include <pybind11/stl.h>
 
-#include "bindings/bind_attention.h"
-#include "bindings/bind_norm.h"
-#include "bindings/bind_rotary.h"
-#include "bindings/bind_sinusoidal.h"
-#include "bindings/bind_softmax.h"
+#include "bindings/bind_all.h"
 #include "cuda/emulator/call.h"
 #include "cuda/emulator/flaws.h"
 #include "cuda/emulator/machine.h"
@@ -26,11 +22,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.doc() = "The CUDA kernels on a host emulator that checks what they do.";
   bindings::import_exchange();
   bindings::seen = emulator::add_tensor;
-  bindings::bind_attention(m, checked<AttentionForward>, checked<AttentionBackward>);
-  bindings::bind_norm(m, checked<NormForward>, checked<NormBackward>);
-  bindings::bind_softmax(m, checked<SoftmaxForward>, checked<SoftmaxBackward>);
-  bindings::bind_rotary(m, checked<Rotary>);
-  bindings::bind_sinusoidal(m, checked<Sinusoidal>);
+  bindings::bind_all(m, [](const auto& params, Stream stream) { checked(params, stream); });
   emulator::bind_instructions(m);
   emulator::bind_planted(m);
   emulator::bind_schedule(m);

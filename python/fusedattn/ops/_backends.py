@@ -1,17 +1,19 @@
-"""What every op's backends have in common: which tensors they take, and the stream of a launch."""
+"""What every op's backends have in common: which tensors they take, and the native kernels."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from ._registry import Refusal
+from ._registry import Backend, Refusal
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -85,6 +87,61 @@ def triton_refuses(x: Tensor, requested: bool, what: str = "the tensors") -> Ref
     return None
 
 
-def stream_of(x: Tensor) -> int:
-    """The current CUDA stream on the device of `x`, as native code takes it; 0 on a CPU."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+def standard_backends(
+    op: str,
+    given: Callable[[Any], Tensor],
+    triton: Callable[[], Any],
+    reference: Callable[[], Any],
+    what: str = "the tensors",
+    gpu_refuses: Callable[[Any], Refusal | None] = lambda call: None,
+) -> tuple[Backend, ...]:
+    """The backends of an op in order of preference, where one tensor of a call decides.
+
+    given(call): that tensor, to the user `what`. triton, reference: they give the kernels.
+    gpu_refuses: why those for a GPU do not take a call that they else would.
+    """
+
+    def native(module: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: native_kernels(module(), op)
+
+    def with_gpu(refuse: Callable[[Tensor, bool], Refusal | None]) -> Any:
+        return lambda call, named: refuse(given(call), named) or gpu_refuses(call)
+
+    return (
+        Backend(
+            "cpu",
+            lambda call, named: cpu_refuses(given(call), what),
+            native(lambda: _native.cpu),
+        ),
+        Backend(
+            "cuda", with_gpu(lambda x, named: cuda_refuses(x, what)), native(lambda: _native.cuda)
+        ),
+        Backend("triton", with_gpu(lambda x, named: triton_refuses(x, named, what)), triton),
+        Backend("cuda_emulated", with_gpu(emulated_refuses), native(_native.cuda_emulated)),
+        Backend("reference", lambda call, named: None, reference),
+    )
+
+
+def native_kernels(native: Any, op: str) -> SimpleNamespace:
+    """A native module's `forward` and `backward` of an op, each kernel(call, *outputs).
+
+    They take tensors of fewer dimensions than the kernels do: `any_rank`.
+    """
+    found = {
+        direction: getattr(native, f"{op}_{direction}")
+        for direction in ("forward", "backward")
+        if hasattr(native, f"{op}_{direction}")
+    }
+    if native is _native.cuda:
+        found = {direction: _on_stream(function) for direction, function in found.items()}
+    return SimpleNamespace(**found, any_rank=True)
+
+
+def _on_stream(function: Any) -> Any:
+    """`function` on the current CUDA stream, which native code takes as an integer."""
+
+    def kernel(call: Any, *outputs: Tensor | None) -> None:
+        device = next(x.device for x in outputs if x is not None)
+        function(call, *outputs, torch.cuda.current_stream(device).cuda_stream)
+
+    return kernel

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, native_kernels, triton_refuses
 from ._checks import HALVES
 from ._library import LibraryOp, plain
 from ._op import Outputs
@@ -52,30 +52,6 @@ def _refuse_pending(call: AttentionCall) -> Refusal | None:
 
 def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     return cpu_refuses(call.q, "q, k and v") or _refuse_pending(call)
-
-
-def _same(x: Any, most: int = 0) -> Any:
-    return x
-
-
-def _native_kernels(native: Any, prepare: Any = _same, lengths: Any = _same) -> Any:
-    """`prepare` makes of a tensor one that the kernels can read, `lengths` of kv_lengths."""
-
-    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
-        q, k, v, mask, bias, kv_lengths = call[:6]
-        native.attention_forward(
-            prepare(q), prepare(k), prepare(v), mask, bias, lengths(kv_lengths, k.shape[2]), out,
-            lse, call.config, stream_of(q),
-        )  # fmt: skip
-
-    def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
-        dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
-        native.attention_backward(
-            prepare(dout), dlse, prepare(q), prepare(k), prepare(v), prepare(out), lse, *grads,
-            mask, bias, lengths(kv_lengths, k.shape[2]), call.config, stream_of(q),
-        )  # fmt: skip
-
-    return SimpleNamespace(forward=forward, backward=backward)
 
 
 # --- cuda: csrc/cuda/attention.cu ----------------------------------------------------------------
@@ -128,17 +104,25 @@ def _emulated_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 
 
 def _cuda_kernels(native: Any) -> Any:
-    def packed(x: Tensor | None) -> Tensor | None:
-        return x if x is None or _in_packs(x) else x.clone(memory_format=torch.contiguous_format)
+    """Rows of 16 bytes and int32 lengths, copied where they are not so."""
+    run = native_kernels(native, "attention")
 
-    def in_32_bits(kv_lengths: Tensor | None, most: int) -> Tensor | None:
-        if kv_lengths is None or kv_lengths.dtype == torch.int32:
-            return kv_lengths
-        if kv_lengths.untyped_storage().nbytes() == 0:
-            return kv_lengths  # freed, which the native module refuses
-        return kv_lengths.clamp(0, most).to(torch.int32)
+    def readable(call: Any) -> Any:
+        changed = {}
+        for name in ("q", "k", "v", "out", "dout"):
+            x = getattr(call, name, None)
+            if x is not None and not _in_packs(x):
+                changed[name] = x.clone(memory_format=torch.contiguous_format)
+        lengths = call.kv_lengths
+        wide = lengths is not None and lengths.dtype == torch.int64
+        if wide and lengths.untyped_storage().nbytes() != 0:  # freed: for the module to refuse
+            changed["kv_lengths"] = lengths.clamp(0, call.k.shape[2]).to(torch.int32)
+        return call._replace(**changed) if changed else call
 
-    return _native_kernels(native, packed, in_32_bits)
+    return SimpleNamespace(
+        forward=lambda call, *outputs: run.forward(readable(call), *outputs),
+        backward=lambda call, *grads: run.backward(readable(call), *grads),
+    )
 
 
 # --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
@@ -158,24 +142,7 @@ def _triton_kernels() -> Any:
     from ..kernels.attention_bwd import attention_backward
     from ..kernels.attention_fwd import attention_forward
 
-    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
-        attention_forward(
-            *call[:3], out, lse, mask=call.mask, bias=call.bias, kv_lengths=call.kv_lengths,
-            config=call.config,
-        )  # fmt: skip
-
-    def backward(call: AttentionBackwardCall, *grads: Any) -> None:
-        dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
-        *_, dbias = grads
-        total = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
-        attention_backward(
-            dout, dlse, q, k, v, out, lse, *grads[:3], total,
-            mask=mask, bias=bias, kv_lengths=kv_lengths, config=call.config,
-        )  # fmt: skip
-        if dbias is not None:
-            dbias.copy_(total)
-
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=attention_forward, backward=attention_backward)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
@@ -238,7 +205,7 @@ def _reference_kernels() -> Any:
 
 
 BACKENDS = (
-    Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
+    Backend("cpu", _cpu_refuses, lambda: native_kernels(_native.cpu, "attention")),
     Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
     Backend("triton", _triton_refuses, _triton_kernels),
     Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),

@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._backends import standard_backends
 from ._library import LibraryOp
 from ._op import Outputs
-from ._registry import Backend, Refusal
+from ._registry import Refusal
 from .norm_config import (
     NormBackwardCall,
     NormCall,
@@ -49,23 +48,6 @@ def _rows_of(call: Any) -> Tensor:
     return call.x if isinstance(call, NormCall) else call.z
 
 
-# --- cpu: csrc/cpu/rowwise/norm.cpp --------------------------------------------------------------
-
-
-def _cpu_refuses(call: Any, requested: bool) -> Refusal | None:
-    return cpu_refuses(_rows_of(call), "x")
-
-
-def _native_kernels(native: Any) -> Any:
-    def forward(call: NormCall, *outputs: Tensor | None) -> None:
-        native.norm_forward(*call[:5], *outputs, call.config, stream_of(call.x))
-
-    def backward(call: NormBackwardCall, *grads: Tensor | None) -> None:
-        native.norm_backward(*call[:7], *grads, call.config, stream_of(call.z))
-
-    return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
-
-
 # --- cuda: csrc/cuda/norm.cu ---------------------------------------------------------------------
 
 
@@ -77,30 +59,14 @@ def _float64_refused(call: Any) -> Refusal | None:
     return None
 
 
-def _cuda_refuses(call: Any, requested: bool) -> Refusal | None:
-    return cuda_refuses(_rows_of(call), "x") or _float64_refused(call)
-
-
-def _emulated_refuses(call: Any, requested: bool) -> Refusal | None:
-    return emulated_refuses(_rows_of(call), requested) or _float64_refused(call)
-
-
 # --- triton: kernels/norm_fwd.py, norm_bwd.py ----------------------------------------------------
-
-
-def _triton_refuses(call: Any, requested: bool) -> Refusal | None:
-    return triton_refuses(_rows_of(call), requested, "x") or _float64_refused(call)
 
 
 def _triton_kernels() -> Any:
     from ..kernels.norm_bwd import norm_backward
     from ..kernels.norm_fwd import norm_forward
 
-    return SimpleNamespace(
-        forward=lambda call, *outputs: norm_forward(*call[:5], *outputs, call.config),
-        backward=lambda call, *grads: norm_backward(*call[:7], *grads, call.config),
-        any_rank=False,
-    )
+    return SimpleNamespace(forward=norm_forward, backward=norm_backward, any_rank=False)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
@@ -145,12 +111,8 @@ def _options(config: NormConfig) -> dict[str, Any]:
     }
 
 
-BACKENDS = (
-    Backend("cpu", _cpu_refuses, lambda: _native_kernels(_native.cpu)),
-    Backend("cuda", _cuda_refuses, lambda: _native_kernels(_native.cuda)),
-    Backend("triton", _triton_refuses, _triton_kernels),
-    Backend("cuda_emulated", _emulated_refuses, lambda: _native_kernels(_native.cuda_emulated())),
-    Backend("reference", lambda call, requested: None, _reference_kernels),
+BACKENDS = standard_backends(
+    "norm", _rows_of, _triton_kernels, _reference_kernels, "x", gpu_refuses=_float64_refused
 )
 
 # --- outputs -------------------------------------------------------------------------------------

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._backends import standard_backends
 from ._checks import HALVES
 from ._library import LibraryOp
-from ._registry import Backend
 from .rotary_config import RotaryCall, check_call
 
 Outputs = tuple[Tensor, Tensor | None]
@@ -25,19 +23,10 @@ Outputs = tuple[Tensor, Tensor | None]
 # --- backends ------------------------------------------------------------------------------------
 
 
-def _native_kernels(native: Any) -> Any:
-    def forward(call: RotaryCall, *outputs: Tensor | None) -> None:
-        native.rotary_forward(*call[:-1], *outputs, call.config, stream_of(call.x))
-
-    return SimpleNamespace(forward=forward)
-
-
 def _triton_kernels() -> Any:
     from ..kernels.rotary import rotary_forward
 
-    return SimpleNamespace(
-        forward=lambda call, *outputs: rotary_forward(*call[:-1], *outputs, call.config)
-    )
+    return SimpleNamespace(forward=rotary_forward)
 
 
 def formula(call: RotaryCall) -> Outputs:
@@ -63,17 +52,7 @@ def _reference_kernels() -> Any:
     return SimpleNamespace(forward=forward)
 
 
-BACKENDS = (
-    Backend("cpu", lambda call, _: cpu_refuses(call.x), lambda: _native_kernels(_native.cpu)),
-    Backend("cuda", lambda call, _: cuda_refuses(call.x), lambda: _native_kernels(_native.cuda)),
-    Backend("triton", lambda call, named: triton_refuses(call.x, named), _triton_kernels),
-    Backend(
-        "cuda_emulated",
-        lambda call, named: emulated_refuses(call.x, named),
-        lambda: _native_kernels(_native.cuda_emulated()),
-    ),
-    Backend("reference", lambda call, _: None, _reference_kernels),
-)
+BACKENDS = standard_backends("rotary", lambda call: call.x, _triton_kernels, _reference_kernels)
 
 # --- what runs -----------------------------------------------------------------------------------
 

@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._backends import standard_backends
 from ._checks import HALVES, check_number, check_offset, check_positions
 from ._library import LibraryOp, hand_over, has_override, is_overridden
 from ._op import Op
-from ._registry import Backend
 from .rotary_config import validate_input
 
 
@@ -74,20 +72,10 @@ def prepare(
 # --- backends: forward(call, out) ----------------------------------------------------------------
 
 
-def _native_kernels(native: Any) -> Any:
-    return SimpleNamespace(
-        forward=lambda call, out: native.sinusoidal_forward(
-            *call[:-1], out, call.config, stream_of(call.x)
-        )
-    )
-
-
 def _triton_kernels() -> Any:
     from ..kernels.sinusoidal import sinusoidal_forward
 
-    return SimpleNamespace(
-        forward=lambda call, out: sinusoidal_forward(*call[:-1], out, call.config)
-    )
+    return SimpleNamespace(forward=sinusoidal_forward)
 
 
 def _formula(call: SinusoidalCall) -> tuple[Tensor]:
@@ -101,20 +89,11 @@ def _formula(call: SinusoidalCall) -> tuple[Tensor]:
     return (out.to(x.dtype),)
 
 
-BACKENDS = (
-    Backend("cpu", lambda call, _: cpu_refuses(call.x), lambda: _native_kernels(_native.cpu)),
-    Backend("cuda", lambda call, _: cuda_refuses(call.x), lambda: _native_kernels(_native.cuda)),
-    Backend("triton", lambda call, named: triton_refuses(call.x, named), _triton_kernels),
-    Backend(
-        "cuda_emulated",
-        lambda call, named: emulated_refuses(call.x, named),
-        lambda: _native_kernels(_native.cuda_emulated()),
-    ),
-    Backend(
-        "reference",
-        lambda call, _: None,
-        lambda: SimpleNamespace(forward=lambda call, out: out.copy_(_formula(call)[0])),
-    ),
+BACKENDS = standard_backends(
+    "sinusoidal",
+    lambda call: call.x,
+    _triton_kernels,
+    lambda: SimpleNamespace(forward=lambda call, out: out.copy_(_formula(call)[0])),
 )
 
 # --- library op: on (B, S, W), positions (1 or B, S) ---------------------------------------------

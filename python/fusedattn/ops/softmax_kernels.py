@@ -2,8 +2,8 @@
 
 Kernels are objects with
 
-    forward(x, mask, bias, out, config)
-    backward(dout, out, dx, ds, config)
+    forward(call, out)              call a `SoftmaxCall`
+    backward(call, dx, ds)          call a `SoftmaxBackwardCall`
 
 on tensors (B, H, rows, width) of any strides; a mask or a bias may have size 1 or stride 0 where it
 is broadcast. They write every element of out, dx and ds; nothing is empty. dx and ds, which is
@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, stream_of, triton_refuses
+from ._backends import standard_backends
 from ._checks import HALVES
 from ._library import LibraryOp
-from ._registry import Backend
 from .softmax_config import (
     SoftmaxBackwardCall,
     SoftmaxCall,
@@ -72,19 +70,6 @@ def _mergeable(t: Tensor, i: int) -> bool:
     return 1 in t.shape[i : i + 2] or t.stride(i) == t.size(i + 1) * t.stride(i + 1)
 
 
-# --- cpu, cuda: csrc/cpu/rowwise/softmax.cpp, csrc/cuda/softmax.cu -------------------------------
-
-
-def _native_kernels(native: Any) -> Any:
-    def forward(x, mask, bias, out, config):
-        native.softmax_forward(x, mask, bias, out, config, stream_of(x))
-
-    def backward(dout, out, dx, ds, config):
-        native.softmax_backward(dout, out, dx, ds, config, stream_of(out))
-
-    return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
-
-
 # --- triton: kernels/softmax.py ------------------------------------------------------------------
 
 
@@ -105,15 +90,17 @@ def _reference_kernels() -> Any:
             return None
         return (x.float() if x.dtype in HALVES else x).contiguous()
 
-    def forward(x, mask, bias, out, config):
+    def forward(call: SoftmaxCall, out: Tensor) -> None:
+        x, mask, bias, _, config = call
         with torch.autocast(x.device.type, enabled=False):
             found = reference.softmax(
                 wide(x), mask=mask, bias=wide(bias), scale=config.scale, causal=config.causal_name
             )
         out.copy_(found)
 
-    def backward(dout, out, dx, ds, config):
-        found = reference.softmax_backward(wide(dout), wide(out), scale=config.scale)
+    def backward(call: SoftmaxBackwardCall, dx: Any, ds: Any) -> None:
+        dout, out = wide(call.dout), wide(call.out)
+        found = reference.softmax_backward(dout, out, scale=call.config.scale)
         for grad, value in zip((dx, ds), found, strict=True):
             if grad is not None:
                 grad.copy_(value)
@@ -126,27 +113,7 @@ def _given(call: Any) -> Tensor:
     return call.x if isinstance(call, SoftmaxCall) else call.out
 
 
-BACKENDS = (
-    Backend(
-        "cpu",
-        lambda call, named: cpu_refuses(_given(call), "x"),
-        lambda: _native_kernels(_native.cpu),
-    ),
-    Backend(
-        "cuda",
-        lambda call, named: cuda_refuses(_given(call), "x"),
-        lambda: _native_kernels(_native.cuda),
-    ),
-    Backend(
-        "triton", lambda call, named: triton_refuses(_given(call), named, "x"), _triton_kernels
-    ),
-    Backend(
-        "cuda_emulated",
-        lambda call, named: emulated_refuses(_given(call), named),
-        lambda: _native_kernels(_native.cuda_emulated()),
-    ),
-    Backend("reference", lambda call, named: None, _reference_kernels),
-)
+BACKENDS = standard_backends("softmax", _given, _triton_kernels, _reference_kernels, "x")
 
 # --- what runs -----------------------------------------------------------------------------------
 
@@ -161,10 +128,10 @@ def _run_forward(call: SoftmaxCall, kernels: Any) -> tuple[Tensor]:
     if x.numel() == 0:
         return (out,)
     if kernels.any_rank and x.dim() <= 4 and _is_last(x, dim):
-        kernels.forward(x, mask, bias, out, config)
+        kernels.forward(call, out)
         return (out,)
     for o, a, m, b in views((out, x, mask, bias), dim, config.causal):
-        kernels.forward(a, m, b, o, config)
+        kernels.forward(SoftmaxCall(a, m, b, -1, config), o)
     return (out,)
 
 
@@ -181,14 +148,14 @@ def _empty_gradients(call: SoftmaxBackwardCall) -> tuple[Tensor | None, Tensor |
 
 
 def _run_backward(call: SoftmaxBackwardCall, kernels: Any) -> tuple[Tensor | None, Tensor | None]:
-    dout, out, dim, _, _, config = call
+    dout, out, dim, *_, config = call
     dx, ds = _empty_gradients(call)
     if out.numel() != 0:
         if kernels.any_rank and out.dim() <= 4 and _is_last(out, dim):
-            kernels.backward(dout, out, dx, ds, config)
+            kernels.backward(call, dx, ds)
         else:
             for o, g, a, s in views((out, dout, dx, ds), dim, config.causal):
-                kernels.backward(g, o, a, s, config)
+                kernels.backward(call._replace(dout=g, out=o, dim=-1), a, s)
     return dx, ds
 
 

@@ -1,0 +1,16 @@
+// The ops. What every op has in each module is made from this list.
+#pragma once
+
+#include "attention.h"
+#include "norm.h"
+#include "rotary.h"
+#include "sinusoidal.h"
+#include "softmax.h"
+
+// ROW(op, forward parameters[, backward parameters]); op is the stem of its files.
+#define FUSEDATTN_OPS(ROW)                            \
+  ROW(attention, AttentionForward, AttentionBackward) \
+  ROW(norm, NormForward, NormBackward)                \
+  ROW(softmax, SoftmaxForward, SoftmaxBackward)       \
+  ROW(rotary, Rotary)                                 \
+  ROW(sinusoidal, Sinusoidal)

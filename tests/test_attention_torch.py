@@ -8,6 +8,7 @@ from functools import partial
 import fusedattn
 import pytest
 import torch
+from fusedattn.ops.attention_config import AttentionCall, AttentionConfig
 from processes import in_a_new_process
 from torch._subclasses import FakeTensorMode
 from torch.utils import flop_counter
@@ -19,7 +20,6 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 FORWARD, BACKWARD = (getattr(torch.ops.fusedattn, f"attention_{d}").default for d in ("fwd", "bwd"))
-NO_WINDOW = (-1, -1, 0.0, 0.0, False)
 
 
 def heads_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,12 +28,11 @@ def heads_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 OPERANDS = {
-    "plain": lambda: [torch.randn(2, 2, 196, 8) for _ in "qkv"] + [None] * 6,
+    "plain": lambda: [torch.randn(2, 2, 196, 8) for _ in "qkv"],
     "transposed, Dv, GQA, bf16": lambda: [
         heads_last(2, 4, 257, 16, dtype=torch.bfloat16),
         heads_last(2, 2, 131, 16, dtype=torch.bfloat16),
         torch.randn(2, 2, 131, 24).bfloat16(),
-        *[None] * 6,
     ],
     "mask, bias, lengths": lambda: [
         torch.randn(2, 4, 33, 8)[..., ::2],
@@ -42,22 +41,22 @@ OPERANDS = {
         torch.rand(1, 1, 33, 20) < 0.7,
         torch.randn(1, 4, 20, 33).mT,
         torch.tensor([20, 7], dtype=torch.int32),
-        *[None] * 3,
     ],
-    "empty": lambda: [torch.randn(2, 2, 0, 8) for _ in "qkv"] + [None] * 6,
-    "float64": lambda: [torch.randn(1, 2, 5, 3, dtype=torch.float64) for _ in "qkv"] + [None] * 6,
+    "empty": lambda: [torch.randn(2, 2, 0, 8) for _ in "qkv"],
+    "float64": lambda: [torch.randn(1, 2, 5, 3, dtype=torch.float64) for _ in "qkv"],
 }
 
 
 def forward_args(name: str, backend: str) -> list:
-    return [*OPERANDS[name](), backend, 2, 0.3, *NO_WINDOW]
+    return [*AttentionCall(*OPERANDS[name]())[:-1], backend, *AttentionConfig(2, 0.3)]
 
 
 def backward_args(name: str, backend: str) -> list:
     args = forward_args(name, backend)
     out, lse = FORWARD(*args)
     bias_grad = args[4] is not None
-    return [torch.randn_like(out), torch.randn_like(lse), out, lse, *args, bias_grad]
+    wanted = [bias_grad, *[False] * 4]
+    return [torch.randn_like(out), torch.randn_like(lse), out, lse, *args, *wanted]
 
 
 @pytest.mark.parametrize("name", OPERANDS)
@@ -126,13 +125,12 @@ def test_raw_op_under_autocast():
     """The op's own rule: q, k and v are cast, but no float64, and a float32 bias is not."""
     q, k, v = torch.randn(3, 1, 2, 6, 4)
     bias = torch.randn(1, 1, 6, 6)
-    tail = [*[None] * 4, "reference", 0, 0.5, *NO_WINDOW]
-    rest = [None, bias, *tail]
+    rest = {"bias": bias, "backend": "reference", "scale": 0.5}
     with torch.autocast("cpu", torch.bfloat16):
-        found = FORWARD(q, k, v, *rest)
+        found = FORWARD(q, k, v, **rest)
         in_64_bits = [x.double() for x in (q, k, v)]
-        assert FORWARD(*in_64_bits, None, bias.double(), *tail)[0].dtype == torch.float64
-    want = FORWARD(q.bfloat16(), k.bfloat16(), v.bfloat16(), *rest)
+        assert FORWARD(*in_64_bits, **rest | {"bias": bias.double()})[0].dtype == torch.float64
+    want = FORWARD(q.bfloat16(), k.bfloat16(), v.bfloat16(), **rest)
     assert found[0].dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 

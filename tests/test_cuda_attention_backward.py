@@ -35,9 +35,8 @@ def backward(made: dict, case: AttentionCase, deterministic: bool = False) -> di
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dout, dlse = (made[f"d{x}"] if x in case.grads else None for x in BOTH)
     config = configure(q.shape[3], case.causal, case.scale, None, None, 0.0, deterministic)
-    call = AttentionBackwardCall(
-        dout, dlse, out, lse, q, k, v, None, None, made["kv_lengths"], *[None] * 3, False, config
-    )
+    lengths = made["kv_lengths"]
+    call = AttentionBackwardCall(dout, dlse, out, lse, q, k, v, kv_lengths=lengths, config=config)
     emulated.attention_backward(call, dq, dk, dv, None)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 

@@ -60,8 +60,8 @@ class Run:
             return {"out": out, "lse": lse}
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         call = AttentionBackwardCall(
-            made["dout"], made["dlse"], self.out, self.lse, q, k, v, None, None, kv_lengths,
-            *[None] * 3, False, self.config,
+            made["dout"], made["dlse"], self.out, self.lse, q, k, v, kv_lengths=kv_lengths,
+            config=self.config,
         )  # fmt: skip
         emulated.attention_backward(call, dq, dk, dv, None)
         return {"dq": dq, "dk": dk, "dv": dv}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import fusedattn
 import pytest
 import torch
+from fusedattn.ops.attention_config import AttentionCall, AttentionConfig
 from op_calls import OP_CALLS, arguments, outputs
 from processes import in_a_new_process
 
@@ -143,10 +145,10 @@ def valid_calls():
     R = torch.randn
     q, k, dout, lse = R(2, 2, 5, 8), R(2, 1, 6, 8), R(2, 2, 5, 8), R(2, 2, 5)
     extras = (torch.ones(2, 1, 5, 6, dtype=torch.bool), R(1, 2, 5, 6), torch.tensor([6, 4]))
-    options = ("cpu", 2, 0.3, -1, -1, 0.0, 0.0, False)
-    inputs = (q, k, k.clone(), *extras, None, None, None)
-    yield "attention_fwd", (*inputs, *options)
-    yield "attention_bwd", (dout, lse.clone(), dout.clone(), lse, *inputs, *options, True)
+    *inputs, config = AttentionCall(q, k, k.clone(), *extras, config=AttentionConfig(2, 0.3))
+    yield "attention_fwd", (*inputs, "cpu", *config)
+    grads = (dout, lse.clone(), dout.clone(), lse)
+    yield "attention_bwd", (*grads, *inputs, "cpu", *config, True)
     x, w, b, rows = R(4, 3, 8), R(8), R(8), R(4, 3)
     seed, f32 = torch.tensor([7]), torch.float32
     for centre in (True, False):
@@ -213,12 +215,39 @@ def test_the_raw_op_in_place_has_no_gradient():
         torch.ops.fusedattn.rotary_(x, *args[1:])
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [(0, 1), (1, 1), (2, 3.0), (3, 0.5)], ids=["left", "right", "cap", "drop"]
-)
-def test_options_of_the_schema_are_refused_until_they_are_served(option, value):
+NOT_YET = {
+    **{name: torch.ones(2) for name in AttentionCall._fields[6:-1]},
+    "window_left": 1, "window_right": 1, "softcap": 3.0, "dropout_p": 0.5, "max_seqlen_q": 4,
+    "max_seqlen_k": 4, "table_kind": 1, "table_distance": 8, "block_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_what_no_kernel_takes_yet_is_refused(name):
     (_, args), *_ = valid_calls()
-    args = [*args]
-    args[12 + option] = value
     with pytest.raises(fusedattn.UnsupportedError, match="not supported yet"):
-        torch.ops.fusedattn.attention_fwd(*args)
+        torch.ops.fusedattn.attention_fwd(*args[:3], **{name: NOT_YET[name]})
+
+
+class EveryOp(torch.nn.Module):
+    """One call of each, of all their tensors."""
+
+    def forward(self, tensors: dict[str, dict[str, torch.Tensor]]):
+        return [x for op, given in tensors.items() for x in outputs(OP_CALLS[op].run(**given))]
+
+
+SAVED = Path(__file__).parent / "saved" / "every_op-0.1.0.pt2"
+
+
+def test_a_program_of_the_first_release_still_loads():
+    """Saved by `python tests/test_library_ops.py`, once; its ops have the arguments of then."""
+    given = {op: call.tensors(torch.float32) for op, call in OP_CALLS.items()}
+    found = torch.export.load(SAVED).module()(given)
+    for x, want in zip(found, EveryOp()(given), strict=True):
+        assert torch.equal(x, want)
+
+
+if __name__ == "__main__":
+    given = {op: call.tensors(torch.float32) for op, call in OP_CALLS.items()}
+    SAVED.parent.mkdir(exist_ok=True)
+    torch.export.save(torch.export.export(EveryOp(), (given,)), SAVED)

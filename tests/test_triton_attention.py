@@ -100,10 +100,8 @@ def launch(
 ) -> dict[str, Tensor]:
     """Both launchers, called directly; NaN in every output that is not given."""
     q, k, v, bias = (made[name] for name in ("q", "k", "v", "bias"))
-    call = AttentionCall(
-        q, k, v, made["mask"], bias, made["kv_lengths"], None, None, None,
-        AttentionConfig(causal, scale),
-    )  # fmt: skip
+    config = AttentionConfig(causal, scale)
+    call = AttentionCall(q, k, v, made["mask"], bias, made["kv_lengths"], config=config)
     found = {
         "out": q.new_full((*q.shape[:3], v.shape[3]), torch.nan),
         "lse": q.new_full(q.shape[:3], torch.nan, dtype=torch.float32),
@@ -116,7 +114,7 @@ def launch(
     attention_forward(call, *results)
     grads = (found[name] for name in ("dq", "dk", "dv", "dbias"))
     attention_backward(
-        AttentionBackwardCall(made["dout"], made["dlse"], *results, *call[:-1], True, call.config),
+        AttentionBackwardCall(made["dout"], made["dlse"], *results, *call[:-1], config=config),
         *grads,
     )
     return {name: x for name, x in found.items() if x is not None}

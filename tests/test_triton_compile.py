@@ -131,10 +131,10 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
         bias = torch.empty(1, 4, seq, seq, dtype=dtype)
     lengths = torch.empty(2, dtype=torch.int32)
     config = AttentionConfig(causal, 0.1)
-    call = AttentionCall(q, k, v, mask, bias, lengths, None, None, None, config)
+    call = AttentionCall(q, k, v, mask, bias, lengths, config=config)
     attention_forward(call, out, lse)
     dbias = None if bias is None else bias.float()
-    backward = AttentionBackwardCall(dout, dlse, out, lse, *call[:-1], dbias is not None, config)
+    backward = AttentionBackwardCall(dout, dlse, out, lse, *call[:-1], config=config)
     attention_backward(backward, dq, dk, dv, dbias)
 
 

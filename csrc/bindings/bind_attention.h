@@ -20,13 +20,23 @@ struct Call<AttentionForward> {
                                         {"kv_lengths", &P::kv_lengths},
                                         {"alibi_slopes", nullptr, Read::refused},
                                         {"sinks", nullptr, Read::refused},
-                                        {"seed", nullptr, Read::refused}};
+                                        {"scales", nullptr, Read::refused},
+                                        {"seed", nullptr, Read::refused},
+                                        {"bias_table", nullptr, Read::refused},
+                                        {"prefix_lengths", nullptr, Read::refused},
+                                        {"documents_q", nullptr, Read::refused},
+                                        {"documents_k", nullptr, Read::refused},
+                                        {"mask_blocks", nullptr, Read::refused},
+                                        {"cu_seqlens_q", nullptr, Read::refused},
+                                        {"cu_seqlens_k", nullptr, Read::refused},
+                                        {"block_table", nullptr, Read::refused}};
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
-  static constexpr auto config =
-      std::tuple(Option{"causal", &O::causal}, Option{"scale", &O::scale},
-                 Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
-                 Option{"softcap", &O::softcap}, Option{"dropout_p", &O::dropout_p},
-                 Option{"deterministic", &O::deterministic});
+  static constexpr auto config = std::tuple(
+      Option{"causal", &O::causal}, Option{"scale", &O::scale},
+      Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
+      Option{"softcap", &O::softcap}, Option{"dropout_p", &O::dropout_p},
+      Option{"deterministic", &O::deterministic}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
+      Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
 };
 
 // AttentionBackwardCall.
@@ -46,8 +56,21 @@ struct Call<AttentionBackward> {
                                         {"kv_lengths", &P::kv_lengths},
                                         {"alibi_slopes", nullptr, Read::refused},
                                         {"sinks", nullptr, Read::refused},
+                                        {"scales", nullptr, Read::refused},
                                         {"seed", nullptr, Read::refused},
-                                        {"bias_grad", nullptr, Read::unread}};
+                                        {"bias_table", nullptr, Read::refused},
+                                        {"prefix_lengths", nullptr, Read::refused},
+                                        {"documents_q", nullptr, Read::refused},
+                                        {"documents_k", nullptr, Read::refused},
+                                        {"mask_blocks", nullptr, Read::refused},
+                                        {"cu_seqlens_q", nullptr, Read::refused},
+                                        {"cu_seqlens_k", nullptr, Read::refused},
+                                        {"block_table", nullptr, Read::refused},
+                                        {"bias_grad", nullptr, Read::unread},
+                                        {"alibi_slopes_grad", nullptr, Read::unread},
+                                        {"sinks_grad", nullptr, Read::unread},
+                                        {"scales_grad", nullptr, Read::unread},
+                                        {"bias_table_grad", nullptr, Read::unread}};
   static constexpr Field<P> outputs[] = {
       {"dq", &P::dq}, {"dk", &P::dk}, {"dv", &P::dv}, {"dbias", &P::dbias, Read::broadcast}};
   static constexpr auto config = Call<AttentionForward>::config;

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+
+from ..ops._library import with_defaults
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -81,11 +83,11 @@ def _attention_fwd(q, k, v, mask, bias, kv_lengths, *_: Any):
 
 
 def _attention_bwd(dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, *options: Any):
-    bias_grad = options[-1]
+    bias_grad = options[-5]
     like_out = [(dout, "bh.."), (dlse, "bh."), (out, "bh.."), (lse, "bh.")]
     inputs = like_out + _attention_inputs(q, k, v, mask, bias, kv_lengths)
     grads = [*(_named(x, "bh..") for x in (q, k, v)), _named(bias, "bh..") if bias_grad else None]
-    return _shardings(_attention_ways(q, k), inputs, grads, gradients=True)
+    return _shardings(_attention_ways(q, k), inputs, [*grads, *[None] * 4], gradients=True)
 
 
 # --- norms and softmax: along every dimension that is not reduced ---------------------------------
@@ -161,12 +163,14 @@ def _sinusoidal_fwd(x, positions, start, *_: Any):
 @functools.cache
 def register() -> None:
     """Tell DTensor the rules. `rotary_` has none: in place nothing can be redistributed."""
-    ops = torch.ops.fusedattn
-    register_sharding(ops.attention_fwd.default)(_attention_fwd)
-    register_sharding(ops.attention_bwd.default)(_attention_bwd)
-    register_sharding(ops.norm_fwd.default)(_norm_fwd)
-    register_sharding(ops.norm_bwd.default)(_norm_bwd)
-    register_sharding(ops.softmax_fwd.default)(_softmax_fwd)
-    register_sharding(ops.softmax_bwd.default)(_softmax_bwd)
-    register_sharding(ops.rotary_fwd.default)(_rotary_fwd)
-    register_sharding(ops.sinusoidal_fwd.default)(_sinusoidal_fwd)
+    rules = (
+        _attention_fwd, _attention_bwd, _norm_fwd, _norm_bwd, _softmax_fwd, _softmax_bwd,
+        _rotary_fwd, _sinusoidal_fwd,
+    )  # fmt: skip
+    for rule in rules:
+        op = getattr(torch.ops.fusedattn, rule.__name__.removeprefix("_")).default
+        register_sharding(op)(_on_all_arguments(op, rule))
+
+
+def _on_all_arguments(op: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: rule(*with_defaults(op, args))

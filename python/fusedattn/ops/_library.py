@@ -39,7 +39,8 @@ class LibraryOp:
 
     The fields of `call` are tensors, then plain options, then flags, then a config. In the schema
     the backend's name and the fields of the config stand before the flags: DTensor's cache knows
-    what follows the first int. An absent output is None here and an empty tensor to torch.
+    what follows the first int. What has a default has it in the schema too, so that a program saved
+    before a field was there still loads. An absent output is None here, to torch an empty tensor.
 
     outputs: their names.
     allocate(call) -> the outputs, unwritten, which is the fake kernel too.
@@ -71,12 +72,15 @@ class LibraryOp:
         self._flags = sum(kind is bool for _, kind in fields)
         self._leading = len(fields) - self._flags
         self.tensors = sum(kind in (Tensor, Tensor | None) for _, kind in fields)
-        arguments = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in fields]
+        arguments = [_argument(field, kind, call._field_defaults) for field, kind in fields]
         for i in range(mutates):
             arguments[i] = arguments[i].replace("Tensor", f"Tensor({'ab'[i]}!)", 1)
         options = get_type_hints(self._config).items()
-        configured = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in options]
-        arguments[self._leading : self._leading] = ["str backend", *configured]
+        defaults = self._config._field_defaults
+        configured = [_argument(field, kind, defaults) for field, kind in options]
+        arguments[self._leading : self._leading] = ['str backend="auto"', *configured]
+        last = max((i for i, each in enumerate(arguments) if "=" not in each), default=-1)
+        arguments[:last] = [each.split("=")[0] for each in arguments[:last]]
         returns = ", ".join(f"Tensor {each}" for each in outputs)
         _library.define(f"{name}({', '.join(arguments)}) -> ({returns})")
         self.packet = getattr(torch.ops.fusedattn, name)
@@ -131,6 +135,7 @@ class LibraryOp:
 
     def _rebuild(self, args: Sequence[Any]) -> tuple[Any, str]:
         """The call and the backend, from the arguments in the schema's order."""
+        args = with_defaults(self.packet.default, args)
         n, end = self._leading, len(args) - self._flags
         return self.call(*args[:n], *args[end:], self._config(*args[n + 1 : end])), args[n]
 
@@ -172,6 +177,20 @@ class LibraryOp:
                     f"{self.packet}: got {name} of shape {tuple(x.shape)} without data, expected "
                     "its elements: its storage was freed, or it is a subclass that has none"
                 )
+
+
+def with_defaults(op: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """All arguments of an op; torch leaves out the last ones where they are the default."""
+    missing = op._schema.arguments[len(args) :]
+    return (*args, *(each.default_value for each in missing)) if missing else args
+
+
+def _argument(field: str, kind: Any, defaults: dict[str, Any]) -> str:
+    """Its declaration in a schema; an optional tensor is None by default."""
+    declared = f"{_SCHEMA_TYPES[kind]} {field}"
+    if kind == Tensor | None:
+        return f"{declared}=None"
+    return f"{declared}={defaults[field]}" if field in defaults else declared
 
 
 def _cast(packet: Any, tensors: int, device: str) -> Callable[..., Any]:

@@ -43,16 +43,18 @@ _autocast_anywhere = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
+_NO_GRADIENTS = (None,) * 13  # of what stands behind the bias
+
 # --- autograd ------------------------------------------------------------------------------------
 
 
 def _keep(call: AttentionCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple]:
-    return (*outputs, *call[:-1]), (wanted[4], call.config)
+    return (*outputs, *call[:-1]), (wanted[4], False, False, False, False, call.config)
 
 
 def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
-    dq, dk, dv, dbias = run(AttentionBackwardCall(*douts, *saved, *rest))
-    return dq, dk, dv, None, dbias, None, None, None, None
+    dq, dk, dv, dbias, *_ = run(AttentionBackwardCall(*douts, *saved, *rest))
+    return dq, dk, dv, None, dbias, *_NO_GRADIENTS
 
 
 op = Op(
@@ -91,7 +93,7 @@ def _prepare(
     config = (remembered if usual else configure)(
         head_dim, causal, scale, window, softcap, dropout_p, deterministic
     )
-    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, None, config)
+    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config=config)
 
 
 def attention(

@@ -30,52 +30,69 @@ class AttentionConfig(NamedTuple):
     """The options of one call, in the order of the library ops' schemas.
 
     causal: 0 none, 1 top-left, 2 bottom-right. window: keys seen to the left and to the right of
-    the diagonal, −1 for unbounded. softcap: 0 for none. No backend takes window, softcap or dropout
-    yet: they have their places here, in the schema and in the kernels' parameters. deterministic:
-    no gradient is a sum in an order that changes from call to call.
+    the diagonal, −1 for unbounded. softcap: 0 for none. deterministic: no gradient is a sum in an
+    order that changes from call to call.
+
+    The schema is in exported programs, so that what is to come has its place already: no backend
+    takes window, softcap, dropout or one of these yet. max_seqlen_q, max_seqlen_k: of packed
+    sequences, 0 where nobody knows. table_kind: what `bias_table` is indexed by, 0 none, 1 T5's
+    buckets, 2 those of a decoder, 3 clipped distances; table_distance: from there on all are one.
+    block_size: queries and keys of an entry of `mask_blocks`.
     """
 
-    causal: int
-    scale: float
+    causal: int = 0
+    scale: float = 1.0
     window_left: int = -1
     window_right: int = -1
     softcap: float = 0.0
     dropout_p: float = 0.0
     deterministic: bool = False
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    table_kind: int = 0
+    table_distance: int = 0
+    block_size: int = 0
 
     @property
     def causal_name(self) -> bool | str:
         """The public spelling of `causal`."""
         return (False, "top_left", "bottom_right")[self.causal]
 
-    @property
-    def pending(self) -> str | None:
-        """The first option in use that no kernel takes yet."""
-        if self[2:6] == (-1, -1, 0.0, 0.0):
-            return None
-        windowed = self.window_left >= 0 or self.window_right >= 0
-        return "window" if windowed else "softcap" if self.softcap else "dropout_p"
-
 
 class AttentionCall(NamedTuple):
-    """One call: mask and bias of four dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
+    """One call: mask and bias of four dimensions, each 1 or that of the scores (B, Hq, Sq, Sk).
+
+    From alibi_slopes on no backend takes them yet: slopes, sinks and scales of the heads, the
+    dropout's seed, a (buckets, Hq) table of biases, lengths of prefixes (B,), documents (B, S) of
+    queries and keys, which blocks are seen, the offsets of packed sequences, and the pages of a
+    cache.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-    kv_lengths: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seed: Tensor | None
-    config: AttentionConfig
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    scales: Tensor | None = None
+    seed: Tensor | None = None
+    bias_table: Tensor | None = None
+    prefix_lengths: Tensor | None = None
+    documents_q: Tensor | None = None
+    documents_k: Tensor | None = None
+    mask_blocks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
+    config: AttentionConfig = AttentionConfig()
 
 
 class AttentionBackwardCall(NamedTuple):
     """The gradients of out and lse, either None for zero, with what the forward had and gave.
 
-    bias_grad: the gradient of the bias is wanted.
+    <tensor>_grad: its gradient is wanted; those of q, k and v always are.
     """
 
     dout: Tensor | None
@@ -85,19 +102,32 @@ class AttentionBackwardCall(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-    kv_lengths: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seed: Tensor | None
-    bias_grad: bool
-    config: AttentionConfig
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    scales: Tensor | None = None
+    seed: Tensor | None = None
+    bias_table: Tensor | None = None
+    prefix_lengths: Tensor | None = None
+    documents_q: Tensor | None = None
+    documents_k: Tensor | None = None
+    mask_blocks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
+    bias_grad: bool = False
+    alibi_slopes_grad: bool = False
+    sinks_grad: bool = False
+    scales_grad: bool = False
+    bias_table_grad: bool = False
+    config: AttentionConfig = AttentionConfig()
 
     @property
     def forward(self) -> AttentionCall:
         """The call whose gradient this is."""
-        return AttentionCall(*self[4:13], self.config)
+        return AttentionCall(*self[4:22], self.config)
 
 
 def configure(

@@ -27,24 +27,34 @@ from ._registry import Backend, Refusal
 from .attention_config import (
     AttentionBackwardCall,
     AttentionCall,
+    AttentionConfig,
     check_backward_call,
     check_call,
 )
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# Of q, k, v, bias, alibi_slopes, sinks, scales and bias_table; the last four are still None.
+Gradients = tuple[Tensor | None, ...]
 
 # --- backends ------------------------------------------------------------------------------------
 
 
-def _refuse_pending(call: AttentionCall) -> Refusal | None:
-    name = call.config.pending
-    if call.alibi_slopes is not None:
-        name = "alibi_slopes"
-    elif call.sinks is not None:
-        name = "sinks"
-    elif call.seed is not None:
-        name = "seed"
-    return Refusal(f"{name} is not supported yet", f"leave {name} out") if name else None
+# What no kernel takes yet: tensors from alibi_slopes on, options but causal, scale, deterministic.
+_PENDING = AttentionCall._fields[6:-1]
+_NO_TENSOR = (None,) * len(_PENDING)
+_USUAL = AttentionConfig()
+_SERVED_OPTIONS = {"causal", "scale", "deterministic"}
+
+
+def _refuse_pending(call: Any) -> Refusal | None:
+    given = call[6:18] if type(call) is AttentionCall else call[10:22]
+    config = call.config
+    if given == _NO_TENSOR and config[2:6] == _USUAL[2:6] and config[7:] == _USUAL[7:]:
+        return None
+    found = [name for name, x in zip(_PENDING, given, strict=True) if x is not None]
+    options = zip(config._fields, config, _USUAL, strict=True)
+    found += [name for name, x, usual in options if x != usual and name not in _SERVED_OPTIONS]
+    name = found[0].removesuffix("_left").removesuffix("_right")
+    return Refusal(f"{name} is not supported yet", f"leave {name} out")
 
 
 # --- cpu: csrc/cpu -------------------------------------------------------------------------------
@@ -167,7 +177,8 @@ def backward_formula(call: AttentionBackwardCall) -> Outputs:
         *grads, ds = reference.attention_backward(
             dout, call.dlse, q, k, v, **_options(call), bias=call.bias
         )
-    return *grads, ds.sum_to_size(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
+    dbias = ds.sum_to_size(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
+    return *grads, dbias, None, None, None, None
 
 
 def _wide(x: Any) -> Any:
@@ -197,7 +208,7 @@ def _reference_kernels() -> Any:
             target.copy_(found)
 
     def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
-        for target, found in zip(grads, backward_formula(contiguous(call)), strict=True):
+        for target, found in zip(grads, backward_formula(contiguous(call)), strict=False):
             if target is not None:
                 target.copy_(found)
 
@@ -228,7 +239,8 @@ def _empty_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def _empty_gradients(call: AttentionBackwardCall) -> Gradients:
     dbias = call.bias.new_empty(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
-    return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), dbias
+    like = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    return *like, dbias, None, None, None, None
 
 
 def _run_forward(call: AttentionCall, kernels: Any) -> tuple[Tensor, Tensor]:
@@ -246,7 +258,7 @@ def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
             if x is not None:
                 x.zero_()
         return grads
-    kernels.backward(call, *grads)
+    kernels.backward(call, *grads[:4])
     return grads
 
 
@@ -271,7 +283,8 @@ attention_fwd = LibraryOp(
 )  # fmt: skip
 attention_fwd.autocast(3)  # q, k and v; a bias keeps its dtype
 attention_bwd = LibraryOp(
-    "attention_bwd", AttentionBackwardCall, ("dq", "dk", "dv", "dbias"),
+    "attention_bwd", AttentionBackwardCall,
+    ("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks", "dscales", "dbias_table"),
     allocate=_empty_gradients, run=_run_backward, check=check_backward_call,
-    wanted=lambda call: (True, True, True, call.bias_grad), flops=_backward_flops,
+    wanted=lambda call: (True, True, True, *call[22:27]), flops=_backward_flops,
 )  # fmt: skip

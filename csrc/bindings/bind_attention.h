@@ -33,9 +33,8 @@ struct Call<AttentionForward> {
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
   static constexpr auto config = std::tuple(
       Option{"causal", &O::causal}, Option{"scale", &O::scale},
-      Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
-      Option{"softcap", &O::softcap}, Option{"dropout_p", &O::dropout_p},
-      Option{"deterministic", &O::deterministic}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
+      Option{"deterministic", &O::deterministic}, Unread{"window_left"}, Unread{"window_right"},
+      Unread{"softcap"}, Unread{"dropout_p"}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
       Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
 };
 

@@ -8,15 +8,10 @@ namespace fusedattn {
 
 enum class Causal : int { none, top_left, bottom_right };
 
-// window, softcap and dropout have their places; no native kernel reads them yet. deterministic:
-// the same gradients each time, where a kernel would otherwise add them in any order.
+// deterministic: the same gradients each time, where a kernel would otherwise add them in any order.
 struct AttentionOptions {
   Causal causal = Causal::none;
   double scale = 1.0;
-  int64_t window_left = -1;
-  int64_t window_right = -1;
-  double softcap = 0.0;
-  double dropout_p = 0.0;
   bool deterministic = false;
 };
 

@@ -43,6 +43,7 @@ _autocast_anywhere = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
+_NOTHING = (None,) * 10  # of the call's tensors, what no public argument gives
 _NO_GRADIENTS = (None,) * 13  # of what stands behind the bias
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def _prepare(
     config = (remembered if usual else configure)(
         head_dim, causal, scale, window, softcap, dropout_p, deterministic
     )
-    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, config=config)
+    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, *_NOTHING, config)
 
 
 def attention(

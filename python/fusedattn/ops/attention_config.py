@@ -29,9 +29,9 @@ from ._checks import (
 class AttentionConfig(NamedTuple):
     """The options of one call, in the order of the library ops' schemas.
 
-    causal: 0 none, 1 top-left, 2 bottom-right. window: keys seen to the left and to the right of
-    the diagonal, −1 for unbounded. softcap: 0 for none. deterministic: no gradient is a sum in an
-    order that changes from call to call.
+    causal: 0 none, 1 top-left, 2 bottom-right. deterministic: no gradient is a sum in an order that
+    changes from call to call. window: keys seen to the left and to the right of the diagonal, −1
+    for unbounded. softcap: 0 for none.
 
     The schema is in exported programs, so that what is to come has its place already: no backend
     takes window, softcap, dropout or one of these yet. max_seqlen_q, max_seqlen_k: of packed
@@ -42,11 +42,11 @@ class AttentionConfig(NamedTuple):
 
     causal: int = 0
     scale: float = 1.0
+    deterministic: bool = False
     window_left: int = -1
     window_right: int = -1
     softcap: float = 0.0
     dropout_p: float = 0.0
-    deterministic: bool = False
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     table_kind: int = 0
@@ -157,11 +157,11 @@ def configure(
     return AttentionConfig(
         check_causal(op, causal),
         head_dim**-0.5 if scale is None else check_number(op, "scale", scale, expected),
+        check_flag(op, "deterministic", deterministic),
         left,
         right,
         cap,
         check_probability(op, "dropout_p", dropout_p),
-        check_flag(op, "deterministic", deterministic),
     )
 
 

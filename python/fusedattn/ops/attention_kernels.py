@@ -38,21 +38,20 @@ Gradients = tuple[Tensor | None, ...]
 # --- backends ------------------------------------------------------------------------------------
 
 
-# What no kernel takes yet: tensors from alibi_slopes on, options but causal, scale, deterministic.
+# What no kernel takes yet: tensors from alibi_slopes on, options from window_left on.
 _PENDING = AttentionCall._fields[6:-1]
 _NO_TENSOR = (None,) * len(_PENDING)
-_USUAL = AttentionConfig()
-_SERVED_OPTIONS = {"causal", "scale", "deterministic"}
+_NO_OPTION = AttentionConfig()[3:]
 
 
 def _refuse_pending(call: Any) -> Refusal | None:
     given = call[6:18] if type(call) is AttentionCall else call[10:22]
     config = call.config
-    if given == _NO_TENSOR and config[2:6] == _USUAL[2:6] and config[7:] == _USUAL[7:]:
+    if given == _NO_TENSOR and config[3:] == _NO_OPTION:
         return None
     found = [name for name, x in zip(_PENDING, given, strict=True) if x is not None]
-    options = zip(config._fields, config, _USUAL, strict=True)
-    found += [name for name, x, usual in options if x != usual and name not in _SERVED_OPTIONS]
+    options = zip(config._fields[3:], config[3:], _NO_OPTION, strict=True)
+    found += [name for name, x, usual in options if x != usual]
     name = found[0].removesuffix("_left").removesuffix("_right")
     return Refusal(f"{name} is not supported yet", f"leave {name} out")
 

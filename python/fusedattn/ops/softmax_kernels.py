@@ -29,6 +29,7 @@ from ._registry import Backend
 from .softmax_config import (
     SoftmaxBackwardCall,
     SoftmaxCall,
+    SoftmaxConfig,
     check_backward_call,
     check_call,
 )
@@ -76,10 +77,14 @@ def _mergeable(t: Tensor, i: int) -> bool:
 
 
 def _native_kernels(native: Any) -> Any:
-    def forward(x, mask, bias, out, config):
+    def forward(
+        x: Tensor, mask: Tensor | None, bias: Tensor | None, out: Tensor, config: SoftmaxConfig
+    ) -> None:
         native.softmax_forward(x, mask, bias, out, config, stream_of(x))
 
-    def backward(dout, out, dx, ds, config):
+    def backward(
+        dout: Tensor, out: Tensor, dx: Tensor | None, ds: Tensor | None, config: SoftmaxConfig
+    ) -> None:
         native.softmax_backward(dout, out, dx, ds, config, stream_of(out))
 
     return SimpleNamespace(forward=forward, backward=backward, any_rank=True)
@@ -105,14 +110,18 @@ def _reference_kernels() -> Any:
             return None
         return (x.float() if x.dtype in HALVES else x).contiguous()
 
-    def forward(x, mask, bias, out, config):
+    def forward(
+        x: Tensor, mask: Tensor | None, bias: Tensor | None, out: Tensor, config: SoftmaxConfig
+    ) -> None:
         with torch.autocast(x.device.type, enabled=False):
             found = reference.softmax(
                 wide(x), mask=mask, bias=wide(bias), scale=config.scale, causal=config.causal_name
             )
         out.copy_(found)
 
-    def backward(dout, out, dx, ds, config):
+    def backward(
+        dout: Tensor, out: Tensor, dx: Tensor | None, ds: Tensor | None, config: SoftmaxConfig
+    ) -> None:
         found = reference.softmax_backward(wide(dout), wide(out), scale=config.scale)
         for grad, value in zip((dx, ds), found, strict=True):
             if grad is not None:

@@ -8,6 +8,8 @@ rowwise.py        the same for norms, softmax, rotary and sinusoidal positions
 rowwise_peers.py  those ops in fusedattn, PyTorch and Liger, and what the oracle says
 figures.py        a version's rates, share of the limit and ratios
 transformer.py    the reference transformers trained side by side
-report.py         JSON, CSV, terminal tables and plots
+report.py         JSON, CSV and terminal tables
+plots.py          plots
+markdown.py       a kept run's figures as Markdown tables
 suite.py          the whole run
 """

@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedattn.benchmarks import report, rowwise, suite, transformer
+from fusedattn.benchmarks import markdown, report, rowwise, suite, transformer
 from fusedattn.benchmarks.attention import Case
 from fusedattn.reference.transformer import BEGIN, END, MASK, PAD
+from processes import ROOT
 from rich.console import Console
 
 CPU = torch.device("cpu")
@@ -47,6 +48,29 @@ def finished(tmp_path_factory):
     printed = io.StringIO()
     results = suite.run(plan, folder, Console(file=printed, width=200))
     return results, folder, printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda p: p.stem
+)
+def test_tables_of_a_kept_run_say_what_its_json_says(path):
+    page = path.with_suffix(".md").read_text()
+    assert page == markdown.page(path.stem, json.loads(path.read_text()))
+    assert f"({path.with_suffix('.md').name})" in (path.parent / "README.md").read_text()
+
+
+def test_tables_leave_out_a_peer_that_is_wrong(finished):
+    _, folder, _ = finished
+    stored = json.loads((folder / "results.json").read_text())
+    page = markdown.page("results", stored)
+    assert all(f"## {part}\n" in page for part in suite.PARTS[:2])
+    assert "| encoder (BERT) | all fused |" in page
+    row = stored["attention"][0]
+    for wrong in (False, True):
+        for name, figures in row["versions"].items():
+            figures["within_tolerance"] = not (wrong and name.startswith("sdpa"))
+        cells = markdown.attention([row]).splitlines()[-1].split(" | ")
+        assert (cells[3] == "") == wrong
 
 
 def test_the_json_holds_every_figure(finished):

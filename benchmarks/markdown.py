@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .peers import OURS
 from .report import Row, digits, flop_unit
+from .versions import OURS
 
 PEERS = {"sdpa": "SDPA", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
          "torch.compile": "compiled", "flex": "FlexAttention"}  # fmt: skip

@@ -10,6 +10,7 @@
 # as it is: only fusedattn itself is installed into it, and nothing is fetched.
 
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+BUILD := setup.py csrc/toolchain.py csrc/native_build.py
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
@@ -67,6 +68,6 @@ build/installed-%:
 	mkdir -p build
 	touch $@
 
-$(BUILT): $(INSTALLED) $(NATIVE) pyproject.toml setup.py
+$(BUILT): $(INSTALLED) $(NATIVE) $(BUILD) pyproject.toml
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@

@@ -10,7 +10,7 @@ import torch
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
-from .harness import Outputs
+from .versions import Outputs
 
 _CAPS = {torch.float32: (1e-5, 1e-4), torch.float16: (4e-3, 4e-3), torch.bfloat16: (2e-2, 2e-2)}
 

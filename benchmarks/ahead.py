@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from . import attention, rowwise, rowwise_peers
-from .peers import OURS, PEERS, builders, called_once
+from . import attention_cases, rowwise_cases, rowwise_peers
+from .run import ATTENTION, ROWWISE
+from .versions import OURS, called_once
 
+PARTS = {"attention": ATTENTION, "rowwise": ROWWISE}
 Job = tuple[str, Any, str]  # "attention" or "rowwise", one of its cases, the name of a version
 
 
@@ -27,12 +29,12 @@ def jobs(device: torch.device) -> list[Job]:
 
     Our Triton kernels are the same for all lengths but where the batch is one.
     """
-    cells = attention.gpu_grid(device)
+    cells = attention_cases.gpu_grid(device)
     ends = [case for case in cells if case.seq_q in (2048, 16384)]
     # With the backward pass the forward is compiled too.
     ends.sort(key=lambda case: not case.backward)
-    rows = rowwise.full_grid(device)
-    compiled = [case for case in rows if rowwise.worth_compiling(case, device)]
+    rows = rowwise_cases.full_grid(device)
+    compiled = [case for case in rows if rowwise_peers.worth_compiling(case, device)]
     return [
         *(("attention", case, f"{OURS}-triton") for case in ends),
         *(("attention", case, "flex") for case in cells if case.regime == "self-attention"),
@@ -45,13 +47,9 @@ def prepare(part: str, case: Any, name: str, device: torch.device) -> str:
     """Build one version of a case and call it once; says how long that took, or why not."""
     start = time.perf_counter()
     try:
-        if part == "attention":
-            known = builders(device, [name] if name in PEERS else [])
-            problem: Any = attention.make_problem(case, device, seed=0)
-        else:
-            known = rowwise_peers.builders(case, device)
-            problem = rowwise.make_problem(case, device, seed=0)
-        called_once(known[name](problem))
+        kind = PARTS[part]
+        build = kind.builders(device, [] if name.startswith(OURS) else [name])[name]
+        called_once(build(kind.problem(case, device, seed=0)))
         outcome = f"{time.perf_counter() - start:.1f} s"
     except Exception as error:
         outcome = (str(error) or type(error).__name__).splitlines()[0][:100]

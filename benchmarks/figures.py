@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from .accuracy import Error
-from .harness import Measured, Version
+from .harness import Measured
+from .versions import Version
 
 
 def figures_of(

@@ -20,13 +20,13 @@ import mmap
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+from .versions import DTYPES, Call, Outputs, Version
 
 try:
     import resource
@@ -34,10 +34,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-Outputs = tuple[Tensor, ...]
-Call = Callable[[int], Outputs]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_ROUNDS = 30
 TURN_SECONDS = 10e-3
 SETTLE_SECONDS = 20e-3
@@ -47,10 +44,6 @@ MOST_TRIES = 6
 MANY_PAGES = 256
 FIRST_SECONDS = 2.0  # up to here a first call tells nothing of the calls after it
 FEWEST_TURNS = 5
-
-
-class Unavailable(RuntimeError):
-    """A version cannot run this case here; the message says why."""
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -173,21 +166,6 @@ class Measured:
     peak_bytes: int | None
     output: Outputs
     set_index: int
-
-
-@dataclass(frozen=True)
-class Version:
-    """One implementation of a case.
-
-    `context` is entered around each turn, outside the clock: a grad mode, a forced SDPA backend.
-    `owns_arena` says that it keeps its working memory from call to call. `detail` is for the
-    reader: which backend served, say.
-    """
-
-    call: Call
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
-    owns_arena: bool = False
-    detail: str = ""
 
 
 @dataclass

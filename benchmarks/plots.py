@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .peers import OURS
 from .report import RATE_KEYS, Row, digits, flop_unit
+from .versions import OURS
 
 _COLOURS = {
     OURS: "#d1495b",

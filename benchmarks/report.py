@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .peers import FLASH, OURS
+from .versions import FLASH, OURS
 
 Row = dict[str, Any]
 

@@ -1,16 +1,15 @@
 """The versions that stand beside each other in one case of an op that works on rows.
 
-An `Op` says what it takes, what it is in plain PyTorch, in fusedattn and in Liger, and what the
-oracle says; a builder makes a `Version` of one of these, or raises `Unavailable` with the reason.
-What can be prepared once (tables in another layout, compilation) is prepared by the builder.
+An `Op` says what it is in plain PyTorch, in fusedattn and in Liger, and what the oracle says; a
+builder makes a `Version` of one of these. What can be prepared once (tables in another layout,
+compilation) is prepared by the builder.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import fusedattn
 import torch
@@ -18,43 +17,22 @@ import torch.nn.functional as F
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
-from .accuracy import Formula
-from .harness import Outputs, Unavailable, Version
-from .peers import ours_on, refusal
+from .accuracy import ExpectedRows, Formula, expected_rows
+from .rowwise_cases import WIDE, Case, Problem
+from .versions import Builder, Outputs, Unavailable, Version, ours_on, refusal
 
-if TYPE_CHECKING:
-    from .rowwise import Case
-
-Random = Callable[..., Tensor]
 COMPILED = "torch.compile"
 TWO_CALLS = "two calls"
 LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case with its input sets, each (inputs of the op, gradients of its outputs)."""
-
-    case: Case
-    sets: list[tuple[Outputs, Outputs]]
-    device: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", self.sets[0][0][0].device)
 
 
 # --- the ops -------------------------------------------------------------------------------------
 
 
 class Op:
-    """One op: `dimensions` of its case's shape; its last `tables` inputs get no gradient."""
+    """One op, whose last `tables` inputs get no gradient."""
 
-    dimensions = 2
     tables = 0
-
-    def inputs(self, case: Case, random: Random) -> Outputs:
-        """One set of inputs; what has rows has them in the second to last dimension."""
-        raise NotImplementedError
 
     def ours(self, backend: str) -> Formula:
         """fusedattn on `backend`."""
@@ -92,11 +70,6 @@ def two_calls(norm: Callable[..., Tensor], weights: int) -> Formula:
 class LayerNorm(Op):
     """(x, weight, bias) or (x, weight, bias, residual)."""
 
-    def inputs(self, case: Case, random: Random) -> Outputs:
-        width = case.shape[-1]
-        x, weight, bias = random(*case.shape), 1 + 0.2 * random(width), random(width)
-        return (x, weight, bias, random(*case.shape)) if case.residual else (x, weight, bias)
-
     def ours(self, backend: str) -> Formula:
         def formula(x: Tensor, w: Tensor, b: Tensor, residual: Tensor | None = None) -> Outputs:
             return as_tuple(
@@ -130,10 +103,6 @@ class LayerNorm(Op):
 
 class RmsNorm(Op):
     """(x, weight) or (x, weight, residual)."""
-
-    def inputs(self, case: Case, random: Random) -> Outputs:
-        x, weight = random(*case.shape), 1 + 0.2 * random(case.shape[-1])
-        return (x, weight, random(*case.shape)) if case.residual else (x, weight)
 
     def ours(self, backend: str) -> Formula:
         def formula(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Outputs:
@@ -174,9 +143,6 @@ class RmsNorm(Op):
 class Softmax(Op):
     """(x,), over the last dimension."""
 
-    def inputs(self, case: Case, random: Random) -> Outputs:
-        return (random(*case.shape),)
-
     def ours(self, backend: str) -> Formula:
         return lambda x: (fusedattn.softmax(x, -1, backend=backend),)
 
@@ -195,15 +161,7 @@ class Softmax(Op):
 class Rotary(Op):
     """(q, k, cos, sin): q, k (B, H, S, D), tables (S, D/2) of the positions 0 to S − 1."""
 
-    dimensions = 4
     tables = 2
-
-    def inputs(self, case: Case, random: Random) -> Outputs:
-        q, k = random(*case.shape), random(*case.shape)
-        seq, head_dim = case.shape[-2:]
-        turns = 10000.0 ** (-torch.arange(0, head_dim, 2, device=q.device).double() / head_dim)
-        phases = torch.arange(seq, device=q.device).double()[:, None] * turns
-        return q, k, phases.cos().to(q.dtype), phases.sin().to(q.dtype)
 
     def ours(self, backend: str) -> Formula:
         return lambda q, k, cos, sin: fusedattn.apply_rotary_qk(q, k, cos, sin, backend=backend)
@@ -234,11 +192,6 @@ class Rotary(Op):
 
 class Sinusoidal(Op):
     """(x,) of (B, S, W), to which the encodings of the positions 0 to S − 1 are added."""
-
-    dimensions = 3
-
-    def inputs(self, case: Case, random: Random) -> Outputs:
-        return (random(*case.shape),)
 
     def ours(self, backend: str) -> Formula:
         return lambda x: (fusedattn.add_sinusoidal(x, backend=backend),)
@@ -291,7 +244,7 @@ def version_of(formula: Formula, problem: Problem, *, detail: str = "") -> Versi
     return Version(call, detail=detail)
 
 
-def ours(backend: str) -> Callable[[Problem], Version]:
+def ours(backend: str) -> Builder:
     """fusedattn on one backend; "cpu" stands for what a CPU tensor gets by default."""
 
     def build(problem: Problem) -> Version:
@@ -355,7 +308,7 @@ def liger(problem: Problem) -> Version:
     return version_of(formula, problem)
 
 
-PEERS: dict[str, Callable[[Problem], Version]] = {
+PEERS: dict[str, Builder] = {
     "torch": plain,
     COMPILED: compiled,
     TWO_CALLS: in_two_calls,
@@ -363,7 +316,37 @@ PEERS: dict[str, Callable[[Problem], Version]] = {
 }
 
 
-def builders(case: Case, device: torch.device) -> dict[str, Callable[[Problem], Version]]:
-    """Our versions and their peers in this case."""
-    built = {name: ours(backend) for name, backend in ours_on(device).items()} | PEERS
-    return built if case.residual else {n: b for n, b in built.items() if n != TWO_CALLS}
+def peers_of(case: Case) -> list[str]:
+    """The names of the peers that a case can have."""
+    return [name for name in PEERS if case.residual or name != TWO_CALLS]
+
+
+def builders(device: torch.device, names: Iterable[str]) -> dict[str, Builder]:
+    """Our versions on a device, and the named peers."""
+    mine = {name: ours(backend) for name, backend in ours_on(device).items()}
+    return {**mine, **{name: PEERS[name] for name in names}}
+
+
+def worth_compiling(case: Case, device: torch.device) -> bool:
+    """Whether `torch.compile` stands beside this case without `thorough`."""
+    if device.type != "cuda":
+        return case in (
+            Case("rms_norm", (2048, 1024), "fp32"),
+            Case("rotary", (1, 16, 1024, 64), "fp32"),
+        )
+    wide = case.op in WIDE and case.shape[-1] in (4096, 12288, 32768)
+    return case.dtype == "bf16" and (wide or case.op not in WIDE)
+
+
+def expected_of(problem: Problem, index: int, seed: int) -> ExpectedRows:
+    """What every version should give on the input set of this index."""
+    case, op = problem.case, OPS[problem.case.op]
+    inputs, douts = problem.sets[index]
+    return expected_rows(
+        op.reference,
+        inputs,
+        leaves=len(inputs) - op.tables,
+        douts=douts if case.backward else None,
+        summands=op.summands,
+        seed=seed,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,8 +22,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import attention, plots, report, rowwise, transformer
+from . import attention_cases, plots, report, rowwise_cases, transformer
 from .harness import measure_limits
+from .report import Row
+from .run import ATTENTION, ROWWISE, run_cases
 
 PARTS = ("attention", "rowwise", "transformer")
 # On a GPU: so much that all of it, with four models, fits into four minutes.
@@ -36,9 +38,9 @@ class Plan:
 
     device: torch.device
     thorough: bool
-    cases: Sequence[attention.Case]
+    cases: Sequence[attention_cases.Case]
     size: transformer.Size
-    rowwise_cases: Sequence[rowwise.Case] = ()
+    rowwise_cases: Sequence[rowwise_cases.Case] = ()
     parts: tuple[str, ...] = PARTS
     seed: int = 0
     seconds: float = 100.0
@@ -66,13 +68,14 @@ def make_plan(
     where = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
     on_gpu = where.type == "cuda"
     own = on_gpu and not quick
-    grid = attention.gpu_grid if own and not full else attention.quick_grid
+    grid = attention_cases.gpu_grid if own and not full else attention_cases.quick_grid
+    rows = rowwise_cases.full_grid if full or own else rowwise_cases.quick_grid
     size = transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK
     return Plan(
         device=where,
         thorough=full,
-        cases=(attention.full_grid if full else grid)(where),
-        rowwise_cases=(rowwise.full_grid if full or own else rowwise.quick_grid)(where),
+        cases=(attention_cases.full_grid if full else grid)(where),
+        rowwise_cases=rows(where),
         size=size if full or not on_gpu else replace(size, seconds=GPU_MODEL_SECONDS),
         parts=(only,) if only else PARTS,
         seed=seed,
@@ -152,7 +155,8 @@ def _measure_attention(
     def update(done: int, label: str) -> None:
         progress.update(bar, completed=done, description=f"attention {label}", refresh=True)
 
-    rows = attention.run_cases(
+    rows = run_cases(
+        ATTENTION,
         plan.cases,
         plan.device,
         limits=limits,
@@ -161,9 +165,7 @@ def _measure_attention(
         thorough=plan.thorough,
         progress=update,
     )
-    for row in rows:
-        results["attention"].append(row)
-        report.write_json(results, folder)
+    _keep(rows, "attention", results, folder)
 
 
 def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
@@ -172,7 +174,8 @@ def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress
     def update(done: int, label: str) -> None:
         progress.update(bar, completed=done, description=label, refresh=True)
 
-    rows = rowwise.run_cases(
+    rows = run_cases(
+        ROWWISE,
         plan.rowwise_cases,
         plan.device,
         seconds=plan.rowwise_seconds,
@@ -180,8 +183,12 @@ def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress
         thorough=plan.thorough,
         progress=update,
     )
+    _keep(rows, "rowwise", results, folder)
+
+
+def _keep(rows: Iterable[Row], part: str, results: dict[str, Any], folder: Path) -> None:
     for row in rows:
-        results["rowwise"].append(row)
+        results[part].append(row)
         report.write_json(results, folder)
 
 

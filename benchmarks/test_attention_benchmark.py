@@ -11,10 +11,11 @@ import itertools
 
 import pytest
 import torch
-from fusedattn.benchmarks import attention
-from fusedattn.benchmarks.accuracy import expected_attention
-from fusedattn.benchmarks.harness import Unavailable, clock_for
-from fusedattn.benchmarks.peers import COMPILED, OURS, Problem, builders, ours_on, peers_on
+from fusedattn.benchmarks import attention_cases
+from fusedattn.benchmarks.attention_cases import Case, Problem, make_problem
+from fusedattn.benchmarks.attention_peers import COMPILED, builders, expected_of, peers_on
+from fusedattn.benchmarks.harness import clock_for
+from fusedattn.benchmarks.versions import OURS, Unavailable, ours_on
 
 pytest.importorskip("pytest_benchmark")
 
@@ -22,7 +23,8 @@ pytest.importorskip("pytest_benchmark")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    grid = attention.full_grid if config.getoption("--full-grid") else attention.quick_grid
+    full = config.getoption("--full-grid")
+    grid = attention_cases.full_grid if full else attention_cases.quick_grid
     compiling = config.getoption("--compile")
     known = (*ours_on(device), *peers_on(device))
     names = [name for name in known if compiling or name not in COMPILED]
@@ -36,13 +38,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def problems():
     """Makes the inputs of a case, and keeps those of the last case only."""
-    kept: dict[attention.Case, Problem] = {}
+    kept: dict[Case, Problem] = {}
 
-    def make(case: attention.Case) -> Problem:
+    def make(case: Case) -> Problem:
         if case not in kept:
             kept.clear()
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            kept[case] = attention.make_problem(case, device, seed=0, score_bytes=2**27)
+            kept[case] = make_problem(case, device, seed=0, score_bytes=2**27)
         return kept[case]
 
     return make
@@ -73,9 +75,7 @@ def test_attention(benchmark, problems, case, name):
             pytest.skip(str(error).splitlines()[0])
         # An even number of rounds ends on other inputs than the first call's.
         last, output = benchmark.pedantic(call, rounds=6, warmup_rounds=1)
-    q, k, v, dout = problem.sets[last % len(problem.sets)]
-    dout = dout if case.backward else None
-    error = expected_attention(q, k, v, causal=case.causal, dout=dout, seed=0).error(output)
+    error = expected_of(problem, last % len(problem.sets), seed=0).error(output)
     benchmark.extra_info["max_error"] = error.max_abs
     benchmark.extra_info["error_of_allowed"] = error.of_allowed
     if name.startswith(OURS):

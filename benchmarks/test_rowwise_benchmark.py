@@ -10,10 +10,12 @@ import itertools
 
 import pytest
 import torch
-from fusedattn.benchmarks import rowwise
+from fusedattn.benchmarks import rowwise_cases
 from fusedattn.benchmarks.harness import clock_for
-from fusedattn.benchmarks.peers import OURS
-from fusedattn.benchmarks.rowwise_peers import COMPILED, Problem, builders
+from fusedattn.benchmarks.rowwise_cases import Case, Problem, make_problem
+from fusedattn.benchmarks.rowwise_peers import COMPILED, builders, expected_of, peers_of
+from fusedattn.benchmarks.run import COPY, copy_of
+from fusedattn.benchmarks.versions import OURS, ours_on
 
 pytest.importorskip("pytest_benchmark")
 
@@ -21,12 +23,13 @@ pytest.importorskip("pytest_benchmark")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    grid = rowwise.full_grid if config.getoption("--full-grid") else rowwise.quick_grid
+    full = config.getoption("--full-grid")
+    grid = rowwise_cases.full_grid if full else rowwise_cases.quick_grid
     compiling = config.getoption("--compile")
     pairs = [
         pytest.param(case, name, id=f"{case.label} {name}".replace(" ", "-"))
         for case in grid(device)
-        for name in (*builders(case, device), rowwise.COPY)
+        for name in (*ours_on(device), *peers_of(case), COPY)
         if compiling or name != COMPILED
     ]
     metafunc.parametrize(("case", "name"), pairs)
@@ -35,13 +38,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def problems():
     """Makes the inputs of a case, and keeps those of the last case only."""
-    kept: dict[rowwise.Case, Problem] = {}
+    kept: dict[Case, Problem] = {}
 
-    def make(case: rowwise.Case) -> Problem:
+    def make(case: Case) -> Problem:
         if case not in kept:
             kept.clear()
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            kept[case] = rowwise.make_problem(case, device, seed=0)
+            kept[case] = make_problem(case, device, seed=0)
         return kept[case]
 
     return make
@@ -63,10 +66,10 @@ def test_rowwise(benchmark, problems, case, name):
     benchmark.extra_info["work"] = case.bytes
     benchmark.extra_info["unit"] = "byte"
     try:
-        if name == rowwise.COPY:
-            version = rowwise.copy_of(case, device)
+        if name == COPY:
+            version = copy_of(case, device)
         else:
-            version = builders(case, device)[name](problem)
+            version = builders(device, peers_of(case))[name](problem)
         with version.context():
             call()
     except RuntimeError as error:
@@ -74,9 +77,9 @@ def test_rowwise(benchmark, problems, case, name):
     with version.context():
         # An even number of rounds ends on other inputs than the first call's.
         last, output = benchmark.pedantic(call, rounds=6, warmup_rounds=1)
-    if name == rowwise.COPY:
+    if name == COPY:
         return
-    error = rowwise.expected_of(problem, last % len(problem.sets), seed=0).error(output)
+    error = expected_of(problem, last % len(problem.sets), seed=0).error(output)
     benchmark.extra_info["max_error"] = error.max_abs
     benchmark.extra_info["error_of_allowed"] = error.of_allowed
     if name.startswith(OURS):

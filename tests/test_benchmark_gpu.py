@@ -11,13 +11,24 @@ from concurrent.futures import Executor, Future
 import pytest
 import torch
 import torch.nn.functional as F
-from fusedattn.benchmarks import ahead, attention, figures, harness, peers, rowwise, rowwise_peers
+from fusedattn.benchmarks import (
+    ahead,
+    attention_cases,
+    attention_peers,
+    figures,
+    harness,
+    rowwise_cases,
+    rowwise_peers,
+    run,
+)
 from fusedattn.benchmarks.accuracy import Error
-from fusedattn.benchmarks.attention import Case
-from fusedattn.benchmarks.harness import Limits, Unavailable
+from fusedattn.benchmarks.attention_cases import Case, make_problem
+from fusedattn.benchmarks.harness import Limits
+from fusedattn.benchmarks.run import ATTENTION, ROWWISE, run_case
+from fusedattn.benchmarks.versions import DTYPES, FLASH, Unavailable, Version, build_versions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-LIMITS = Limits(dict.fromkeys(harness.DTYPES, 1e14), 1e12)
+LIMITS = Limits(dict.fromkeys(DTYPES, 1e14), 1e12)
 OURS = ("fusedattn-cuda", "fusedattn-triton")
 
 
@@ -33,7 +44,7 @@ def sdpa(q, k, v):
 
 
 def test_the_grid_is_the_one_in_which_kernels_are_published():
-    grid = attention.gpu_grid(GPU)
+    grid = attention_cases.gpu_grid(GPU)
     cells = [case for case in grid if case.regime == "self-attention"]
     assert len(set(grid)) == len(grid) == len(cells) + 3
     assert len(cells) == 6 * 2 * 2 * 2
@@ -43,7 +54,7 @@ def test_the_grid_is_the_one_in_which_kernels_are_published():
     assert {case.dtype for case in grid} == {"bf16"}
     assert {case.passes for case in cells} == {"fwd", "bwd"}
     assert len({case.label for case in grid}) == len(grid)
-    assert set(grid) < set(attention.full_grid(GPU))
+    assert set(grid) < set(attention_cases.full_grid(GPU))
 
 
 def test_the_backward_pass_alone_has_its_own_work():
@@ -61,9 +72,9 @@ def test_the_backward_pass_alone_has_its_own_work():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_backward_pass_alone_is_right(dtype):
-    problem = attention.make_problem(alone(48, dtype=dtype), CPU, seed=0)
+    problem = make_problem(alone(48, dtype=dtype), CPU, seed=0)
     names = ["eager", "sdpa-flash"]
-    row = attention.run_case(problem, limits=LIMITS, budget=1.0, seed=0, peers=names)
+    row = run_case(ATTENTION, problem, limits=LIMITS, budget=1.0, seed=0, peers=names)
     assert set(row["versions"]) == {"fusedattn", *names}
     for name, found in row["versions"].items():
         assert found["within_tolerance"], name
@@ -78,8 +89,8 @@ def test_the_backward_pass_alone_runs_no_forward():
         calls.append(1)
         return sdpa(q, k, v)
 
-    problem = attention.make_problem(alone(16), CPU, seed=0)
-    version = peers.version_of(counted, problem)
+    problem = make_problem(alone(16), CPU, seed=0)
+    version = attention_peers.version_of(counted, problem)
     outputs = [version.call(i) for i in range(6)]
     assert len(calls) == len(problem.sets)
     assert all(torch.equal(x, y) for x, y in zip(outputs[0], outputs[2], strict=True))
@@ -99,15 +110,15 @@ def test_a_forced_backend_is_in_force_where_the_graph_is_recorded():
         assert entered
         return sdpa(q, k, v)
 
-    peers.version_of(formula, attention.make_problem(alone(16), CPU, seed=0), forced)
+    attention_peers.version_of(formula, make_problem(alone(16), CPU, seed=0), forced)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_flex_attention_compiles_with_its_block_mask(causal):
     case = Case(1, 2, 256, 256, 64, causal, "bf16")
-    problem = attention.make_problem(case, CPU, seed=0)
-    row = attention.run_case(problem, limits=LIMITS, budget=0.2, seed=0, peers=["flex"])
+    problem = make_problem(case, CPU, seed=0)
+    row = run_case(ATTENTION, problem, limits=LIMITS, budget=0.2, seed=0, peers=["flex"])
     assert row["skipped"] == {}
     assert row["versions"]["flex"]["within_tolerance"]
     assert row["prepared_s"]["flex"] > 0
@@ -115,20 +126,20 @@ def test_flex_attention_compiles_with_its_block_mask(causal):
 
 @pytest.mark.slow
 def test_the_compiled_backward_pass_alone_runs_again_and_again():
-    problem = attention.make_problem(alone(32), CPU, seed=0)
-    found, plain = peers.compiled(problem), peers.eager(problem)
+    problem = make_problem(alone(32), CPU, seed=0)
+    found, plain = attention_peers.compiled(problem), attention_peers.eager(problem)
     for i in range(5):
         for got, want in zip(found.call(i), plain.call(i), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_on_a_gpu_every_backend_is_a_version_of_its_own():
-    names = peers.peers_on(GPU)
-    assert list(peers.builders(GPU, names)) == [*OURS, *names]
+    names = attention_peers.peers_on(GPU)
+    assert list(attention_peers.builders(GPU, names)) == [*OURS, *names]
     assert {"sdpa-flash", "sdpa-cudnn", "flex"} <= set(names)
-    problem = attention.make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
+    problem = make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
     with pytest.raises(Unavailable, match=r"^cuda: .*on cpu"):
-        peers.ours("cuda")(problem)
+        attention_peers.ours("cuda")(problem)
 
 
 @pytest.mark.parametrize("error", [ValueError("no kernel\nat all"), KeyError(), Unavailable("x")])
@@ -136,10 +147,10 @@ def test_a_peer_that_fails_is_named_with_the_reason(monkeypatch, error):
     def broken(problem):
         raise error
 
-    monkeypatch.setitem(peers.PEERS, "sdpa-math", broken)
-    problem = attention.make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
+    monkeypatch.setitem(attention_peers.PEERS, "sdpa-math", broken)
+    problem = make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
     names = ["sdpa-math", "sdpa-flash"]
-    row = attention.run_case(problem, limits=LIMITS, budget=0.05, seed=0, peers=names)
+    row = run_case(ATTENTION, problem, limits=LIMITS, budget=0.05, seed=0, peers=names)
     assert set(row["versions"]) == {"fusedattn", "sdpa-flash"}
     assert row["skipped"]["sdpa-math"] in ("no kernel", "KeyError", "x")
 
@@ -151,16 +162,16 @@ def test_on_a_gpu_each_version_is_called_once_before_it_is_timed(monkeypatch):
         def call(i):
             raise LookupError("out of registers")
 
-        return harness.Version(call)
+        return Version(call)
 
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
-    monkeypatch.setattr(peers, "ours", lambda backend: failing)
-    monkeypatch.setitem(peers.PEERS, "eager", lambda problem: harness.Version(lambda i: ()))
-    problem = attention.make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
+    monkeypatch.setattr(attention_peers, "ours", lambda backend: failing)
+    monkeypatch.setitem(attention_peers.PEERS, "eager", lambda problem: Version(lambda i: ()))
+    problem = make_problem(Case(1, 1, 16, 16, 16, True, "fp32"), CPU, seed=0)
     object.__setattr__(problem, "device", GPU)
     skipped: dict[str, str] = {}
-    versions, seconds = peers.build_versions(problem, peers.builders(GPU, ["eager"]), skipped)
+    versions, seconds = build_versions(problem, attention_peers.builders(GPU, ["eager"]), skipped)
     assert skipped == dict.fromkeys(OURS, "out of registers")
     assert list(versions) == ["eager"]
     assert set(seconds) == {*OURS, "eager"}
@@ -174,16 +185,16 @@ def test_on_a_gpu_each_version_is_called_once_before_it_is_timed(monkeypatch):
 def test_what_is_compiled_for_each_length_has_a_bound(monkeypatch, thorough, timed):
     asked = []
 
-    def run_case(problem, *, peers, **options):
+    def run_case(part, problem, *, peers, **options):
         asked.append(peers)
         seconds = {name: 30.0 for name in peers if name == "flex"}
         return {"skipped": {}, "prepared_s": seconds}
 
-    monkeypatch.setattr(attention, "make_problem", lambda *arguments: None)
-    monkeypatch.setattr(attention, "run_case", run_case)
+    monkeypatch.setattr(ATTENTION, "problem", lambda *arguments: None)
+    monkeypatch.setattr(run, "run_case", run_case)
     cases = [Case(2, 32, n, n, 64, False, "bf16") for n in (1024, 2048, 4096, 8192, 16384, 512)]
-    rows = attention.run_cases(cases, GPU, limits=LIMITS, seconds=1.0, seed=0, thorough=thorough)
-    rows = list(rows)
+    options = {"limits": LIMITS, "seconds": 1.0, "seed": 0, "thorough": thorough}
+    rows = list(run.run_cases(ATTENTION, cases, GPU, **options))
     assert sum("flex" in names for names in asked) == timed
     for names, row in zip(asked, rows, strict=True):
         assert "sdpa-flash" in names
@@ -193,23 +204,25 @@ def test_what_is_compiled_for_each_length_has_a_bound(monkeypatch, thorough, tim
 def test_torch_compile_of_ops_on_rows_has_a_bound_too(monkeypatch):
     asked = []
 
-    def run_case(problem, *, peers, **options):
+    def run_case(part, problem, *, peers, **options):
         asked.append("torch.compile" in peers)
         return {"skipped": {}, "prepared_s": {"torch.compile": 6.0} if asked[-1] else {}}
 
-    monkeypatch.setattr(rowwise, "make_problem", lambda *arguments: None)
-    monkeypatch.setattr(rowwise, "run_case", run_case)
-    cases = [case for case in rowwise.full_grid(GPU) if rowwise.worth_compiling(case, GPU)]
-    rows = list(rowwise.run_cases(cases, GPU, seconds=1.0, seed=0))
+    monkeypatch.setattr(ROWWISE, "problem", lambda *arguments: None)
+    monkeypatch.setattr(run, "run_case", run_case)
+    cases = [
+        case for case in rowwise_cases.full_grid(GPU) if rowwise_peers.worth_compiling(case, GPU)
+    ]
+    rows = list(run.run_cases(ROWWISE, cases, GPU, seconds=1.0, seed=0))
     assert asked == [True] * 3 + [False] * (len(cases) - 3)
     assert all("torch.compile" in row["skipped"] for row in rows[3:])
 
 
 def test_the_grid_asks_for_flex_attention_in_every_cell():
-    grid = attention.gpu_grid(GPU)
+    grid = attention_cases.gpu_grid(GPU)
     for case in grid:
-        assert attention._worth_compiling("flex", case, GPU) == (case.regime != "decode")
-    chosen = [case for case in grid if attention._worth_compiling("torch.compile", case, GPU)]
+        assert attention_peers.worth_compiling("flex", case, GPU) == (case.regime != "decode")
+    chosen = [case for case in grid if attention_peers.worth_compiling("torch.compile", case, GPU)]
     assert 2 <= len(chosen) <= 4
 
 
@@ -228,25 +241,25 @@ def test_compiling_ahead_begins_with_what_is_slow_and_names_real_versions():
     assert chosen[0][2] == "fusedattn-triton"
     assert chosen[0][1].alone
     cells = {case for part, case, name in chosen if name == "flex"}
-    assert cells == {c for c in attention.gpu_grid(GPU) if c.regime == "self-attention"}
+    assert cells == {c for c in attention_cases.gpu_grid(GPU) if c.regime == "self-attention"}
     for part, case, name in chosen:
-        on_gpu = peers.builders(GPU, ["flex"])
-        assert name in (on_gpu if part == "attention" else rowwise_peers.builders(case, GPU))
+        kind = ahead.PARTS[part]
+        assert name in (*kind.builders(GPU, []), *kind.peers(case, GPU))
 
 
 def test_compiling_ahead_calls_each_version_and_outlives_errors(monkeypatch, capsys):
     called = []
 
     def fine(problem):
-        return harness.Version(lambda i: called.append(problem.case) or ())
+        return Version(lambda i: called.append(problem.case) or ())
 
     def broken(problem):
         raise ValueError("does not lower\nhere")
 
-    monkeypatch.setitem(peers.PEERS, "flex", broken)
-    monkeypatch.setattr(peers, "ours", lambda backend: fine)
+    monkeypatch.setitem(attention_peers.PEERS, "flex", broken)
+    monkeypatch.setattr(attention_peers, "ours", lambda backend: fine)
     monkeypatch.setattr(rowwise_peers, "ours", lambda backend: fine)
-    cases = [alone(16), rowwise.Case("softmax", (4, 8), "fp32")]
+    cases = [alone(16), rowwise_cases.Case("softmax", (4, 8), "fp32")]
     chosen = [("attention", cases[0], "fusedattn"), ("attention", cases[0], "flex")]
     chosen.append(("rowwise", cases[1], "fusedattn"))
     told = ahead.prepare_all(chosen, CPU, AtOnce())
@@ -273,9 +286,9 @@ def measured(case: Case, seconds: dict[str, float], wrong: tuple[str, ...] = ())
         timing = harness.Timing(each, 0.9 * each, 1.1 * each, 9)
         found = harness.Measured(timing, 2**20, (), 0)
         share = 2.0 if name in wrong else 0.5
-        version = harness.Version(lambda i: (), detail=name)
+        version = Version(lambda i: (), detail=name)
         rows[name] = figures.figures_of(found, version, Error(1e-3, share), case.work, limit)
-    kept = {name: getattr(case, name) for name in attention.DERIVED}
+    kept = {name: getattr(case, name) for name in ATTENTION.derived}
     return {
         "case": {**dataclasses.asdict(case), **kept},
         "unit": "byte/s" if case.bound_by_bytes else "FLOP/s",
@@ -283,14 +296,14 @@ def measured(case: Case, seconds: dict[str, float], wrong: tuple[str, ...] = ())
         "versions": rows,
         "skipped": {"sdpa-cudnn": "no engine"},
         **figures.ratios(rows, OURS),
-        "times_flash": figures.times_as_fast(rows, OURS, peers.FLASH),
+        "times_flash": figures.times_as_fast(rows, OURS, FLASH),
     }
 
 
 def grid_rows() -> list[dict]:
     """Ours in CUDA C++ is as fast as FlashAttention-2, but in one cell; Triton is half as fast."""
     rows = []
-    for case in attention.gpu_grid(GPU):
+    for case in attention_cases.gpu_grid(GPU):
         seconds = case.work / 4e14
         slow = (case.seq_q, case.head_dim, case.causal, case.passes) == (512, 64, True, "bwd")
         found = {"fusedattn-cuda": seconds * (1.25 if slow else 1.0), "sdpa-flash": seconds}
@@ -325,7 +338,7 @@ def test_the_report_outlives_a_missing_flash_attention_and_marks_what_is_wrong()
     pytest.importorskip("rich")
     from fusedattn.benchmarks import report
 
-    case = attention.gpu_grid(GPU)[0]
+    case = attention_cases.gpu_grid(GPU)[0]
     rows = [measured(case, {"fusedattn-cuda": 1e-3}, wrong=("fusedattn-cuda",))]
     rows.append(measured(case, {"sdpa-flash": 1e-3}))
     text = printed(lambda console: console.print(report.flash_table(rows)))
@@ -345,14 +358,16 @@ def test_a_run_on_a_gpu_leaves_a_panel_for_each_pass_even_if_it_is_ended(
     pytest.importorskip("matplotlib")
     from fusedattn.benchmarks import suite, transformer
 
-    def run_cases(cases, device, **options):
+    def run_cases(part, cases, device, **options):
         yield from grid_rows()
         if ending:
             raise ending("stopped")
 
-    monkeypatch.setattr(attention, "run_cases", run_cases)
+    monkeypatch.setattr(suite, "run_cases", run_cases)
     monkeypatch.setattr(suite, "measure_limits", lambda *arguments: LIMITS)
-    plan = suite.Plan(GPU, False, attention.gpu_grid(GPU), transformer.GPU, parts=("attention",))
+    plan = suite.Plan(
+        GPU, False, attention_cases.gpu_grid(GPU), transformer.GPU, parts=("attention",)
+    )
     console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=144)
     with pytest.raises(ending) if ending else contextlib.nullcontext():
         suite.run(plan, tmp_path, console)
@@ -377,10 +392,10 @@ def test_on_a_gpu_the_plan_is_its_own_grid(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plan = suite.make_plan()
-    assert plan.cases == attention.gpu_grid(GPU)
+    assert plan.cases == attention_cases.gpu_grid(GPU)
     assert len(plan.rowwise_cases) > 50
     total = plan.seconds + plan.rowwise_seconds + 4 * plan.size.seconds
     assert total < 200
-    assert suite.make_plan(full=True).cases == attention.full_grid(GPU)
-    assert suite.make_plan(quick=True).cases == attention.quick_grid(GPU)
+    assert suite.make_plan(full=True).cases == attention_cases.full_grid(GPU)
+    assert suite.make_plan(quick=True).cases == attention_cases.quick_grid(GPU)
     assert suite.make_plan(full=True).size.seconds > plan.size.seconds

@@ -6,17 +6,17 @@ import itertools
 
 import pytest
 import torch
-from fusedattn.benchmarks import accuracy, harness, rowwise, rowwise_peers
-from fusedattn.benchmarks.harness import Version
-from fusedattn.benchmarks.peers import OURS
-from fusedattn.benchmarks.rowwise import Case
+from fusedattn.benchmarks import accuracy, rowwise_cases, rowwise_peers
+from fusedattn.benchmarks.rowwise_cases import Case, make_problem
 from fusedattn.benchmarks.rowwise_peers import OPS
+from fusedattn.benchmarks.run import ROWWISE, copy_of, run_case
+from fusedattn.benchmarks.versions import DTYPES, OURS, Version
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPES = {"rotary": (1, 2, 12, 8), "sinusoidal": (2, 12, 16)}
 KINDS = [(op, False, False) for op in OPS]
 KINDS += [(op, True, False) for op in OPS if op != "sinusoidal"]
-KINDS += [(op, backward, True) for op in rowwise.NORMS for backward in (False, True)]
+KINDS += [(op, backward, True) for op in rowwise_cases.NORMS for backward in (False, True)]
 
 
 def tiny(op, dtype="fp32", backward=False, residual=False):
@@ -67,12 +67,12 @@ def test_a_case_refuses(arguments, message):
 
 
 def test_the_quick_grid_holds_the_shapes_of_every_target():
-    cases = rowwise.quick_grid(CPU)
+    cases = rowwise_cases.quick_grid(CPU)
     for shape, dtype, backward in itertools.product(
         ((2048, 1024), (4096, 4096), (1, 65536)), ("fp32", "bf16"), (False, True)
     ):
-        assert {Case(op, shape, dtype, backward) for op in rowwise.WIDE} <= set(cases)
-    assert {Case(op, (2048, 1024), "bf16", False, True) for op in rowwise.NORMS} <= set(cases)
+        assert {Case(op, shape, dtype, backward) for op in rowwise_cases.WIDE} <= set(cases)
+    assert {Case(op, (2048, 1024), "bf16", False, True) for op in rowwise_cases.NORMS} <= set(cases)
     assert Case("rotary", (1, 16, 1024, 64), "fp32", True) in cases
     assert any(case.op == "sinusoidal" for case in cases)
     assert len({case.label for case in cases}) == len(cases) == len(set(cases))
@@ -81,9 +81,11 @@ def test_the_quick_grid_holds_the_shapes_of_every_target():
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 def test_the_full_grid_goes_over_widths_at_a_constant_number_of_bytes(device):
-    cases = rowwise.full_grid(device)
+    cases = rowwise_cases.full_grid(device)
     assert len({case.label for case in cases}) == len(cases) == len(set(cases))
-    for op, dtype, backward in itertools.product(rowwise.WIDE, ("fp32", "bf16"), (False, True)):
+    for op, dtype, backward in itertools.product(
+        rowwise_cases.WIDE, ("fp32", "bf16"), (False, True)
+    ):
         sizes = {
             case.shape[1]: case.shape[0] * case.shape[1]
             for case in cases
@@ -96,14 +98,14 @@ def test_the_full_grid_goes_over_widths_at_a_constant_number_of_bytes(device):
         assert len(set(sizes.values())) == 1
     assert Case("layer_norm", (1024, 12288), "bf16", True) in cases
     if device is CPU:
-        assert set(rowwise.quick_grid(CPU)) <= set(cases)
+        assert set(rowwise_cases.quick_grid(CPU)) <= set(cases)
 
 
 def test_inputs_are_random_and_follow_the_seed():
     case = tiny("rotary", backward=True)
-    (first, grads), (second, _) = rowwise.make_problem(case, CPU, seed=1).sets
-    (again, _), _ = rowwise.make_problem(case, CPU, seed=1).sets
-    (other, _), _ = rowwise.make_problem(case, CPU, seed=2).sets
+    (first, grads), (second, _) = make_problem(case, CPU, seed=1).sets
+    (again, _), _ = make_problem(case, CPU, seed=1).sets
+    (other, _), _ = make_problem(case, CPU, seed=2).sets
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert len(grads) == 2
     for n in (0, 1):
@@ -116,7 +118,7 @@ def test_inputs_are_random_and_follow_the_seed():
 
 def test_the_copy_moves_as_many_bytes_as_the_case():
     case = tiny("layer_norm", "bf16", backward=True)
-    first, second = (rowwise.copy_of(case, CPU).call(i)[0].clone() for i in (0, 1))
+    first, second = (copy_of(case, CPU).call(i)[0].clone() for i in (0, 1))
     assert 0 <= case.bytes - 2 * first.nbytes < 8
     assert not torch.equal(first, second)
 
@@ -125,16 +127,16 @@ def test_the_copy_moves_as_many_bytes_as_the_case():
 
 
 def run(case, formula=None, version=None, budget=0.03):
-    problem = rowwise.make_problem(case, CPU, seed=3)
+    problem = make_problem(case, CPU, seed=3)
     if version is None:
         formula = formula or OPS[case.op].torch(problem.sets[0][0])
         version = rowwise_peers.version_of(formula, problem)
     versions = {OURS: version}
-    row = rowwise.run_case(problem, budget=budget, seed=3, versions=versions)
+    row = run_case(ROWWISE, problem, budget=budget, seed=3, versions=versions)
     return row["versions"][OURS]
 
 
-@pytest.mark.parametrize("dtype", list(harness.DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 def test_a_right_version_is_within_tolerance(kind, dtype):
     op, backward, residual = kind
@@ -176,7 +178,7 @@ WRONG = {
 def test_a_wrong_output_is_caught(kind, wrong):
     op, _, residual = kind
     case = tiny(op, residual=residual)
-    right = OPS[op].torch(rowwise.make_problem(case, CPU, seed=3).sets[0][0])
+    right = OPS[op].torch(make_problem(case, CPU, seed=3).sets[0][0])
     assert not run(case, lambda *inputs: WRONG[wrong](right(*inputs)))["within_tolerance"]
 
 
@@ -184,7 +186,7 @@ def test_a_wrong_output_is_caught(kind, wrong):
 @pytest.mark.parametrize("op", [op for op in OPS if op != "sinusoidal"])
 def test_a_stored_result_is_caught(op, backward):
     case = tiny(op, backward=backward)
-    problem = rowwise.make_problem(case, CPU, seed=3)
+    problem = make_problem(case, CPU, seed=3)
     right = rowwise_peers.plain(problem)
     version = Version(Stored(right.call), right.context)
     # Time enough for a second call, however slow the first was.
@@ -218,16 +220,16 @@ def test_sums_in_half_are_held_to_float32():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("op", rowwise.NORMS)
+@pytest.mark.parametrize("op", rowwise_cases.NORMS)
 def test_the_expected_gradients_of_weights_are_those_of_autograd(op, residual, monkeypatch):
     monkeypatch.setattr(accuracy, "CHUNK_ELEMENTS", 200)
-    problem = rowwise.make_problem(tiny(op, "fp32", True, residual), CPU, seed=5)
+    problem = make_problem(tiny(op, "fp32", True, residual), CPU, seed=5)
     inputs, douts = problem.sets[1]
     exact = [x.double().requires_grad_() for x in inputs]
     out = OPS[op].torch(())(*exact)
     weights = [x for x in exact if x.dim() == 1]
     grads = torch.autograd.grad(out[0], weights, douts[0].double())
-    found = rowwise.expected_of(problem, 1, seed=5)
+    found = rowwise_peers.expected_of(problem, 1, seed=5)
     assert {0, 23} <= set(found.rows.tolist())
     for grad, (total, largest) in zip(grads, found.sums, strict=True):
         torch.testing.assert_close(total, grad, rtol=1e-5, atol=1e-5)

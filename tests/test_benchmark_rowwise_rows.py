@@ -9,16 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fusedattn.benchmarks import figures, peers, rowwise, rowwise_peers
-from fusedattn.benchmarks.harness import Unavailable
-from fusedattn.benchmarks.rowwise import Case
+from fusedattn.benchmarks import figures, rowwise_cases, rowwise_peers
+from fusedattn.benchmarks.rowwise_cases import Case, make_problem
 from fusedattn.benchmarks.rowwise_peers import OPS
+from fusedattn.benchmarks.run import ROWWISE, run_case, run_cases
+from fusedattn.benchmarks.versions import OURS, Unavailable, ours_on
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPES = {"rotary": (1, 2, 12, 8), "sinusoidal": (2, 12, 16)}
 KINDS = [(op, False, False) for op in OPS]
 KINDS += [(op, True, False) for op in OPS if op != "sinusoidal"]
-KINDS += [(op, backward, True) for op in rowwise.NORMS for backward in (False, True)]
+KINDS += [(op, backward, True) for op in rowwise_cases.NORMS for backward in (False, True)]
 
 
 def tiny(op, dtype="fp32", backward=False, residual=False):
@@ -37,9 +38,9 @@ def named(kind):
 def test_a_row_says_what_it_promises(kind):
     op, backward, residual = kind
     case = tiny(op, "fp32", backward, residual)
-    problem = rowwise.make_problem(case, CPU, seed=0)
-    peers = ["torch", "two calls", "liger"]
-    row = rowwise.run_case(problem, budget=0.1, seed=0, peers=peers)
+    problem = make_problem(case, CPU, seed=0)
+    names = [name for name in rowwise_peers.peers_of(case) if name != "torch.compile"]
+    row = run_case(ROWWISE, problem, budget=0.1, seed=0, peers=names)
     expected = {"fusedattn", "torch"} | ({"two calls"} if residual else set())
     assert set(row["versions"]) == expected
     assert row["ours"] == "fusedattn"
@@ -73,8 +74,13 @@ def test_ratios_take_the_best_of_ours_and_the_best_right_peer():
 def test_every_case_is_run_within_the_time_and_says_what_was_left_out():
     cases = [tiny("softmax"), tiny("rms_norm", backward=True)]
     log = []
-    rows = rowwise.run_cases(
-        cases, CPU, seconds=0.2, seed=0, progress=lambda done, label: log.append((done, label))
+    rows = run_cases(
+        ROWWISE,
+        cases,
+        CPU,
+        seconds=0.2,
+        seed=0,
+        progress=lambda done, label: log.append((done, label)),
     )
     rows = list(rows)
     assert [row["case"]["label"] for row in rows] == [case.label for case in cases]
@@ -83,16 +89,16 @@ def test_every_case_is_run_within_the_time_and_says_what_was_left_out():
 
 
 def test_a_few_cases_are_worth_compiling():
-    for device, grid in ((CPU, rowwise.quick_grid), (GPU, rowwise.full_grid)):
-        chosen = [case for case in grid(device) if rowwise.worth_compiling(case, device)]
+    for device, grid in ((CPU, rowwise_cases.quick_grid), (GPU, rowwise_cases.full_grid)):
+        chosen = [case for case in grid(device) if rowwise_peers.worth_compiling(case, device)]
         assert 2 <= len(chosen) < len(grid(device)) / 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_compiled_formula_runs_again_and_again(backward):
-    problem = rowwise.make_problem(tiny("rms_norm", backward=backward), CPU, seed=0)
-    row = rowwise.run_case(problem, budget=0.1, seed=0, peers=["torch.compile"])
+    problem = make_problem(tiny("rms_norm", backward=backward), CPU, seed=0)
+    row = run_case(ROWWISE, problem, budget=0.1, seed=0, peers=["torch.compile"])
     assert row["versions"]["torch.compile"]["within_tolerance"]
     assert row["versions"]["torch.compile"]["samples"] > 1
 
@@ -101,9 +107,9 @@ def test_the_compiled_formula_runs_again_and_again(backward):
 
 
 def test_on_a_gpu_every_backend_is_a_version_of_its_own():
-    assert peers.ours_on(GPU) == {"fusedattn-cuda": "cuda", "fusedattn-triton": "triton"}
-    assert "fusedattn-cuda" in rowwise_peers.builders(tiny("softmax"), GPU)
-    problem = rowwise.make_problem(tiny("softmax"), CPU, seed=0)
+    assert ours_on(GPU) == {"fusedattn-cuda": "cuda", "fusedattn-triton": "triton"}
+    assert "fusedattn-cuda" in rowwise_peers.builders(GPU, [])
+    problem = make_problem(tiny("softmax"), CPU, seed=0)
     with pytest.raises(Unavailable, match=r"cuda: .*on cpu"):
         rowwise_peers.ours("cuda")(problem)
 
@@ -118,8 +124,8 @@ def test_without_native_kernels_the_reference_is_timed_and_named(monkeypatch):
         return F.softmax(x, dim)
 
     monkeypatch.setattr(rowwise_peers.fusedattn, "softmax", refusing)
-    row = rowwise.run_case(
-        rowwise.make_problem(tiny("softmax"), CPU, seed=0), budget=0.03, seed=0, peers=[]
+    row = run_case(
+        ROWWISE, make_problem(tiny("softmax"), CPU, seed=0), budget=0.03, seed=0, peers=[]
     )
     assert row["versions"]["fusedattn"]["detail"] == "reference"
     assert set(asked) == {"cpu", "reference"}
@@ -164,10 +170,10 @@ def shown(row, tmp_path):
 
 def row_of(versions):
     case = tiny("softmax")
-    problem = rowwise.make_problem(case, CPU, seed=0)
+    problem = make_problem(case, CPU, seed=0)
     built = {name: rowwise_peers.version_of(f, problem) for name, f in versions.items()}
-    row = rowwise.run_case(problem, budget=0.05, seed=0, versions=built)
-    ours = [name for name in built if name.startswith(peers.OURS)]
+    row = run_case(ROWWISE, problem, budget=0.05, seed=0, versions=built)
+    ours = [name for name in built if name.startswith(OURS)]
     return {**row, **figures.ratios(row["versions"], ours)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import graphlib
 import io
 import json
 import math
@@ -13,9 +15,10 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedattn.benchmarks import report, rowwise, suite, transformer
-from fusedattn.benchmarks.attention import Case
+from fusedattn.benchmarks import markdown, report, rowwise_cases, suite, transformer
+from fusedattn.benchmarks.attention_cases import Case
 from fusedattn.reference.transformer import BEGIN, END, MASK, PAD
+from processes import ROOT
 from rich.console import Console
 
 CPU = torch.device("cpu")
@@ -35,9 +38,9 @@ def finished(tmp_path_factory):
         cases=cases,
         size=TINY,
         rowwise_cases=[
-            rowwise.Case("layer_norm", (8, 32), "fp32", residual=True),
-            rowwise.Case("layer_norm", (8, 32), "bf16", True),
-            rowwise.Case("softmax", (8, 32), "fp32"),
+            rowwise_cases.Case("layer_norm", (8, 32), "fp32", residual=True),
+            rowwise_cases.Case("layer_norm", (8, 32), "bf16", True),
+            rowwise_cases.Case("softmax", (8, 32), "fp32"),
         ],
         seconds=0.5,
         rowwise_seconds=0.3,
@@ -47,6 +50,29 @@ def finished(tmp_path_factory):
     printed = io.StringIO()
     results = suite.run(plan, folder, Console(file=printed, width=200))
     return results, folder, printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda p: p.stem
+)
+def test_tables_of_a_kept_run_say_what_its_json_says(path):
+    page = path.with_suffix(".md").read_text()
+    assert page == markdown.page(path.stem, json.loads(path.read_text()))
+    assert f"({path.with_suffix('.md').name})" in (path.parent / "README.md").read_text()
+
+
+def test_tables_leave_out_a_peer_that_is_wrong(finished):
+    _, folder, _ = finished
+    stored = json.loads((folder / "results.json").read_text())
+    page = markdown.page("results", stored)
+    assert all(f"## {part}\n" in page for part in suite.PARTS[:2])
+    assert "| encoder (BERT) | all fused |" in page
+    row = stored["attention"][0]
+    for wrong in (False, True):
+        for name, figures in row["versions"].items():
+            figures["within_tolerance"] = not (wrong and name.startswith("sdpa"))
+        cells = markdown.attention([row]).splitlines()[-1].split(" | ")
+        assert (cells[3] == "") == wrong
 
 
 def test_the_json_holds_every_figure(finished):
@@ -179,3 +205,29 @@ def test_readable_shows_masks_and_drops_other_special_tokens():
 def test_json_writes_what_json_has_no_number_for(tmp_path):
     path = report.write_json({"device": "cpu", "environment": {"gpu": {}}, "x": math.inf}, tmp_path)
     assert json.loads(path.read_text())["x"] == "inf"
+
+
+# --- the modules ---------------------------------------------------------------------------------
+
+
+def imported_by(path):
+    """The modules beside it that one imports, anywhere in its source."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = {0: node.module, 1: f"fusedattn.benchmarks.{node.module or ''}"}[node.level]
+            names = [package, *(f"{package.rstrip('.')}.{name.name}" for name in node.names)]
+        else:
+            continue
+        for name in names:
+            if name.startswith("fusedattn.benchmarks."):
+                yield name.split(".")[2]
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Not for types and not inside a function either."""
+    paths = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    graph = {name: paths.keys() & {*imported_by(path)} for name, path in paths.items()}
+    assert {"versions", "harness"} <= graph["run"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle

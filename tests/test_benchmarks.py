@@ -13,12 +13,14 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from fusedattn.benchmarks import accuracy, attention, harness, peers
-from fusedattn.benchmarks.attention import Case
-from fusedattn.benchmarks.harness import Limits, Version
+from fusedattn.benchmarks import accuracy, attention_cases, attention_peers, harness
+from fusedattn.benchmarks.attention_cases import Case, make_problem
+from fusedattn.benchmarks.harness import Limits
+from fusedattn.benchmarks.run import ATTENTION, run_case
+from fusedattn.benchmarks.versions import DTYPES, OURS, Unavailable, Version
 
 CPU = torch.device("cpu")
-LIMITS = Limits(dict.fromkeys(harness.DTYPES, 1e11), 1e10)
+LIMITS = Limits(dict.fromkeys(DTYPES, 1e11), 1e10)
 TINY = Case(2, 2, 48, 48, 16, True, "fp32")
 
 
@@ -175,7 +177,7 @@ def test_peak_memory_sees_a_buffer_that_is_freed_again():
 def test_limits_are_measured_for_every_dtype():
     limits = harness.measure_limits(CPU, budget=0.1, scale=0.05)
     rates = limits.flops_per_second
-    assert set(rates) == set(harness.DTYPES)
+    assert set(rates) == set(DTYPES)
     assert rates["fp32"] == min(rates.values()) > 1e6
     assert limits.bytes_per_second > 1e6
 
@@ -225,7 +227,7 @@ def test_a_case_refuses_what_peers_disagree_on(arguments, message):
 
 
 def test_the_quick_grid_covers_every_regime_of_the_full_one():
-    full, quick = attention.full_grid(CPU), attention.quick_grid(CPU)
+    full, quick = attention_cases.full_grid(CPU), attention_cases.quick_grid(CPU)
     assert len(set(full)) == len(full) == 7 * 2 * 2 * 3 * 2 + 9
     assert set(quick) < set(full)
     for name in ("dtype", "head_dim", "causal", "backward", "regime"):
@@ -234,9 +236,9 @@ def test_the_quick_grid_covers_every_regime_of_the_full_one():
 
 
 def test_inputs_are_random_and_follow_the_seed():
-    sets = attention.make_problem(TINY, CPU, seed=1).sets
-    again = attention.make_problem(TINY, CPU, seed=1).sets
-    other = attention.make_problem(TINY, CPU, seed=2).sets
+    sets = make_problem(TINY, CPU, seed=1).sets
+    again = make_problem(TINY, CPU, seed=1).sets
+    other = make_problem(TINY, CPU, seed=2).sets
     tensors, same = ([x for s in drawn for x in s] for drawn in (sets, again))
     for n, x in enumerate(tensors):
         assert 0.8 < x.std() < 1.2
@@ -249,9 +251,9 @@ def test_inputs_are_random_and_follow_the_seed():
 
 
 def run(case, formula=None, **kwargs):
-    problem = attention.make_problem(case, CPU, seed=3, **kwargs)
-    versions = formula and {peers.OURS: peers.version_of(formula, problem)}
-    return attention.run_case(problem, limits=LIMITS, budget=0.05, seed=3, versions=versions)
+    problem = make_problem(case, CPU, seed=3, **kwargs)
+    versions = formula and {OURS: attention_peers.version_of(formula, problem)}
+    return run_case(ATTENTION, problem, limits=LIMITS, budget=0.05, seed=3, versions=versions)
 
 
 def sdpa(q, k, v):
@@ -275,10 +277,10 @@ class Stored:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", list(harness.DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 def test_a_right_version_is_within_tolerance(dtype, backward):
     case = Case(2, 2, 48, 48, 16, True, dtype, backward)
-    row = run(case, sdpa)["versions"][peers.OURS]
+    row = run(case, sdpa)["versions"][OURS]
     assert row["within_tolerance"]
     assert 0 < row["max_error"] < 0.1
 
@@ -293,7 +295,7 @@ def test_a_right_version_is_within_tolerance(dtype, backward):
     ],
 )
 def test_a_wrong_version_is_caught(wrong):
-    row = run(TINY, wrong)["versions"][peers.OURS]
+    row = run(TINY, wrong)["versions"][OURS]
     assert row["samples"] > 1
     assert not row["within_tolerance"]
 
@@ -301,11 +303,11 @@ def test_a_wrong_version_is_caught(wrong):
 def test_a_wrong_gradient_is_caught():
     case = Case(1, 2, 48, 48, 16, True, "fp32", True)
     row = run(case, lambda q, k, v: sdpa(q, k, v.detach() * 0.01 + v * 0.99))
-    assert not row["versions"][peers.OURS]["within_tolerance"]
+    assert not row["versions"][OURS]["within_tolerance"]
 
 
 def test_the_sample_holds_the_first_and_last_row():
-    q, k, v, _ = attention.make_problem(Case(1, 1, 512, 512, 8, True, "fp32"), CPU, 0).sets[0]
+    q, k, v, _ = make_problem(Case(1, 1, 512, 512, 8, True, "fp32"), CPU, 0).sets[0]
     expected = accuracy.expected_attention(q, k, v, causal=True, dout=None, seed=0)
     assert {0, 511} <= set(expected.rows.tolist())
     assert len(expected.rows) <= 64
@@ -316,9 +318,9 @@ def test_the_sample_holds_the_first_and_last_row():
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_row_says_what_it_promises(backward):
     case = Case(2, 2, 48, 48, 16, True, "fp32", backward)
-    problem = attention.make_problem(case, CPU, seed=0)
-    names = [name for name in peers.peers_on(CPU) if name != "torch.compile"]
-    row = attention.run_case(problem, limits=LIMITS, budget=0.1, seed=0, peers=names)
+    problem = make_problem(case, CPU, seed=0)
+    names = [name for name in attention_peers.peers_on(CPU) if name != "torch.compile"]
+    row = run_case(ATTENTION, problem, limits=LIMITS, budget=0.1, seed=0, peers=names)
     assert {"fusedattn", "eager", "sdpa-flash", "sdpa-math"} <= set(row["versions"])
     assert set(row["versions"]) | set(row["skipped"]) == {"fusedattn", *names}
     for name, figures in row["versions"].items():
@@ -340,10 +342,10 @@ def test_a_version_that_stores_all_scores_is_left_out_where_they_are_huge():
 
 
 def test_the_interpreter_is_never_timed(monkeypatch):
-    monkeypatch.setattr(peers.fusedattn, "explain", lambda *a, **k: "attention: triton\n")
-    problem = attention.make_problem(TINY, CPU, 0)
-    with pytest.raises(harness.Unavailable, match="interpreter"):
-        peers.fused(problem)
+    monkeypatch.setattr(attention_peers.fusedattn, "explain", lambda *a, **k: "attention: triton\n")
+    problem = make_problem(TINY, CPU, 0)
+    with pytest.raises(Unavailable, match="interpreter"):
+        attention_peers.fused(problem)
 
 
 @pytest.mark.parametrize("seq_q", [1, 48])
@@ -351,13 +353,13 @@ def test_the_interpreter_is_never_timed(monkeypatch):
 def test_an_engine_is_right(engine, seq_q):
     pytest.importorskip(engine)
     pytest.importorskip("onnx")
-    problem = attention.make_problem(Case(2, 3, seq_q, 48, 16, False, "fp32"), CPU, seed=0)
-    row = attention.run_case(problem, limits=LIMITS, budget=0.05, seed=0, peers=[engine])
+    problem = make_problem(Case(2, 3, seq_q, 48, 16, False, "fp32"), CPU, seed=0)
+    row = run_case(ATTENTION, problem, limits=LIMITS, budget=0.05, seed=0, peers=[engine])
     assert row["versions"][engine]["within_tolerance"]
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_an_engine_that_is_absent_names_the_extra(monkeypatch, engine):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(harness.Unavailable, match=r"fusedattn\[bench\]"):
-        peers.PEERS[engine](attention.make_problem(TINY, CPU, 0))
+    monkeypatch.setattr(attention_peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match=r"fusedattn\[bench\]"):
+        attention_peers.PEERS[engine](make_problem(TINY, CPU, 0))

@@ -211,7 +211,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     tools = [run(each, "--version", cwd=ROOT) for each in compilers if shutil.which(each)]
     tools += [version("pybind11"), *ARCHITECTURES, *(str(os.environ.get(name)) for name in told)]
     files = ("setup.py", "pyproject.toml", "tests/test_install.py", "tests/test_cuda_build.py")
-    return build_once(build_real, tools, digests([*folders, *(ROOT / name for name in files)]))
+    read = [*folders, *(ROOT / "csrc").glob("*.py"), *(ROOT / name for name in files)]
+    return build_once(build_real, tools, digests(read))
 
 
 @pytest.mark.slow

@@ -102,8 +102,11 @@ def test_import_loads_nothing_optional() -> None:
 
 def make_tree(folder: Path) -> Path:
     """A source tree whose native module is three files of a few lines."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    (folder / "csrc").mkdir()
+    for module in (ROOT / "csrc").glob("*.py"):
+        shutil.copy(module, folder / "csrc")
     for package in SHIPPED.values():
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
@@ -191,6 +194,16 @@ def test_unknown_flag_leaves_the_file_out(tree: Path) -> None:
     assert "leaving out csrc/cpu/isa_avx2.cpp" in log
     assert "compiling csrc/cpu/isa_generic.cpp" in log
     assert "HAS_AVX2" not in next((tree / "build").rglob("build.ninja")).read_text()
+
+
+@needs_compiler
+def test_source_distribution_builds(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run(sys.executable, "setup.py", "-q", "sdist", cwd=tree)
+    (archive,) = (tree / "dist").iterdir()
+    unpacked = tmp_path_factory.mktemp("sdist")
+    shutil.unpack_archive(archive, unpacked)
+    (source,) = unpacked.iterdir()
+    assert "compiling csrc/cpu/module.cpp" in build(source)
 
 
 # --- wheels --------------------------------------------------------------------------------------

@@ -1,22 +1,36 @@
 // What a CUDA kernel of this library may use. Kernels touch the hardware through these names only:
 // device.cuh gives each its meaning on a GPU, emulator/device.h on the host emulator of the tests.
 //
-//   FUSEDATTN_KERNEL void add(float* x, …) { … }     a __global__ function
-//   FUSEDATTN_DEVICE float square(float x) { … }      a function that kernels call
-//   thread() block_size() block() grid_size()         position, x dimension only
-//   lane() warp()                                     thread() % 32, thread() / 32
-//   anew(x)                  x; what follows from it is computed anew, not kept through a loop
-//   below(i, end)            i < end, where an access depends on it
-//   sync_block() sync_warp()                          barriers; memory before them is seen after
-//   them shuffle_xor(x, mask) shuffle_down(x, n) shuffle(x, from)   by all 32 lanes of a warp
-//   load(p) load<N>(p) load_streaming(p) store(p, x) store_streaming(p, x)      global memory
-//   shared_memory() load_shared(p) load_shared<N>(p) store_shared(p, x)         of the block
-//   cluster_rank() cluster_size() sync_cluster() remote_shared(p, rank) load_remote(p)
-//   store_remote(p, x) atomic_add(p, x)                                  float, global to_float(x)
-//   from_float<T>(x) widen(pack) narrow<T>(pack)                    conversions exp2 log2 rsqrt
-//   reciprocal sqrt sincospi fma      one rounding or the fast instruction launch(name, kernel,
-//   Launch{…}, arguments…)       checked; throws std::runtime_error Workspace(bytes, stream,
-//   device)                  memory for partial results
+//   functions
+//     FUSEDATTN_KERNEL void add(float* x, …) { … }                    __global__
+//     FUSEDATTN_DEVICE float square(float x) { … }                    called by kernels
+//     launch(name, kernel, Launch{…}, arguments…)                     throws std::runtime_error
+//   position, in the x dimension only
+//     thread() block_size() block() grid_size()
+//     lane() warp()                                                   thread() % 32, thread() / 32
+//   barriers; memory before them is seen after them
+//     sync_block() sync_warp()
+//   exchange, by all 32 lanes of a warp
+//     shuffle_xor(x, mask) shuffle_down(x, n) shuffle(x, from)
+//   global memory
+//     load(p) load<N>(p) store(p, x)
+//     load_streaming(p) load_streaming<N>(p) store_streaming(p, x)    used once
+//     load_integer(view, at)                                          of an int32 or int64 tensor
+//     atomic_add(p, x)                                                float
+//     Workspace(bytes, stream, device)                                for partial results
+//   shared memory of the block
+//     shared_memory() load_shared(p) load_shared<N>(p) store_shared(p, x)
+//   shared memory of the cluster
+//     cluster_rank() cluster_size() sync_cluster()
+//     remote_shared(p, rank) load_remote(p) store_remote(p, x)
+//   conversions
+//     to_float(x) from_float<T>(x) widen(pack) narrow<T>(pack)
+//   arithmetic, one rounding or the fast instruction
+//     exp2 log2 rsqrt sqrt reciprocal fma sincospi
+//   for the compiler and the tests
+//     anew(x)                            x; what follows from it is computed anew, not kept through
+//                                        a loop
+//     below(i, end)                      i < end, where an access depends on it
 //
 // A kernel has no static __shared__ arrays, no recursion and no device-side allocation.
 #pragma once

@@ -10,9 +10,14 @@
 // a and b holds two elements, the one at 2t in its low half (PTX: Matrix Fragments for
 // mma.m16n8k16 with floating point type):
 //
-//   a, 16 × 16   [0] row g, k 2t and 2t + 1   [1] row g + 8   [2] row g, k + 8   [3] row g + 8, k +
-//   8 b, 16 × 8    low: k 2t and 2t + 1, column g               high: k + 8 c, 16 × 8    [0] [1]
-//   row g, columns 2t and 2t + 1         [2] [3] row g + 8
+//   a, 16 × 16   [0]        row g,      k 2t and 2t + 1
+//                [1]        row g + 8,  k 2t and 2t + 1
+//                [2]        row g,      k 2t + 8 and 2t + 9
+//                [3]        row g + 8,  k 2t + 8 and 2t + 9
+//   b, 16 × 8    low        k 2t and 2t + 1,      column g
+//                high       k 2t + 8 and 2t + 9,  column g
+//   c, 16 × 8    [0] [1]    row g,      columns 2t and 2t + 1
+//                [2] [3]    row g + 8,  columns 2t and 2t + 1
 #pragma once
 
 #include "cuda/common.cuh"

@@ -286,14 +286,20 @@ def _layout(x: Any, y: Tensor) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _overlap(distance, size, size_y, shape, strides, shape_y, strides_y) -> bool:
+def _overlap(
+    distance: int, size: int, size_y: int,
+    shape: torch.Size, strides: Sequence[int], shape_y: torch.Size, strides_y: Sequence[int],
+) -> bool:  # fmt: skip
     """Whether two tensors in one storage have a byte in common."""
     if shape.numel() == 0 or shape_y.numel() == 0:
         return False
     return _meet(distance, _steps(size, size_y, shape, strides, shape_y, strides_y), moved=True)
 
 
-def _steps(size, size_y, shape, strides, shape_y, strides_y) -> dict[int, tuple[int, int]]:
+def _steps(
+    size: int, size_y: int,
+    shape: Sequence[int], strides: Sequence[int], shape_y: Sequence[int], strides_y: Sequence[int],
+) -> dict[int, tuple[int, int]]:  # fmt: skip
     """How often each stride, in bytes, may be taken from a byte of one to one of the other."""
     steps = {1: (1 - size_y, size - 1)}
     of_x = [(n, stride * size, 0) for n, stride in zip(shape, strides, strict=True)]

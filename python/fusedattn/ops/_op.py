@@ -109,11 +109,13 @@ class _Differentiable(torch.autograd.Function):
     """An op that knows its gradient: apply(op, call, backend, serve, *tensors) -> outputs."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, call: Any, backend: str, serve: Any, *tensors: Tensor | None):
+    def forward(
+        ctx: Any, op: Op, call: Any, backend: str, serve: Any, *tensors: Tensor | None
+    ) -> Outputs:
         return _serve(ctx, 4, op, call, backend, serve)
 
     @staticmethod
-    def backward(ctx: Any, *douts: Tensor | None):
+    def backward(ctx: Any, *douts: Tensor | None) -> Outputs:
         needed, before = ctx.needs_input_grad, ctx.leading
         if all(dout is None for dout in douts):
             return (None,) * len(needed)
@@ -137,7 +139,9 @@ class _Whole(_Differentiable):
     """The same with all outputs, of which the rest have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, call: Any, backend: str, serve: Any, *tensors: Tensor | None):
+    def forward(
+        ctx: Any, op: Op, call: Any, backend: str, serve: Any, *tensors: Tensor | None
+    ) -> Outputs:
         outputs: list[Any] = []
 
         def served(call: Any, backend: str) -> Outputs:
@@ -149,7 +153,7 @@ class _Whole(_Differentiable):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *douts: Tensor | None):
+    def backward(ctx: Any, *douts: Tensor | None) -> Outputs:
         return _Differentiable.backward(ctx, *douts[: ctx.op.cotangents])
 
 
@@ -161,7 +165,9 @@ def public(op: Op, name: str) -> type[torch.autograd.Function]:
 
     class Function(_Differentiable):
         @staticmethod
-        def forward(ctx: Any, config: Any, backend: str, *fields: Any):  # type: ignore[override]
+        def forward(  # type: ignore[override]
+            ctx: Any, config: Any, backend: str, *fields: Any
+        ) -> Tensor | Outputs:
             missing = (None,) * (len(op.library.call._fields) - 1 - len(fields))
             call = op.library.call(*fields, *missing, config)
             found = _serve(ctx, 2, op, call, backend, op.library)
@@ -175,14 +181,16 @@ class _ByFormula(torch.autograd.Function):
     """An op that is differentiated by its formula: apply(op, call, backend, serve, *tensors)."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, call: Any, backend: str, serve: Any, *tensors: Tensor | None):
+    def forward(
+        ctx: Any, op: Op, call: Any, backend: str, serve: Any, *tensors: Tensor | None
+    ) -> Outputs:
         keep(ctx, *tensors)
         ctx.set_materialize_grads(False)
         ctx.op, ctx.rest = op, call[len(tensors) :]
         return serve(call, backend)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None):
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Outputs:
         op = ctx.op
 
         def formula(*tensors: Tensor | None) -> Outputs:

@@ -68,9 +68,22 @@ op = Op(
 
 
 def _prepare(
-    q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
-    deterministic=None, seed=None,
-) -> AttentionCall:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    deterministic: bool | None = None,
+    seed: int | Tensor | None = None,
+) -> AttentionCall:
     if _autocast_anywhere():
         q, k, v, bias = autocast(q, k, v, bias)
     head_dim = validate(q, k, v)

@@ -176,7 +176,9 @@ def _side(side: int | None) -> int:
 remembered = functools.lru_cache(maxsize=256)(configure)
 
 
-def autocast(q, k, v, bias):
+def autocast(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v and bias in autocast's dtype where it is on; what is float64 stays as it is."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor("attention", name, x)

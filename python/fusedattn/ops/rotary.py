@@ -74,7 +74,7 @@ class RotaryInPlaceFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: RotaryCall, backend: str):
+    def forward(ctx: Any, x: Tensor, call: RotaryCall, backend: str) -> Tensor:
         saved, ctx.rest = _keep(call, None, (False,) * 4)
         keep(ctx, *saved)
         ctx.backend = backend
@@ -83,7 +83,7 @@ class RotaryInPlaceFunction(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         call = RotaryCall(as_heads(dout), None, *kept(ctx), *ctx.rest)
         return op(call, ctx.backend)[0].view(dout.shape), None, None
 

@@ -101,7 +101,9 @@ def _check_fit(name: str, extra: Tensor, x: Tensor) -> None:
     check_broadcast("softmax", name, extra, x.shape, "the shape of x,")
 
 
-def prepare(x, dim, mask, bias, scale, causal) -> SoftmaxCall:
+def prepare(
+    x: Tensor, dim: int, mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool | str
+) -> SoftmaxCall:
     """Check everything."""
     shape = check_tensor("softmax", "x", x)
     # Dynamo traces through a cached function, but warns about it.

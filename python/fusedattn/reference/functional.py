@@ -224,7 +224,19 @@ def norm_backward(
     return total if dz is None else total + dz, dout * normalised, dout
 
 
-def _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed, **options):
+def _norm_of_shape(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    *,
+    centre: bool,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`norm` over the trailing dimensions `normalized_shape` of dropout(x) + residual."""
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     width = math.prod(shape)
@@ -234,7 +246,8 @@ def _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed,
         seed = torch.tensor([seed], device=x.device)
     z = dropout(x.reshape(rows, width), dropout_p, seed)
     z = z if residual is None else (z + residual.reshape(rows, width)).to(residual.dtype)
-    out = norm(z, weight, bias, **options)[0].reshape(x.shape).to(x.dtype)
+    out = norm(z, weight, bias, centre=centre, eps=eps, weight_offset=weight_offset)[0]
+    out = out.reshape(x.shape).to(x.dtype)
     return out if residual is None else (out, z.reshape(x.shape))
 
 
@@ -250,8 +263,9 @@ def layer_norm(
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.layer_norm` of z = dropout(x) + residual; with a residual (out, z)."""
-    options = {"centre": True, "eps": eps}
-    return _norm_of_shape(x, normalized_shape, weight, bias, residual, dropout_p, seed, **options)
+    return _norm_of_shape(
+        x, normalized_shape, weight, bias, residual, dropout_p, seed, centre=True, eps=eps
+    )
 
 
 def rms_norm(
@@ -268,8 +282,10 @@ def rms_norm(
     """`F.rms_norm` of z = dropout(x) + residual, with weight_offset + weight as the weight."""
     if eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    options = {"centre": False, "eps": eps, "weight_offset": weight_offset}
-    return _norm_of_shape(x, normalized_shape, weight, None, residual, dropout_p, seed, **options)
+    return _norm_of_shape(
+        x, normalized_shape, weight, None, residual, dropout_p, seed,
+        centre=False, eps=eps, weight_offset=weight_offset,
+    )  # fmt: skip
 
 
 # --- softmax --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ PAD, BEGIN, END, MASK = 256, 257, 258, 259
 VOCABULARY = 260
 
 Activation = Callable[[Tensor], Tensor]
+Tables = tuple[Tensor, Tensor]  # of rotary: cos, sin
 
 
 # --- the pluggable ops ---------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias)
 
     def forward(
-        self, x: Tensor, source: Tensor, lengths: Tensor | None, rotary: Any = None
+        self, x: Tensor, source: Tensor, lengths: Tensor | None, rotary: Tables | None = None
     ) -> Tensor:
         q = torch.unflatten(self.query(x), -1, (self.heads, -1))
         kv = torch.unflatten(self.key_value(source), -1, (2, self.kv_heads, -1))
@@ -259,7 +260,10 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(norm(config.width, ops) for _ in range(2 + cross))
         self.dropout = nn.Dropout(config.dropout)
 
-    def layers(self, lengths, memory, memory_lengths, rotary) -> list[tuple[nn.Module, Activation]]:
+    def layers(
+        self, lengths: Tensor | None, memory: Tensor | None, memory_lengths: Tensor | None,
+        rotary: Tables | None,
+    ) -> list[tuple[nn.Module, Activation]]:  # fmt: skip
         """(norm, layer) in the order in which x passes them."""
         attend = partial(self.attention, lengths=lengths, rotary=rotary)
         found = [(self.norms[0], lambda y: attend(y, y))]
@@ -269,7 +273,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, memory: Tensor | None = None,
-        memory_lengths: Tensor | None = None, rotary: Any = None,
+        memory_lengths: Tensor | None = None, rotary: Tables | None = None,
     ) -> Tensor:  # fmt: skip
         layers = self.layers(lengths, memory, memory_lengths, rotary)
         if not self.norm_first:

@@ -1,6 +1,5 @@
 """The versions of attention that stand beside each other in one case.
 
-Each builder takes a `Problem` and returns a `Version`, or raises `Unavailable` with the reason.
 What can be prepared once (masks, sessions, compilation, layouts) is prepared by the builder; the
 clock sees the call alone.
 """
@@ -9,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import fusedattn
 import torch
@@ -20,40 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .harness import DTYPES, Outputs, Unavailable, Version
-
-if TYPE_CHECKING:
-    from .attention import Case
+from .accuracy import Expected, expected_attention
+from .attention_cases import Case, Problem
+from .versions import FLASH, Builder, Outputs, Unavailable, Version, called_once, ours_on, refusal
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
-OURS = "fusedattn"
-FLASH = "sdpa-flash"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case with its input sets, each (q, k, v, dout): (B, H, Sq, D), (B, H, Sk, D) twice, and
-    dout like the output. `score_bytes` is the most that a matrix of Sq·Sk scores may take.
-    """
-
-    case: Case
-    sets: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-    score_bytes: float = 2**30
-    device: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", self.sets[0][0].device)
-
-    def refuse_huge_scores(self) -> None:
-        """Raise `Unavailable` where a version that stores all scores would take too much."""
-        case = self.case
-        item = DTYPES[case.dtype].itemsize
-        needed = case.batch * case.heads * case.seq_q * case.seq_k * item
-        if needed > self.score_bytes:
-            raise Unavailable(
-                f"its matrix of scores takes {needed / 2**20:,.0f} MiB, "
-                f"over the limit of {self.score_bytes / 2**20:,.0f} MiB here"
-            )
 
 
 def version_of(
@@ -108,7 +76,7 @@ def fused(problem: Problem) -> Version:
     return version_of(formula, problem, detail=backend)
 
 
-def ours(backend: str) -> Callable[[Problem], Version]:
+def ours(backend: str) -> Builder:
     """fusedattn on one backend; "cpu" stands for what a CPU tensor gets by default."""
     if backend == "cpu":
         return fused
@@ -126,20 +94,6 @@ def ours(backend: str) -> Callable[[Problem], Version]:
         return version_of(formula, problem, detail=backend)
 
     return build
-
-
-def refusal(error: Exception, backend: str) -> str:
-    """Of what an `UnsupportedError` says, why this backend does not take the call."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    reasons = [line for line in lines if line.startswith(f"{backend}:")]
-    return (reasons or lines)[0]
-
-
-def ours_on(device: torch.device) -> dict[str, str]:
-    """The names of our versions on a device → their backends."""
-    if device.type != "cuda":
-        return {OURS: "cpu"}
-    return {f"{OURS}-{backend}": backend for backend in ("cuda", "triton")}
 
 
 def _eager_formula(problem: Problem) -> Formula:
@@ -181,7 +135,7 @@ def _compiled_now(formula: Formula, problem: Problem) -> Version:
         return called_once(version_of(formula, problem))
 
 
-def sdpa(backend: SDPBackend) -> Callable[[Problem], Version]:
+def sdpa(backend: SDPBackend) -> Builder:
     """`F.scaled_dot_product_attention`, forced to one backend."""
 
     def build(problem: Problem) -> Version:
@@ -213,37 +167,6 @@ def flex(problem: Problem) -> Version:
         return run(q, k, v, block_mask=blocks)
 
     return _compiled_now(formula, problem)
-
-
-def build_versions(
-    problem: Any, known: Mapping[str, Callable[[Any], Version]], skipped: dict[str, str]
-) -> tuple[dict[str, Version], dict[str, float]]:
-    """What the builders make of the problem, and the seconds that preparing each took.
-
-    `skipped` receives name → reason for those that cannot run. On a GPU each is called once here:
-    whatever a compiler or a driver raises at the first call, the others run.
-    """
-    versions, seconds = {}, {}
-    for name, build in known.items():
-        start = time.perf_counter()
-        try:
-            version = build(problem)
-            if problem.device.type == "cuda":
-                called_once(version)
-                torch.cuda.synchronize()
-        except Exception as reason:
-            skipped[name] = (str(reason).strip() or type(reason).__name__).splitlines()[0][:160]
-        else:
-            versions[name] = version
-        seconds[name] = time.perf_counter() - start
-    return versions, seconds
-
-
-def called_once(version: Version) -> Version:
-    """The version, after a call: what is built lazily is built."""
-    with version.context():
-        version.call(0)
-    return version
 
 
 # --- inference engines ---------------------------------------------------------------------------
@@ -371,7 +294,7 @@ def openvino(problem: Problem) -> Version:
     return Version(call, owns_arena=True)
 
 
-PEERS: dict[str, Callable[[Problem], Version]] = {
+PEERS: dict[str, Builder] = {
     "eager": eager,
     "torch.compile": compiled,
     FLASH: sdpa(SDPBackend.FLASH_ATTENTION),
@@ -394,7 +317,27 @@ def peers_on(device: torch.device) -> list[str]:
     return [name for name in PEERS if name not in _ELSEWHERE[device.type]]
 
 
-def builders(device: torch.device, names: Iterable[str]) -> dict[str, Callable[[Problem], Version]]:
+def builders(device: torch.device, names: Iterable[str]) -> dict[str, Builder]:
     """Our versions on a device, and the named peers."""
     mine = {name: ours(backend) for name, backend in ours_on(device).items()}
     return {**mine, **{name: PEERS[name] for name in names}}
+
+
+def worth_compiling(name: str, case: Case, device: torch.device) -> bool:
+    """Whether a version that is compiled stands beside this case without `thorough`."""
+    on_gpu = device.type == "cuda"
+    if case.dtype != ("bf16" if on_gpu else "fp32"):
+        return False
+    if on_gpu and name == "flex" and not case.bound_by_bytes:
+        return True
+    long = (case.seq_q, case.head_dim, case.causal) == (2048, 128, True)
+    return case.regime == "BERT-like" or (long and (on_gpu or not case.backward))
+
+
+def expected_of(problem: Problem, index: int, seed: int) -> Expected:
+    """What every version should give on the input set of this index."""
+    q, k, v, dout = problem.sets[index]
+    case = problem.case
+    return expected_attention(
+        q, k, v, causal=case.causal, dout=dout if case.backward else None, seed=seed
+    )

@@ -1,4 +1,4 @@
-"""The attention cases, and what one row of the result says about each.
+"""The attention cases: their work, their grids and their inputs.
 
 FLOPs: 2·B·H·Sq·Sk·(D + Dv), halved for causal; a backward pass counts 2.5 times as much again.
 Bytes: every input once, every output once. A decoding step is bound by bytes and given in GB/s,
@@ -11,24 +11,18 @@ pass is timed by itself, on graphs that were recorded before, for all versions a
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
-from .accuracy import expected_attention
-from .figures import figures_of, ratios, times_as_fast
-from .harness import DTYPES, Limits, Version, measure
-from .peers import COMPILED, FLASH, Problem, build_versions, builders, ours_on, peers_on
+from .harness import Limits
+from .versions import DTYPES, Unavailable
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 # What is compiled anew for every length may run out of time: the most telling lengths come first.
 GPU_LENGTHS = (2048, 16384, 8192, 4096, 1024, 512)
 INPUT_SETS = 2
-COMPILE_SECONDS = 60.0
-DERIVED = ("label", "passes", "flops", "bytes")
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,33 @@ def quick_grid(device: torch.device) -> list[Case]:
     return list(chosen)
 
 
-# --- running -------------------------------------------------------------------------------------
+# --- inputs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its input sets, each (q, k, v, dout): (B, H, Sq, D), (B, H, Sk, D) twice, and
+    dout like the output. `score_bytes` is the most that a matrix of Sq·Sk scores may take.
+    """
+
+    case: Case
+    sets: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    score_bytes: float = 2**30
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", self.sets[0][0].device)
+
+    def refuse_huge_scores(self) -> None:
+        """Raise `Unavailable` where a version that stores all scores would take too much."""
+        case = self.case
+        item = DTYPES[case.dtype].itemsize
+        needed = case.batch * case.heads * case.seq_q * case.seq_k * item
+        if needed > self.score_bytes:
+            raise Unavailable(
+                f"its matrix of scores takes {needed / 2**20:,.0f} MiB, "
+                f"over the limit of {self.score_bytes / 2**20:,.0f} MiB here"
+            )
 
 
 def make_problem(
@@ -179,7 +199,7 @@ def make_problem(
     """The case with fresh normal random inputs; the same seed gives the same inputs."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def random(seq: int) -> torch.Tensor:
+    def random(seq: int) -> Tensor:
         shape = (case.batch, case.heads, seq, case.head_dim)
         x = torch.randn(shape, generator=generator, device=device)
         return x.to(DTYPES[case.dtype])
@@ -189,101 +209,3 @@ def make_problem(
         for _ in range(INPUT_SETS)
     ]
     return Problem(case, sets, score_bytes)
-
-
-def run_case(
-    problem: Problem,
-    *,
-    limits: Limits,
-    budget: float,
-    seed: int,
-    peers: Sequence[str] | None = None,
-    versions: dict[str, Version] | None = None,
-) -> dict[str, Any]:
-    """One row: every version's time, rate, memory and error on this case.
-
-    `peers` are by default all that the device can have; `versions` replaces fusedattn and them.
-    """
-    case = problem.case
-    skipped: dict[str, str] = {}
-    prepared: dict[str, float] = {}
-    if versions is None:
-        names = peers_on(problem.device) if peers is None else peers
-        versions, prepared = build_versions(problem, builders(problem.device, names), skipped)
-    measured = measure(
-        versions, device=problem.device, budget=budget, sets=len(problem.sets), failed=skipped
-    )
-    used = {m.set_index for m in measured.values()}
-    expected = {}
-    for index in used:
-        q, k, v, dout = problem.sets[index]
-        expected[index] = expected_attention(
-            q, k, v, causal=case.causal, dout=dout if case.backward else None, seed=seed
-        )
-    limit, ours = case.limit(limits), list(ours_on(problem.device))
-    rows = {
-        name: figures_of(m, versions[name], expected[m.set_index].error(m.output), case.work, limit)
-        for name, m in measured.items()
-    }
-    return {
-        "case": {**asdict(case), **{name: getattr(case, name) for name in DERIVED}},
-        "unit": "byte/s" if case.bound_by_bytes else "FLOP/s",
-        "limit": limit,
-        "versions": rows,
-        "skipped": skipped,
-        "prepared_s": prepared,
-        **ratios(rows, ours),
-        "times_flash": times_as_fast(rows, ours, FLASH),
-    }
-
-
-def run_cases(
-    cases: Sequence[Case],
-    device: torch.device,
-    *,
-    limits: Limits,
-    seconds: float,
-    seed: int,
-    thorough: bool = False,
-    progress: Callable[[int, str], None] = lambda done, label: None,
-) -> Iterator[dict[str, Any]]:
-    """The rows of all cases, in about `seconds` seconds; each case gets its share of what is left.
-
-    Unless `thorough`, versions that are compiled anew for every shape, which takes many seconds,
-    stand beside the cases of `_worth_compiling` alone, on a GPU until COMPILE_SECONDS are over; and
-    versions that store all scores stop at 128 MiB of them (on a GPU 2 GiB).
-    """
-    end = time.perf_counter() + seconds
-    gpu = device.type == "cuda"
-    score_bytes = (2**33 if gpu else 2**30) if thorough else 2**31 if gpu else 2**27
-    compiled = 0.0
-    for n, case in enumerate(cases):
-        progress(n, case.label)
-        left_out = {}
-        for name in COMPILED:
-            if thorough or name not in peers_on(device):
-                continue
-            if not _worth_compiling(name, case, device):
-                left_out[name] = "compiled for a few cases, with --full for all"
-            elif gpu and compiled > COMPILE_SECONDS:
-                left_out[name] = "the time for compiling was over, with --full there is enough"
-        names = [name for name in peers_on(device) if name not in left_out]
-        left = max(0.0, end - time.perf_counter())
-        problem = make_problem(case, device, seed + n, score_bytes)
-        # Half of the share is for timing; warming up, the reference and compiling take the rest.
-        budget = max(0.2, 0.5 * left / (len(cases) - n))
-        row = run_case(problem, limits=limits, budget=budget, seed=seed + n, peers=names)
-        row["skipped"].update(left_out)
-        compiled += sum(row["prepared_s"].get(name, 0.0) for name in COMPILED)
-        yield row
-    progress(len(cases), "done")
-
-
-def _worth_compiling(name: str, case: Case, device: torch.device) -> bool:
-    on_gpu = device.type == "cuda"
-    if case.dtype != ("bf16" if on_gpu else "fp32"):
-        return False
-    if on_gpu and name == "flex" and not case.bound_by_bytes:
-        return True
-    long = (case.seq_q, case.head_dim, case.causal) == (2048, 128, True)
-    return case.regime == "BERT-like" or (long and (on_gpu or not case.backward))

@@ -1,4 +1,4 @@
-"""The cases of the ops that work on rows, and what one row of the result says about each.
+"""The cases of the ops that work on rows: their bytes, their grids and their inputs.
 
 Layer norm, RMS norm, softmax, rotary and sinusoidal positions are bound by memory: they are given
 in bytes per second, each tensor read and written once. The limit of a case is a copy between two
@@ -11,23 +11,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .accuracy import ExpectedRows, expected_rows
-from .figures import figures_of, ratios
-from .harness import DTYPES, Outputs, Version, measure
-from .peers import build_versions, ours_on
-from .rowwise_peers import COMPILED, OPS, PEERS, Problem, builders
+from .versions import DTYPES, Outputs
 
 INPUT_SETS = 2
-COMPILE_SECONDS = 15.0
-COPY = "copy"
+# How many dimensions the shape of a case has, in the order in which the ops are reported.
+DIMENSIONS = {"layer_norm": 2, "rms_norm": 2, "softmax": 2, "rotary": 4, "sinusoidal": 3}
 NORMS = ("layer_norm", "rms_norm")
 WIDE = ("layer_norm", "rms_norm", "softmax")
 
@@ -44,15 +38,17 @@ class Case:
     backward: bool = False
     residual: bool = False
 
+    bound_by_bytes = True
+
     def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise ValueError(f"Case: got op={self.op!r}, expected one of {list(OPS)}")
+        if self.op not in DIMENSIONS:
+            raise ValueError(f"Case: got op={self.op!r}, expected one of {list(DIMENSIONS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"Case: got dtype={self.dtype!r}, expected one of {list(DTYPES)}")
-        if len(self.shape) != OPS[self.op].dimensions:
+        if len(self.shape) != DIMENSIONS[self.op]:
             raise ValueError(
                 f"Case: got shape={self.shape} for {self.op}, "
-                f"expected {OPS[self.op].dimensions} dimensions"
+                f"expected {DIMENSIONS[self.op]} dimensions"
             )
         if self.residual and self.op not in NORMS:
             raise ValueError(f"Case: got residual for {self.op}, expected one of {NORMS}")
@@ -80,6 +76,11 @@ class Case:
         tensors = 3 + self.residual if self.backward else 2 + 2 * self.residual
         vectors = {"layer_norm": (2, 3), "rms_norm": (1, 2)}.get(self.op, (0, 0))[self.backward]
         return DTYPES[self.dtype].itemsize * (tensors * elements + vectors * self.shape[-1])
+
+    @property
+    def work(self) -> float:
+        """What a second of this case is counted in."""
+        return self.bytes
 
 
 # --- the grids -----------------------------------------------------------------------------------
@@ -133,11 +134,45 @@ def quick_grid(device: torch.device) -> list[Case]:
 
 
 def _by_op(cases: Iterable[Case]) -> list[Case]:
-    order = list(OPS)
+    order = list(DIMENSIONS)
     return sorted(cases, key=lambda case: order.index(case.op))
 
 
-# --- running -------------------------------------------------------------------------------------
+# --- inputs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its input sets, each (inputs of the op, gradients of its outputs)."""
+
+    case: Case
+    sets: list[tuple[Outputs, Outputs]]
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", self.sets[0][0][0].device)
+
+
+def draw(case: Case, random: Callable[..., Tensor]) -> Outputs:
+    """One set of inputs; what has rows has them in the second to last dimension.
+
+    Norms: x, weight, for layer norm bias, and the residual where there is one. Softmax and
+    sinusoidal positions: x. Rotary: q, k and the tables cos, sin (S, D/2) of positions 0 to S − 1.
+    """
+    x, width = random(*case.shape), case.shape[-1]
+    if case.op == "rotary":
+        k = random(*case.shape)
+        turns = 10000.0 ** (-torch.arange(0, width, 2, device=x.device).double() / width)
+        phases = torch.arange(case.shape[-2], device=x.device).double()[:, None] * turns
+        return x, k, phases.cos().to(x.dtype), phases.sin().to(x.dtype)
+    if case.op not in NORMS:
+        return (x,)
+    inputs = [x, 1 + 0.2 * random(width)]
+    if case.op == "layer_norm":
+        inputs.append(random(width))
+    if case.residual:
+        inputs.append(random(*case.shape))
+    return tuple(inputs)
 
 
 def windows(buffer: Tensor, shape: Sequence[int]) -> list[Tensor]:
@@ -165,127 +200,8 @@ def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
                 made.append(windows(values.to(DTYPES[case.dtype]), shape))
             return made[at][n]
 
-        inputs = OPS[case.op].inputs(case, random)
+        inputs = draw(case, random)
         outputs = 2 if case.op == "rotary" or case.residual else 1
         return inputs, tuple(random(*case.shape) for _ in range(outputs if case.backward else 0))
 
     return Problem(case, [inputs_of(n) for n in range(INPUT_SETS)])
-
-
-def copy_of(case: Case, device: torch.device) -> Version:
-    """A copy that reads and writes as many bytes as the case, between tensors that stand ready."""
-    count, row = max(1, case.bytes // 8), 16
-    values = torch.rand(count + (INPUT_SETS - 1) * row, device=device)
-    sources = [values[n * row : n * row + count] for n in range(INPUT_SETS)]
-    target = torch.empty_like(sources[0])
-    return Version(lambda i: (target.copy_(sources[i % INPUT_SETS]),), torch.no_grad)
-
-
-def run_case(
-    problem: Problem,
-    *,
-    budget: float,
-    seed: int,
-    peers: Sequence[str] | None = None,
-    versions: dict[str, Version] | None = None,
-) -> dict[str, Any]:
-    """One row: every version's time, rate, memory and error on this case.
-
-    `peers` are by default all; `versions` replaces fusedattn and them.
-    """
-    case, device = problem.case, problem.device
-    skipped: dict[str, str] = {}
-    prepared: dict[str, float] = {}
-    if versions is None:
-        all_of = builders(case, device)
-        names = [*ours_on(device), *(PEERS if peers is None else peers)]
-        known = {name: all_of[name] for name in names if name in all_of}
-        versions, prepared = build_versions(problem, known, skipped)
-    measured = measure(
-        {COPY: copy_of(case, device), **versions},
-        device=device,
-        budget=budget,
-        sets=len(problem.sets),
-        failed=skipped,
-    )
-    copy = measured.pop(COPY).timing
-    limit = case.bytes / copy.median
-    expected = {
-        index: expected_of(problem, index, seed)
-        for index in {m.set_index for m in measured.values()}
-    }
-    rows = {
-        name: figures_of(
-            m, versions[name], expected[m.set_index].error(m.output), case.bytes, limit
-        )
-        for name, m in measured.items()
-    }
-    return {
-        "case": {**asdict(case), "label": case.label, "bytes": case.bytes},
-        "unit": "byte/s",
-        "limit": limit,
-        "copy": {f"{name}_s": getattr(copy, name) for name in ("median", "p20", "p80")},
-        "versions": rows,
-        "skipped": skipped,
-        "prepared_s": prepared,
-        **ratios(rows, ours_on(device)),
-    }
-
-
-def expected_of(problem: Problem, index: int, seed: int) -> ExpectedRows:
-    """What every version should give on the input set of this index."""
-    case, op = problem.case, OPS[problem.case.op]
-    inputs, douts = problem.sets[index]
-    return expected_rows(
-        op.reference,
-        inputs,
-        leaves=len(inputs) - op.tables,
-        douts=douts if case.backward else None,
-        summands=op.summands,
-        seed=seed,
-    )
-
-
-def run_cases(
-    cases: Sequence[Case],
-    device: torch.device,
-    *,
-    seconds: float,
-    seed: int,
-    thorough: bool = False,
-    progress: Callable[[int, str], None] = lambda done, label: None,
-) -> Iterator[dict[str, Any]]:
-    """The rows of all cases, in about `seconds` seconds; each case gets its share of what is left.
-
-    Unless `thorough`, `torch.compile` stands beside the cases of `worth_compiling` alone, on a GPU
-    until COMPILE_SECONDS are over.
-    """
-    end = time.perf_counter() + seconds
-    compiled = 0.0
-    for n, case in enumerate(cases):
-        progress(n, case.label)
-        in_time = device.type != "cuda" or compiled < COMPILE_SECONDS
-        compiling = thorough or (in_time and worth_compiling(case, device))
-        names = [name for name in PEERS if compiling or name != COMPILED]
-        left = max(0.0, end - time.perf_counter())
-        # Half of the share is for timing; inputs, warming up and the reference take the rest.
-        budget = max(0.1, 0.5 * left / (len(cases) - n))
-        row = run_case(
-            make_problem(case, device, seed + n), budget=budget, seed=seed + n, peers=names
-        )
-        if not compiling:
-            row["skipped"][COMPILED] = "compiled for a few cases, with --full for all"
-        compiled += row["prepared_s"].get(COMPILED, 0.0)
-        yield row
-    progress(len(cases), "done")
-
-
-def worth_compiling(case: Case, device: torch.device) -> bool:
-    """Whether `torch.compile` stands beside this case without `thorough`."""
-    if device.type != "cuda":
-        return case in (
-            Case("rms_norm", (2048, 1024), "fp32"),
-            Case("rotary", (1, 16, 1024, 64), "fp32"),
-        )
-    wide = case.op in WIDE and case.shape[-1] in (4096, 12288, 32768)
-    return case.dtype == "bf16" and (wide or case.op not in WIDE)

@@ -29,8 +29,7 @@ def bias_grad_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    mask,  # View (B, Hq, Sq, Sk) of bool, or None
-    bias,  # View (B, Hq, Sq, Sk)
+    rules,  # of attention_fwd.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -94,10 +93,8 @@ def bias_grad_kernel(
         do_tile = load_tile(matrix(dout, batch, head), m * BLOCK_M, seq_q, BLOCK_M, DV, BLOCK_DV)
         shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
         delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
-        mask_head = matrix(mask, batch, head) if mask is not None else None
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        bias_head = matrix(bias, batch, head)
-        s = scores(s, mask_head, bias_head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        s = scores(s, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
         s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)

@@ -35,6 +35,7 @@ from .attention_fwd import (
     hide,
     key_range,
     pair_bytes,
+    rules_of,
     scores,
     tuning_key,
     weights,
@@ -45,7 +46,6 @@ from .common import (
     LOG2E,
     Tuner,
     block_width,
-    broadcast_view,
     device_of,
     dot,
     load_tile,
@@ -104,8 +104,7 @@ def dkdv_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    mask,  # View (B, Hq, Sq, Sk) of bool, or None
-    bias,  # View (B, Hq, Sq, Sk), or None
+    rules,  # of attention_fwd.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -150,8 +149,6 @@ def dkdv_kernel(
     for member in tl.range(0, group):
         head = kv_head * group + member
         q_head, dout_head = matrix(q, batch, head), matrix(dout, batch, head)
-        mask_head = matrix(mask, batch, head) if mask is not None else None
-        bias_head = matrix(bias, batch, head) if bias is not None else None
         rows = (batch * heads + head).to(tl.int64) * seq_q
         for at in tl.range(first, end, BLOCK_M):
             i = at + tl.arange(0, BLOCK_M)
@@ -160,7 +157,7 @@ def dkdv_kernel(
             shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
             delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
             s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
-            s = scores(s, mask_head, bias_head, i[None, :], j[:, None], seq_q, keys, scale, NATURAL)
+            s = scores(s, rules, batch, head, i[None, :], j[:, None], seq_q, keys, scale, NATURAL)
             if CAUSAL:  # noqa: SIM102
                 if at < full:
                     s = hide(s, i[None, :], j[:, None], keys, diagonal, CAUSAL)
@@ -184,8 +181,7 @@ def dq_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    mask,  # View (B, Hq, Sq, Sk) of bool, or None
-    bias,  # View (B, Hq, Sq, Sk), or None
+    rules,  # of attention_fwd.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -213,8 +209,6 @@ def dq_kernel(
     index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
     batch, head = flat // heads, flat % heads
     k_head, v_head = matrix(k, batch, head // group), matrix(v, batch, head // group)
-    mask_head = matrix(mask, batch, head) if mask is not None else None
-    bias_head = matrix(bias, batch, head) if bias is not None else None
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     rows = flat.to(tl.int64) * seq_q
@@ -231,7 +225,7 @@ def dq_kernel(
         k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, mask_head, bias_head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        s = scores(s, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
         if start >= full:
             s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
         p = weights(s, shift_row[:, None], scale, NATURAL)
@@ -273,22 +267,22 @@ def attention_backward(
 
     dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero).
     """
-    dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths = call[:10]
+    dout, dlse, out, lse, q, k, v = call[:7]
     device = device_of(q)
-    arguments = common_arguments(q, k, v, bias, call.config)
-    key = tuning_key(q, k, mask, bias, arguments)
+    arguments = common_arguments(call)
+    key = tuning_key(call, arguments)
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    about = (device, q.dtype, widths, pair_bytes(mask, bias))
+    about = (device, q.dtype, widths, pair_bytes(call))
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     group = arguments["group"]
 
     with torch.cuda.device_of(q):
         shift, delta = _row_terms(dout, dlse, out, vector(lse), arguments["NATURAL"])
         views = (
-            view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias),
-            vector(kv_lengths), view(dout), shift, delta,
+            view(q), view(k), view(v), rules_of(call), vector(call.kv_lengths), view(dout), shift,
+            delta,
         )  # fmt: skip
 
         def launch_dkdv(options: triton.Config) -> None:

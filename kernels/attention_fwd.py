@@ -19,7 +19,7 @@ scores are natural, exp2((s − m)·log₂e): a bias of finfo.min must not overf
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -47,7 +47,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from fusedattn.ops.attention_config import AttentionCall, AttentionConfig
+    from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
 
 # --- shared with the backward --------------------------------------------------------------------
 
@@ -75,18 +75,27 @@ def key_range(
     return full // BLOCK_N * BLOCK_N, end
 
 
+class Rules(NamedTuple):
+    """What makes scores of the products qkᵀ, but for `scale`; None is compiled away."""
+
+    mask: Any  # View (B, Hq, Sq, Sk) of bool
+    bias: Any  # View (B, Hq, Sq, Sk)
+
+
 @triton.jit
-def scores(s, mask, bias, i, j, seq_q, keys, scale, NATURAL: tl.constexpr):
+def scores(s, rules, batch, head, i, j, seq_q, keys, scale, NATURAL: tl.constexpr):
     """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
 
     −inf where the mask forbids. If NATURAL the result is the score, else score / scale.
     """
     if NATURAL:
         s = s * scale
-    if bias is not None:
-        s = s + load_pairs(bias, i, j, seq_q, keys).to(tl.float32)
-    if mask is not None:
-        s = tl.where(load_pairs(mask, i, j, seq_q, keys) != 0, s, float("-inf"))
+    if rules.bias is not None:
+        bias = load_pairs(matrix(rules.bias, batch, head), i, j, seq_q, keys)
+        s = s + bias.to(tl.float32)
+    if rules.mask is not None:
+        seen = load_pairs(matrix(rules.mask, batch, head), i, j, seq_q, keys)
+        s = tl.where(seen != 0, s, float("-inf"))
     return s
 
 
@@ -129,8 +138,7 @@ def forward_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    mask,  # View (B, Hq, Sq, Sk) of bool, or None
-    bias,  # View (B, Hq, Sq, Sk), or None
+    rules,
     kv_lengths,  # int32 or int64 (B,), or None
     out,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
@@ -155,10 +163,6 @@ def forward_kernel(
     index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
     batch, head = flat // heads, flat % heads
     k_head, v_head = matrix(k, batch, head // group), matrix(v, batch, head // group)
-    if mask is not None:
-        mask = matrix(mask, batch, head)
-    if bias is not None:
-        bias = matrix(bias, batch, head)
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     keys = existing_keys(kv_lengths, batch, seq_k)
@@ -173,7 +177,7 @@ def forward_kernel(
         k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, mask, bias, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        s = scores(s, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
         if start >= full:
             s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
         highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
@@ -198,10 +202,14 @@ def forward_kernel(
 # --- launcher ------------------------------------------------------------------------------------
 
 
-def common_arguments(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, config: AttentionConfig
-) -> dict[str, Any]:
+def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
+    """The rules of a call, as the kernels take them."""
+    return Rules(broadcast_view(call.mask), broadcast_view(call.bias))
+
+
+def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, Any]:
     """The kernel arguments, other than tensors and tiles, that forward and backward share."""
+    q, k, v, config = call.q, call.k, call.v, call.config
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     seq_q, seq_k = q.shape[2], k.shape[2]
     return {
@@ -216,25 +224,26 @@ def common_arguments(
         "BLOCK_D": block_width(head_dim),
         "BLOCK_DV": block_width(head_dim_v),
         "CAUSAL": config.causal != 0,
-        "NATURAL": bias is not None or not config.scale > 1e-30,
+        "NATURAL": call.bias is not None or not config.scale > 1e-30,
         "PRECISION": dot_precision(q),
     }
 
 
 def tuning_key(
-    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, arguments: dict[str, Any]
-) -> tuple:
+    call: AttentionCall | AttentionBackwardCall, arguments: dict[str, Any]
+) -> tuple[Any, ...]:
     """What decides which tile is fastest; lengths in buckets."""
+    q, k = call.q, call.k
     return (
         q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
-        arguments["PRECISION"], mask is None, bias is None, bucket(q.shape[2], 8192),
+        arguments["PRECISION"], call.mask is None, call.bias is None, bucket(q.shape[2], 8192),
         bucket(k.shape[2], 8192), bucket(q.shape[0] * q.shape[1], 256), arguments["group"],
     )  # fmt: skip
 
 
-def pair_bytes(mask: Tensor | None, bias: Tensor | None) -> int:
+def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
     """Bytes that are read for each pair of query and key."""
-    return sum(x.element_size() for x in (mask, bias) if x is not None)
+    return sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
 
 
 def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:
@@ -255,16 +264,14 @@ def attention_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     fp16, bf16 and fp32; head dims to 512; any strides; mask and bias with four dimensions, each
     full or 1. Keys at and after kv_lengths are not read.
     """
-    q, k, v, mask, bias, kv_lengths = call[:6]
+    q, k, v = call[:3]
     device = device_of(q)
-    arguments = common_arguments(q, k, v, bias, call.config)
+    arguments = common_arguments(call)
     heads_total = q.shape[0] * q.shape[1]
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
-    views = (
-        view(q), view(k), view(v), broadcast_view(mask), broadcast_view(bias), vector(kv_lengths),
-        view(out), lse,
-    )  # fmt: skip
+    lengths = vector(call.kv_lengths)
+    views = (view(q), view(k), view(v), rules_of(call), lengths, view(out), lse)
 
     def launch(options: triton.Config) -> None:
         grid = (heads_total * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)
@@ -272,5 +279,5 @@ def attention_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
 
     with torch.cuda.device_of(q):
         widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-        found = forward_tiles(device, q.dtype, widths, pair_bytes(mask, bias))
-        launch(_tuner.pick(tuning_key(q, k, mask, bias, arguments), found, launch))
+        found = forward_tiles(device, q.dtype, widths, pair_bytes(call))
+        launch(_tuner.pick(tuning_key(call, arguments), found, launch))

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .attention_bias_grad import broadcast_bias_gradient
 from .attention_fwd import (
+    chain,
     common_arguments,
     existing_keys,
     heads_in_l2,
@@ -156,8 +157,8 @@ def dkdv_kernel(
             do_tile = load_tile(dout_head, at, seq_q, BLOCK_M, DV, BLOCK_DV)
             shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
             delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
-            s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
-            s = scores(s, rules, batch, head, i[None, :], j[:, None], seq_q, keys, scale, NATURAL)
+            raw = dot(k_tile, tl.trans(q_tile), None, PRECISION)
+            s = scores(raw, rules, batch, head, i[None, :], j[:, None], seq_q, keys, scale, NATURAL)
             if CAUSAL:  # noqa: SIM102
                 if at < full:
                     s = hide(s, i[None, :], j[:, None], keys, diagonal, CAUSAL)
@@ -165,6 +166,7 @@ def dkdv_kernel(
             dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
             dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
             ds = p * (dp - delta_row[None, :])
+            ds = chain(ds, raw, rules, scale)
             dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
 
     exists = (j < keys)[:, None]
@@ -224,8 +226,8 @@ def dq_kernel(
         j = start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
-        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+        s = scores(raw, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
         if start >= full:
             s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
         p = weights(s, shift_row[:, None], scale, NATURAL)
@@ -235,6 +237,7 @@ def dq_kernel(
             of_head = matrix(dbias, batch, head)
             at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
             tl.store(of_head.data + at, ds, mask=(i < seq_q)[:, None] & (j < keys)[None, :])
+        ds = chain(ds, raw, rules, scale)
         dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
     store_tile(matrix(dq, batch, head), dq_tile * scale, first, seq_q, BLOCK_M, D, BLOCK_D)
 

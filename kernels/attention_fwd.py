@@ -83,6 +83,12 @@ class Rules(NamedTuple):
 
 
 @triton.jit
+def chain(ds, raw, rules, scale):
+    """The gradient of scale · raw, from that of the score that `scores` makes of raw = qkᵀ."""
+    return ds
+
+
+@triton.jit
 def scores(s, rules, batch, head, i, j, seq_q, keys, scale, NATURAL: tl.constexpr):
     """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
 

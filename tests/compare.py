@@ -250,6 +250,10 @@ class AttentionCase:
             made["kv_lengths"] = torch.tensor(self.kv_lengths, dtype=torch.int32, device=device)
         return made
 
+    def options(self) -> dict[str, object]:
+        """What is no tensor, as attention and the oracle take it."""
+        return {"causal": self.causal, "scale": self.scale}
+
     def __str__(self) -> str:
         """Only what differs from the defaults."""
         changed = []
@@ -298,7 +302,7 @@ def results(
         if made[name] is not None
     }
     options = {name: made[name] for name in ("mask", "kv_lengths")}
-    options.update(bias=leaves.get("bias"), causal=case.causal, scale=case.scale)
+    options.update(bias=leaves.get("bias"), **case.options())
     out, lse = forward(leaves["q"], leaves["k"], leaves["v"], **options)
     cotangents = {"out": made["dout"], "lse": made["dlse"]}
     outputs = {"out": out, "lse": lse}

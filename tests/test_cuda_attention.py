@@ -82,7 +82,7 @@ ORDERS = regimes(
 def test_random_orders(case: AttentionCase) -> None:
     """Of threads: nothing but dQ by atomic additions depends on it."""
     made = case.inputs()
-    options = {"causal": case.causal, "scale": case.scale, "kv_lengths": made["kv_lengths"]}
+    options = {**case.options(), "kv_lengths": made["kv_lengths"]}
 
     def passes(seed: int) -> list[dict]:
         """Both passes of the public function; the backward again, deterministic."""

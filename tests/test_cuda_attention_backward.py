@@ -34,7 +34,7 @@ def backward(made: dict, case: AttentionCase, deterministic: bool = False) -> di
     q, k, v = made["q"], made["k"], made["v"]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dout, dlse = (made[f"d{x}"] if x in case.grads else None for x in BOTH)
-    config = configure(q.shape[3], case.causal, case.scale, None, None, 0.0, deterministic)
+    config = configure(q.shape[3], **case.options(), deterministic=deterministic)
     lengths = made["kv_lengths"]
     call = AttentionBackwardCall(dout, dlse, out, lse, q, k, v, kv_lengths=lengths, config=config)
     emulated.attention_backward(call, dq, dk, dv, None)

@@ -39,9 +39,7 @@ class Run:
         exact = results(made, case, reference.attention, torch.float32)
         self.eager["lse"] = self.lse = exact["lse"]
         self.out = exact["out"].to(case.dtype)
-        self.config = configure(
-            case.dim, case.causal, case.scale, None, None, 0.0, kind == "deterministic"
-        )
+        self.config = configure(case.dim, **case.options(), deterministic=kind == "deterministic")
         self.kernels = {
             "forward": ("attention_forward",),
             "atomics": ("attention_backward_rows", "attention_backward_keys",

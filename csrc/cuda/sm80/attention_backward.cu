@@ -59,11 +59,10 @@ void launch_keys(Backward b, Launch launch) {
 
 template <class T, int head_dim>
 void launch_attention_backward(const AttentionBackward& p, Stream stream) {
-  Backward b = {p, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f, 0, 0, 0, 0};
+  Backward b = {p, nullptr, nullptr, nullptr, 0, 0.0f, Rules(p.options), 0, 0, 0, 0};
   b.rows = padded(p.seq_q(), row_padding);
   b.heads_together = uint32_t(p.group());
   b.scale = float(p.options.scale);
-  b.scale_log2 = b.scale * log2_e;
   Launch launch;
   launch.stream = stream;
   launch.device = p.q.device;

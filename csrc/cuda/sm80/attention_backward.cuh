@@ -17,11 +17,12 @@
 // the registers of a warp: then several warps share keys, each has its columns of dK and dV and its
 // queries of the scores, and pᵀ goes through shared memory too.
 //
-// Window, softcap and dropout would change what `ScoresOf` computes and hides.
+// A window and dropout would change what `ScoresOf` computes and hides.
 #pragma once
 
 #include "attention_backward_sums.cuh"
 #include "attention_common.cuh"
+#include "attention_scores.cuh"
 
 namespace fusedattn::cuda {
 
@@ -32,11 +33,12 @@ constexpr int row_padding = 128;
 
 struct Backward : AttentionBackward {
   // Of each query, (B, Hq, rows); one that sees nothing or does not exist has ∞ and 0.
-  float* shift;             // lse · log₂e
-  float* delta;             // Δ
-  float* dq_sum;            // (B, Hq, dq_tiles, tile): fragments of dq / scale; absent: not wanted
-  int64_t rows;             // Sq rounded up to row_padding
-  float scale, scale_log2;  // scale · log₂e
+  float* shift;   // lse · log₂e
+  float* delta;   // Δ
+  float* dq_sum;  // (B, Hq, dq_tiles, tile): fragments of dq / scale; absent: not wanted
+  int64_t rows;   // Sq rounded up to row_padding
+  float scale;
+  Rules rules;
   uint32_t dq_tiles;
   uint32_t heads_together;  // heads of queries of a head of keys
   uint32_t tiles, section;  // of the kernel's blocks: tiles of a head, heads worked on together
@@ -123,6 +125,22 @@ struct ScoresOf {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           at(dp, q, k)[e] = at(p, q, k)[e] * (at(dp, q, k)[e] - delta[query_of(e)]);
+    }
+  }
+
+  // ds to the gradient of scale · raw; `terms` as for `exponentiate`.
+  template <class Terms>
+  FUSEDATTN_DEVICE static void chain(Fragments& ds, const Fragments& p, const Rules& rules,
+                                     const Terms& terms) {
+    if (!rules.bends()) return;
+#pragma unroll
+    for (int q = 0; q < queries; ++q) {
+      const Pack<float, 2> shift = terms(q);
+#pragma unroll
+      for (int k = 0; k < keys; ++k)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          at(ds, q, k)[e] *= rules.slope(at(p, q, k)[e], shift[query_of(e)]);
     }
   }
 
@@ -346,13 +364,16 @@ class KeysKernel {
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
     multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
                                OperandB<Passes, Sum::along>(dout_tile(stage), query));
-    Scores::exponentiate(s, p.scale_log2, [&](int j) {
+    const auto shift = [&](int j) {
       return load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
-    });
+    };
+    p.rules.apply(s);
+    Scores::exponentiate(s, p.rules.factor, shift);
     if (tiles().masked(at.tile)) Scores::hide(s, sees, at.query() + query, first_key + row);
     Scores::differentiate(dp, s, [&](int j) {
       return load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
     });
+    Scores::chain(dp, s, p.rules, shift);
     weights.round(s);
     ds.round(dp);
   }

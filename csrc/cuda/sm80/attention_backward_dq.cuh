@@ -98,13 +98,15 @@ class QueriesKernel {
       clear(weights);
       multiply<T, head_dim / 16>(weights, OperandA<Stays, Sum::along>(q_tile(), row),
                                  OperandB<Passes, Sum::along>(k_tile(stage), key));
-      Scores::exponentiate(weights, p.scale_log2, [&](int i) { return shift[i]; });
+      p.rules.apply(weights);
+      Scores::exponentiate(weights, p.rules.factor, [&](int i) { return shift[i]; });
       if (tiles.masked(tile))
         Scores::hide(weights, sees, first_query + row, tile * shape.keys + key);
       clear(ds);
       multiply<T, head_dim / 16>(ds, OperandA<Stays, Sum::along>(dout_tile(), row),
                                  OperandB<Passes, Sum::along>(v_tile(stage), key));
       Scores::differentiate(ds, weights, [&](int i) { return delta[i]; });
+      Scores::chain(ds, weights, p.rules, [&](int i) { return shift[i]; });
       HeldA<T, m, step / 16> held;
       held.round(ds);
       multiply<T, step / 16>(dq, held, OperandB<Passes, Sum::across>(k_tile(stage), key));

@@ -14,8 +14,8 @@
 // While a warp computes on one slot, copies to the other slots are under way. One barrier per slot
 // says both that its tile has landed and that the slot before it is free again.
 //
-// Window and softcap would change `hide` and what stands before `Softmax::update`, dropout what
-// comes after it; sequences of a varlen batch would change where rows begin.
+// A window would change `hide`, dropout what comes after `Softmax::update`; sequences of a varlen
+// batch would change where rows begin.
 #pragma once
 
 #include <cmath>
@@ -23,12 +23,13 @@
 #include "attention_common.cuh"
 #include "attention_config.h"
 #include "attention_launch.h"
+#include "attention_scores.cuh"
 
 namespace fusedattn::cuda {
 
 struct Forward : AttentionForward {
-  float scale_log2;  // |scale| · log₂e, above 0
-  float sign;        // of scale: 1, 0 or -1 (NaN where it is)
+  Rules rules;       // its factor is |scale| · log₂e, above 0
+  float sign;        // of scale: 1, 0 or -1 (NaN where it is); 1 where scores bend
   uint32_t tiles;    // of queries in a head
   uint32_t section;  // heads that are worked on together
 };
@@ -193,7 +194,7 @@ FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, c
 #pragma unroll
       for (int j = 0; j < w; ++j) out[i][j][2 * half] *= share, out[i][j][2 * half + 1] *= share;
       const int query = first + row + 16 * i + row_of(2 * half);
-      const float shift = softmax.shift(i, half, p.scale_log2);
+      const float shift = softmax.shift(i, half, p.rules.factor);
       if (column_of(0) == 0 && query < p.seq_q())
         store(p.lse.at<float>(b, h, query), (shift + log2(sum)) * ln_2);
     }
@@ -242,11 +243,12 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
     clear(s);
     multiply<T, head_dim / 16>(s, queries,
                                OperandB<KeyTile, Sum::along>(ring.template next<false>(t)));
+    p.rules.apply(s);
     if (p.sign != 1.0f)
 #pragma unroll
       for (int i = 0; i < m * n * 4; ++i) s[i / (4 * n)][i / 4 % n][i % 4] *= p.sign;
     if (tiles.masked(t)) hide(s, sees, first + row, t * shape.keys);
-    softmax.update(s, out, p.scale_log2);
+    softmax.update(s, out, p.rules.factor);
     HeldA<T, m, n / 2> weights;
     weights.round(s);
     multiply<T, n / 2>(out, weights, OperandB<KeyTile, Sum::across>(ring.template next<true>(t)));
@@ -273,9 +275,10 @@ void launch_attention_forward(const AttentionForward& p, Stream stream) {
   const float scale = float(p.options.scale);
   Forward f;
   static_cast<AttentionForward&>(f) = p;
-  f.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : scale;
+  f.rules = Rules(p.options);
+  f.sign = f.rules.factor > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : scale;
   // With a scale of 0 the scores become 0, and the factor must only keep −∞ what it is.
-  f.scale_log2 = scale == 0.0f ? 1.0f : std::abs(scale) * log2_e;
+  f.rules.factor = f.rules.factor == 0.0f ? 1.0f : std::abs(f.rules.factor);
   Launch launch;
   launch.stream = stream;
   launch.device = p.q.device;

@@ -132,12 +132,12 @@ class AttentionBackwardCall(NamedTuple):
 
 def configure(
     head_dim: int,
-    causal: bool | str,
-    scale: float | None,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
+    causal: bool | str = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
 ) -> AttentionConfig:
     """Check the options and fill in the defaults."""
     op = "attention"

@@ -44,12 +44,17 @@ def visible_keys(
     return seen
 
 
-def scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None) -> Tensor:
-    """scale · qkᵀ + bias, −inf where a query may not look; (B, Hq, Sq, Sk)."""
-    s = torch.matmul(q, k.transpose(-1, -2)) * scale
+def scores(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor | float]:
+    """The scores (B, Hq, Sq, Sk), −inf where a query may not look, and d score / d (scale · qkᵀ).
+
+    scale · qkᵀ + bias.
+    """
+    s, slope = torch.matmul(q, k.transpose(-1, -2)) * scale, 1.0
     if bias is not None:
         s = s + bias
-    return s if seen is None else s.masked_fill(~seen, float("-inf"))
+    return s if seen is None else s.masked_fill(~seen, float("-inf")), slope
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -76,7 +81,7 @@ def attention(
     scale: float | None = None,
     kv_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · qkᵀ + bias) v and its log-sum-exp, in the dtype of q.
+    """softmax(scores) v and its log-sum-exp, in the dtype of q; see `scores`.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) → out (B, Hq, Sq, Dv),
     lse (B, Hq, Sq). A query that may attend to nothing gets out 0 and lse −inf.
@@ -84,7 +89,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
-    s = scores(q, k, scale, bias, seen)
+    s, _ = scores(q, k, scale, bias, seen)
     if s.shape[-1] == 0:
         out = torch.matmul(s.to(v.dtype), v)
         return out, s.sum(-1) - float("inf")
@@ -114,15 +119,16 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `attention` as a formula: (dq, dk, dv, ds), ds of shape (B, Hq, Sq, Sk).
 
-    dv = pᵀ·do,  ds = p ∘ (do·vᵀ − rowsum(do ∘ out) + dlse),  dq = scale·ds·k,  dk = scale·dsᵀ·q
-    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp). The gradient of the bias is
-    ds, summed over the dimensions along which the bias was broadcast.
+    dv = pᵀ·do,  ds = p ∘ (do·vᵀ − rowsum(do ∘ out) + dlse),  dq = scale·dr·k,  dk = scale·drᵀ·q
+    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is ds times the slope of
+    the scores. The gradient of the bias is ds, summed over the dimensions along which the bias was
+    broadcast.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads_kv = k.shape[1]
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
-    s = scores(q, k, scale, bias, seen)
+    s, slope = scores(q, k, scale, bias, seen)
     nothing = (s == float("-inf")).all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
@@ -132,8 +138,9 @@ def attention_backward(
         row = row - dlse.to(row.dtype)[..., None]
     # Where p is 0 so is ds, whatever the gradient of a log-sum-exp of −inf may be.
     ds = torch.where(p == 0, 0.0, p * (dp - row))
-    dq = scale * torch.matmul(ds, k)
-    dk = scale * torch.matmul(ds.transpose(-1, -2), q)
+    dr = ds * slope
+    dq = scale * torch.matmul(dr, k)
+    dk = scale * torch.matmul(dr.transpose(-1, -2), q)
     dv = torch.matmul(p.transpose(-1, -2), dout)
     dk, dv = (drop_absent(x.unflatten(1, (heads_kv, -1)).sum(2), kv_lengths) for x in (dk, dv))
     return dq, dk, dv, ds

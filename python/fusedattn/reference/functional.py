@@ -44,17 +44,17 @@ def visible_keys(
     return seen
 
 
-def scores(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None
-) -> tuple[Tensor, Tensor | float]:
-    """The scores (B, Hq, Sq, Sk), −inf where a query may not look, and d score / d (scale · qkᵀ).
-
-    scale · qkᵀ + bias.
-    """
-    s, slope = torch.matmul(q, k.transpose(-1, -2)) * scale, 1.0
+def scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None) -> Tensor:
+    """scale · qkᵀ + bias, −inf where a query may not look; (B, Hq, Sq, Sk)."""
+    s = torch.matmul(q, k.transpose(-1, -2)) * scale
     if bias is not None:
         s = s + bias
-    return s if seen is None else s.masked_fill(~seen, float("-inf")), slope
+    return s if seen is None else s.masked_fill(~seen, float("-inf"))
+
+
+def chain(ds: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The gradient of scale · qkᵀ, from that of the scores."""
+    return ds
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -89,7 +89,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
-    s, _ = scores(q, k, scale, bias, seen)
+    s = scores(q, k, scale, bias, seen)
     if s.shape[-1] == 0:
         out = torch.matmul(s.to(v.dtype), v)
         return out, s.sum(-1) - float("inf")
@@ -120,15 +120,14 @@ def attention_backward(
     """The gradients of `attention` as a formula: (dq, dk, dv, ds), ds of shape (B, Hq, Sq, Sk).
 
     dv = pᵀ·do,  ds = p ∘ (do·vᵀ − rowsum(do ∘ out) + dlse),  dq = scale·dr·k,  dk = scale·drᵀ·q
-    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is ds times the slope of
-    the scores. The gradient of the bias is ds, summed over the dimensions along which the bias was
+    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is that of `chain`. The gradient of the bias is ds, summed over the dimensions along which the bias was
     broadcast.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads_kv = k.shape[1]
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
-    s, slope = scores(q, k, scale, bias, seen)
+    s = scores(q, k, scale, bias, seen)
     nothing = (s == float("-inf")).all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
@@ -138,7 +137,7 @@ def attention_backward(
         row = row - dlse.to(row.dtype)[..., None]
     # Where p is 0 so is ds, whatever the gradient of a log-sum-exp of −inf may be.
     ds = torch.where(p == 0, 0.0, p * (dp - row))
-    dr = ds * slope
+    dr = chain(ds, q, k, scale)
     dq = scale * torch.matmul(dr, k)
     dk = scale * torch.matmul(dr.transpose(-1, -2), q)
     dv = torch.matmul(p.transpose(-1, -2), dout)

@@ -120,8 +120,8 @@ def attention_backward(
     """The gradients of `attention` as a formula: (dq, dk, dv, ds), ds of shape (B, Hq, Sq, Sk).
 
     dv = pᵀ·do,  ds = p ∘ (do·vᵀ − rowsum(do ∘ out) + dlse),  dq = scale·dr·k,  dk = scale·drᵀ·q
-    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is that of `chain`. The gradient of the bias is ds, summed over the dimensions along which the bias was
-    broadcast.
+    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is that of `chain`.
+    The gradient of the bias is ds, summed over the dimensions along which the bias was broadcast.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads_kv = k.shape[1]

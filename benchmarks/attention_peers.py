@@ -68,7 +68,11 @@ def fused(problem: Problem) -> Version:
         return fusedattn.attention(q, k, v, causal=causal)
 
     q, k, v, _ = problem.sets[0]
-    backend = fusedattn.explain(q, k, v, causal=causal).splitlines()[0].split(": ")[-1]
+    backend = (
+        fusedattn.explain(fusedattn.attention, q, k, v, causal=causal)
+        .splitlines()[0]
+        .split(": ")[-1]
+    )
     if backend == "triton" and problem.device.type == "cpu":
         raise Unavailable("Triton's interpreter is for checking, its time says nothing")
     if backend == "reference":

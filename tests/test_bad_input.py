@@ -46,7 +46,6 @@ CALLS = {
     "apply_rotary_qk": {"q": Q, "k": Q + 1, **TURN},
     "add_sinusoidal": {"x": X, "positions": torch.arange(3)},
 }  # fmt: skip
-CALLS["explain"] = CALLS["attention"]
 
 VALUES = {
     "None": None, "1": 1, "-1": -1, "0.5": 0.5, "NaN": float("nan"), "inf": float("inf"),
@@ -121,7 +120,6 @@ ARGUMENTS = [
 
 
 def legal(function: str, parameter: str) -> set[str]:
-    function = "attention" if function == "explain" else function
     found = MORE.get((function, parameter), TAKEN.get(parameter, {"subclass"}))
     default = inspect.signature(FUNCTIONS[function]).parameters[parameter].default
     return found | ({"None"} if default is None else set())
@@ -152,7 +150,7 @@ def attempt(function: str, **options) -> tuple | Exception:
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*Sparse", "ignore:.*quantize_per")
 @pytest.mark.parametrize(("function", "parameter"), ARGUMENTS)
 def test_value(function, parameter):
-    said = "attention" if function == "explain" else function.removesuffix("_qk")
+    said = function.removesuffix("_qk")
     option = not isinstance(CALLS[function].get(parameter, 0), Tensor)
     taken = legal(function, parameter)
     for name, value in values(CALLS[function].get(parameter)).items():
@@ -188,7 +186,7 @@ def test_number_that_is_none(function, parameter):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("function", [name for name in CALLS if name != "explain"])
+@pytest.mark.parametrize("function", CALLS)
 def test_results_have_memory_of_their_own(function, backend):
     """No output is an input, and no gradient another one or what came from behind."""
     given = {x: y.clone() if isinstance(y, Tensor) else y for x, y in CALLS[function].items()}

@@ -94,7 +94,8 @@ def test_causal_bias_of_torch(make, causal, seq_q, seq_k):
     assert torch.equal(fusedattn.attention(q, k, k, mask=rule, bias=other), want)
     want = fusedattn.attention(q, k, k, causal=causal, mask=other < 0.8)
     assert torch.equal(fusedattn.attention(q, k, k, mask=other < 0.8, bias=rule), want)
-    assert fusedattn.explain(q, k, k, bias=rule) == fusedattn.explain(q, k, k, causal=causal)
+    given = fusedattn.attention, q, k, k
+    assert fusedattn.explain(*given, bias=rule) == fusedattn.explain(*given, causal=causal)
 
 
 def test_causal_bias_of_torch_compiled():

@@ -127,7 +127,14 @@ def test_the_tests_of_attention_run_on_the_emulator() -> None:
         q, k, v, *options = (made[x] for x in ("q", "k", "v", "mask", "bias", "kv_lengths"))
         options = dict(zip(("mask", "bias", "kv_lengths"), options, strict=True))
         report = fusedattn.explain(
-            q, k, v, causal=case.causal, scale=case.scale, backend="cuda_emulated", **options
+            fusedattn.attention,
+            q,
+            k,
+            v,
+            causal=case.causal,
+            scale=case.scale,
+            backend="cuda_emulated",
+            **options,
         )
         taken += "cuda_emulated: takes it" in report
     assert taken >= 35, f"{taken} of {len(cases)}"
@@ -209,7 +216,9 @@ def test_what_is_refused(changes: dict, reason: str) -> None:
     options = {"mask": made["mask"], "bias": made["bias"], "backend": "cuda_emulated"}
     with pytest.raises(fusedattn.UnsupportedError, match=r"(?s)cuda_emulated: " + reason):
         fusedattn.attention(made["q"], made["k"], made["v"], **options)
-    assert reason in fusedattn.explain(made["q"], made["k"], made["v"], **options)
+    assert reason in fusedattn.explain(
+        fusedattn.attention, made["q"], made["k"], made["v"], **options
+    )
 
 
 @needs_emulator

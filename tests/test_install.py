@@ -239,7 +239,8 @@ def test_without_a_compiler_the_reference_serves(tree: Path) -> None:
     python, site = installed(archive)
     code = (
         "import torch, fusedattn; q = torch.ones(1, 1, 3, 4); print(fusedattn.__file__);"
-        "print(fusedattn.explain(q, q, q)); print(fusedattn.attention(q, q, q).shape)"
+        "print(fusedattn.explain(fusedattn.attention, q, q, q));"
+        "print(fusedattn.attention(q, q, q).shape)"
     )
     log = run(python, "-c", code, cwd=tree.parent, TRITON_INTERPRET="0")
     assert str(site) in log

@@ -11,6 +11,7 @@ import torch
 from fusedattn import _native
 from fusedattn.ops import _registry
 from fusedattn.ops._registry import Backend, Choice, Refusal
+from op_calls import OP_CALLS
 
 
 def never(call, requested):
@@ -186,17 +187,34 @@ def test_explaining_does_not_use_up_the_warning():
         op.choose("auto", 50)
 
 
-def test_attention_explains_itself():
-    q, k, v = torch.zeros(3, 1, 2, 4, 8)
-    lines = fusedattn.explain(q, k, v).splitlines()
-    names = [line.split(":")[0].strip() for line in lines[1:]]
-    assert names == ["cpu", "cuda", "triton", "cuda_emulated", "reference"]
-    assert fusedattn.explain(q, k, v, backend="reference").startswith("attention: reference\n")
-    assert "triton: dtype is torch.float64" in fusedattn.explain(
-        q.double(), k.double(), v.double(), backend="triton"
-    )
+@pytest.mark.parametrize("op", OP_CALLS)
+def test_every_op_explains_itself(op):
+    """Nothing is run, and the fallback's warning is not used up."""
+    call = OP_CALLS[op]
+    given = call.tensors(torch.float64)
+    with fusedattn.strict():
+        lines = fusedattn.explain(call.run, **given).splitlines()
+        assert lines[0] == f"{op}: cpu"
+        names = [line.split(":")[0].strip() for line in lines[1:]]
+        assert names == ["cpu", "cuda", "triton", "cuda_emulated", "reference"]
+        on_triton = fusedattn.explain(call.run, **given, backend="triton")
+        assert "triton: dtype is torch.float64" in on_triton
+        named = fusedattn.explain(call.run, **given, backend="reference")
+        assert named.startswith(f"{op}: reference\n")
+
+
+def test_explain_takes_modules_and_refuses_the_rest():
+    norm = fusedattn.nn.LayerNorm(8)
+    assert fusedattn.explain(norm, torch.randn(2, 8)).startswith("layer_norm: cpu\n")
+    with pytest.raises(TypeError, match="got function of type Tensor"):
+        fusedattn.explain(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="calls no op of fusedattn"):
+        fusedattn.explain(torch.relu, torch.randn(2, 8))
+    with pytest.raises(ValueError, match="expected 4 dimensions"):
+        fusedattn.explain(fusedattn.attention, *torch.randn(3, 2, 8))
 
 
 def test_attention_serves_cpu_tensors_natively(fast_backend):
-    q, k, v = torch.zeros(3, 1, 2, 4, 8)
-    assert fusedattn.explain(q, k, v).startswith(f"attention: {fast_backend}\n")
+    given = torch.zeros(3, 1, 2, 4, 8)
+    report = fusedattn.explain(fusedattn.attention, *given)
+    assert report.startswith(f"attention: {fast_backend}\n")

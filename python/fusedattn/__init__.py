@@ -10,8 +10,9 @@
 
 from . import autograd, nn
 from .nn.replacement import Replacement, replace
+from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
-from .ops.attention import attention, explain
+from .ops.attention import attention
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rotary import apply_rotary, apply_rotary_qk

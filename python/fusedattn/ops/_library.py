@@ -21,6 +21,7 @@ from .. import _native
 
 _library = torch.library.Library("fusedattn", "DEF")
 _flops: dict[Any, Callable[..., int]] = {}
+_by_packet: dict[Any, LibraryOp] = {}
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -90,6 +91,17 @@ class LibraryOp:
         if flops is not None:
             _flops[self.packet] = flops
         self._ops: list[Any] = []
+        _by_packet[self.packet] = self
+
+    @staticmethod
+    def of(overload: Any) -> LibraryOp | None:
+        """The one that torch calls `overload`, if it is ours."""
+        return _by_packet.get(overload.overloadpacket)
+
+    def explain(self, requested: str, args: Sequence[Any]) -> str:
+        """The backend that a call of torch's with these arguments would run, and why."""
+        call, _ = self._rebuild(args)
+        return self._owner(call).explain(requested, call)
 
     def belongs_to(self, op: Any) -> None:
         """`op` has the kernels, chooses among the backends and knows the gradient.

@@ -62,6 +62,17 @@ def strict(enabled: bool = True) -> Iterator[None]:
         _strict.enabled = before
 
 
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Within this context a fallback is neither told of nor forbidden."""
+    before = getattr(_strict, "explaining", False)
+    _strict.explaining = True
+    try:
+        yield
+    finally:
+        _strict.explaining = before
+
+
 def is_strict() -> bool:
     """Whether the current thread is within `strict()`."""
     return getattr(_strict, "enabled", False)
@@ -132,6 +143,8 @@ class Choice:
         return "\n".join(lines)
 
     def _note_fallback(self, call: Any) -> None:
+        if getattr(_strict, "explaining", False):
+            return
         refused = [(name, refusal) for name, refusal in self._refusals(call) if refusal]
         if is_strict():
             raise UnsupportedError(

@@ -179,28 +179,3 @@ def attention(
     )  # fmt: skip
     out, lse = op(call, backend)
     return (out, lse) if return_lse else out
-
-
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
-) -> str:
-    """The backend that `attention` would run for these arguments, and why not each other one."""
-    call = _prepare(
-        q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
-        dropout_p,
-    )  # fmt: skip
-    return op.explain(backend, call)

@@ -8,7 +8,8 @@ namespace fusedattn {
 
 enum class Causal : int { none, top_left, bottom_right };
 
-// deterministic: the same gradients each time, where a kernel would otherwise add them in any order.
+// deterministic: the same gradients each time, where a kernel would otherwise add them in any
+// order.
 struct AttentionOptions {
   Causal causal = Causal::none;
   double scale = 1.0;

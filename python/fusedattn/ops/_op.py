@@ -52,6 +52,7 @@ class Op(Choice):
     ) -> None:
         super().__init__(name, backends)
         self.library, self.formula, self.differentiable = library, formula, tuple(differentiable)
+        self._from_the_last = sorted(differentiable, reverse=True)
         self.cotangents, self.backward = cotangents, backward
         self.keep, self.pull_back = keep, pull_back
         title = name.title().replace("_", "")
@@ -83,12 +84,20 @@ class Op(Choice):
 
         serve(call, backend) -> all outputs.
         """
-        return self._function.apply(self, call, backend, serve, *call[: self.library.tensors])
+        return self._function.apply(self, call, backend, serve, *self._inputs(call))
 
     def record_whole(self, call: Any, backend: str) -> Outputs:
         """The same of a call of the library op, with all outputs."""
-        tensors = call[: self.library.tensors]
-        return self._whole.apply(self, call, backend, self.library.dispatch, *tensors)
+        return self._whole.apply(self, call, backend, self.library.dispatch, *self._inputs(call))
+
+    def _inputs(self, call: Any) -> Outputs:
+        """The call's tensors for a node of the graph, but the last where they want no gradient."""
+        if self.pull_back is None:  # the formula's derivative keeps what the node is given
+            return call[: self.library.tensors]
+        for i in self._from_the_last:
+            if call[i] is not None:
+                return call[: i + 1]
+        return ()
 
 
 def _serve(ctx: Any, leading: int, op: Op, call: Any, backend: str, serve: Any) -> Outputs:
@@ -98,6 +107,7 @@ def _serve(ctx: Any, leading: int, op: Op, call: Any, backend: str, serve: Any) 
     wanted = ctx.needs_input_grad[leading : leading + n]
     if len(wanted) < n:  # fields that were left out
         wanted += (False,) * (n - len(wanted))
+    ctx.wanted = wanted
     saved, ctx.rest = op.keep(call, outputs, wanted)  # type: ignore[misc]
     keep(ctx, *saved)
     ctx.set_materialize_grads(False)
@@ -130,7 +140,7 @@ class _Differentiable(torch.autograd.Function):
             def run(call: Any) -> Outputs:
                 return backward.library(call, name)
 
-        grads = op.pull_back(douts, kept(ctx), ctx.rest, needed[before:], run)
+        grads = op.pull_back(douts, kept(ctx), ctx.rest, ctx.wanted, run)
         given = len(needed) - before
         return *(None,) * before, *grads[:given], *(None,) * (given - len(grads))
 

@@ -12,7 +12,7 @@
 //   load(p) load<N>(p) load_streaming(p) store(p, x) store_streaming(p, x)      global memory
 //   shared_memory() load_shared(p) load_shared<N>(p) store_shared(p, x)         of the block
 //   cluster_rank() cluster_size() sync_cluster() remote_shared(p, rank) load_remote(p)
-//   store_remote(p, x) atomic_add(p, x)                                  float, global to_float(x)
+//   store_remote(p, x) atomic_add(p, x) atomic_max(p, x)           float, global; x ≥ 0 to_float(x)
 //   from_float<T>(x) widen(pack) narrow<T>(pack)                    conversions exp2 log2 rsqrt
 //   reciprocal sqrt sincospi fma      one rounding or the fast instruction launch(name, kernel,
 //   Launch{…}, arguments…)       checked; throws std::runtime_error Workspace(bytes, stream,

@@ -6,10 +6,11 @@ query:
     ds = p ∘ (dout vᵀ − Δ)     dv = pᵀ dout     dq = scale · ds k     dk = scale · dsᵀ q
     dbias = ds
 
-(Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) Three kernels, none with
-atomics, so that gradients are bitwise repeatable:
+(Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) In float16 ds is kept times a
+power of two, e: attention_ds_scale.py. Three kernels, none with sums by atomics, so that gradients
+are bitwise repeatable:
 
-    delta_kernel   Δ
+    delta_kernel   Δ and e · Δ
     dkdv_kernel    one tile of keys of one key head; over the queries of all heads of its group
     dq_kernel      one tile of queries of one head; over the keys, as in the forward
 
@@ -20,7 +21,7 @@ The gradient of a broadcast bias is a sum over programs: attention_bias_grad.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_bias_grad import broadcast_bias_gradient
+from .attention_ds_scale import largest_norms, less_delta, load_ds_scale, unscaled
 from .attention_fwd import (
     chain,
     common_arguments,
@@ -46,7 +48,6 @@ from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
     LOG2E,
     Tuner,
-    block_width,
     device_of,
     dot,
     load_tile,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["heads", "seq_q"])
+@triton.jit(do_not_specialize=["heads", "group", "seq_q"])
 def delta_kernel(
     out,  # View (B, Hq, Sq, Dv)
     dout,  # View (B, Hq, Sq, Dv)
@@ -70,7 +71,10 @@ def delta_kernel(
     dlse,  # View (B, Hq, 1, Sq) of fp32, or None
     shift,  # fp32 (B, Hq, Sq), contiguous: lse in the units of `weights`
     delta,  # fp32 (B, Hq, Sq), contiguous: rowsum(dout ∘ out) − dlse
+    scaled,  # the same times e, or None
+    norms,  # of `load_ds_scale`, or None
     heads,
+    group,
     seq_q,
     NATURAL: tl.constexpr,
     DV: tl.constexpr,
@@ -95,7 +99,10 @@ def delta_kernel(
     nothing = seen == float("-inf")
     seen = tl.where(nothing, float("inf"), seen)
     tl.store(shift + at, seen if NATURAL else seen * LOG2E, mask=inside)
-    tl.store(delta + at, tl.where(nothing, 0.0, row), mask=inside)
+    row = tl.where(nothing, 0.0, row)
+    tl.store(delta + at, row, mask=inside)
+    if scaled is not None:
+        tl.store(scaled + at, row * load_ds_scale(norms, flat // group), mask=inside)
 
 
 @triton.jit(
@@ -109,7 +116,8 @@ def dkdv_kernel(
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
-    delta,  # fp32 (B, Hq, Sq), contiguous
+    delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
+    norms,  # of `load_ds_scale`, or None
     dk,  # View (B, Hkv, Sk, D)
     dv,  # View (B, Hkv, Sk, Dv)
     scale,
@@ -142,6 +150,7 @@ def dkdv_kernel(
         first = tl.maximum(start - diagonal, 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(start + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
     end = tl.where(start < keys, seq_q, 0)
+    ds_scale = load_ds_scale(norms, flat) if norms is not None else None
 
     k_tile = load_tile(matrix(k, batch, kv_head), start, keys, BLOCK_N, D, BLOCK_D)
     v_tile = load_tile(matrix(v, batch, kv_head), start, keys, BLOCK_N, DV, BLOCK_DV)
@@ -165,12 +174,12 @@ def dkdv_kernel(
             p = weights(s, shift_row[None, :], scale, NATURAL)
             dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
             dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
-            ds = p * (dp - delta_row[None, :])
+            ds = p * less_delta(dp, delta_row[None, :], ds_scale)
             ds = chain(ds, raw, rules, scale)
             dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
 
     exists = (j < keys)[:, None]
-    dk_tile = tl.where(exists, dk_tile * scale, 0.0)
+    dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
     dv_tile = tl.where(exists, dv_tile, 0.0)
     store_tile(matrix(dk, batch, kv_head), dk_tile, start, seq_k, BLOCK_N, D, BLOCK_D)
     store_tile(matrix(dv, batch, kv_head), dv_tile, start, seq_k, BLOCK_N, DV, BLOCK_DV)
@@ -187,7 +196,8 @@ def dq_kernel(
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
-    delta,  # fp32 (B, Hq, Sq), contiguous
+    delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
+    norms,  # of `load_ds_scale`, or None
     dq,  # View (B, Hq, Sq, D)
     dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
     scale,
@@ -216,6 +226,7 @@ def dq_kernel(
     rows = flat.to(tl.int64) * seq_q
     keys = existing_keys(kv_lengths, batch, seq_k)
     full, end = key_range(first, keys, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
+    ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
 
     q_tile = load_tile(matrix(q, batch, head), first, seq_q, BLOCK_M, D, BLOCK_D)
     do_tile = load_tile(matrix(dout, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
@@ -232,14 +243,16 @@ def dq_kernel(
             s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
-        ds = p * (dp - delta_row[:, None])
+        ds = p * less_delta(dp, delta_row[:, None], ds_scale)
         if dbias is not None:
             of_head = matrix(dbias, batch, head)
             at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
-            tl.store(of_head.data + at, ds, mask=(i < seq_q)[:, None] & (j < keys)[None, :])
+            inside = (i < seq_q)[:, None] & (j < keys)[None, :]
+            tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=inside)
         ds = chain(ds, raw, rules, scale)
         dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
-    store_tile(matrix(dq, batch, head), dq_tile * scale, first, seq_q, BLOCK_M, D, BLOCK_D)
+    dq_tile = unscaled(dq_tile * scale, ds_scale)
+    store_tile(matrix(dq, batch, head), dq_tile, first, seq_q, BLOCK_M, D, BLOCK_D)
 
 
 # --- launcher ------------------------------------------------------------------------------------
@@ -249,18 +262,24 @@ _dkdv_tuner, _dq_tuner = Tuner(), Tuner()
 
 
 def _row_terms(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, natural: bool
-) -> tuple[Tensor, Tensor]:
-    """The shift of each row's scores and Δ = rowsum(dout ∘ out) − dlse: (B, Hq, Sq), fp32."""
-    heads, seq_q, head_dim_v = out.shape[1:]
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    norms: Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shift of each row's scores, Δ = rowsum(dout ∘ out) − dlse, e · Δ: (B, Hq, Sq), fp32."""
+    heads, seq_q = out.shape[1:3]
     shift, delta = torch.empty_like(lse), torch.empty_like(lse)
+    scaled = None if norms is None else torch.empty_like(lse)
     rows = 32
     delta_kernel[(out.shape[0] * heads * triton.cdiv(seq_q, rows),)](
         view(out), view(dout), lse, None if dlse is None else view(dlse[:, :, None]), shift,
-        delta, heads, seq_q, NATURAL=natural, DV=head_dim_v, BLOCK_DV=block_width(head_dim_v),
-        BLOCK_M=rows, num_warps=4,
+        delta, scaled, norms, BLOCK_M=rows, num_warps=4,
+        **{x: arguments[x] for x in ("heads", "group", "seq_q", "NATURAL", "DV", "BLOCK_DV")},
     )  # fmt: skip
-    return shift, delta
+    return shift, delta, delta if scaled is None else scaled
 
 
 def attention_backward(
@@ -280,26 +299,28 @@ def attention_backward(
     about = (device, q.dtype, widths, pair_bytes(call))
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     group = arguments["group"]
+    lse = vector(lse)
 
     with torch.cuda.device_of(q):
-        shift, delta = _row_terms(dout, dlse, out, vector(lse), arguments["NATURAL"])
+        lengths = vector(call.kv_lengths)
+        norms = largest_norms(v, dout, lse, dlse, lengths)
+        shift, delta, scaled = _row_terms(dout, dlse, out, lse, norms, arguments)
         views = (
-            view(q), view(k), view(v), rules_of(call), vector(call.kv_lengths), view(dout), shift,
-            delta,
+            view(q), view(k), view(v), rules_of(call), lengths, view(dout), shift,
         )  # fmt: skip
 
         def launch_dkdv(options: triton.Config) -> None:
             section = min(heads_k, heads_in_l2(device, q, dout, 1))
             dkdv_kernel[(heads_k * triton.cdiv(k.shape[2], options.kwargs["BLOCK_N"]),)](
-                *views, view(dk), view(dv), heads_total=heads_k, section=section, **arguments,
-                **options.all_kwargs(),
+                *views, scaled, norms, view(dk), view(dv), heads_total=heads_k, section=section,
+                **arguments, **options.all_kwargs(),
             )  # fmt: skip
 
         def launch_dq(options: triton.Config) -> None:
             section = min(heads_q, heads_in_l2(device, k, v, group))
             dq_kernel[(heads_q * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)](
-                *views, view(dq), view(ds) if whole else None, heads_total=heads_q,
-                section=section, **arguments, **options.all_kwargs(),
+                *views, scaled, norms, view(dq), view(ds) if whole else None,
+                heads_total=heads_q, section=section, **arguments, **options.all_kwargs(),
             )  # fmt: skip
 
         # In fp32, and zero where no tile comes by.
@@ -309,5 +330,5 @@ def attention_backward(
         launch_dq(_dq_tuner.pick(key, dq_tiles(*about), launch_dq))
         if dbias is not None and ds is not None:
             if not whole:
-                broadcast_bias_gradient(ds, views, arguments, about, q)
+                broadcast_bias_gradient(ds, (*views, delta), arguments, about, q)
             dbias.copy_(ds)

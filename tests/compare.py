@@ -202,7 +202,8 @@ def _identity(x: Tensor | None) -> Hashable:
 class AttentionCase:
     """One call of attention; `mask` and `bias` are the shapes they are given in.
 
-    `grads` are the outputs that receive a gradient: "out", "lse" or both.
+    `grads` are the outputs that receive a gradient: "out", "lse" or both. `large`: v and the
+    gradients are such that ds exceeds what fp16 holds.
     """
 
     batch: int = 2
@@ -220,6 +221,7 @@ class AttentionCase:
     bias_dtype: torch.dtype | None = None
     kv_lengths: tuple[int, ...] | None = None
     grads: tuple[str, ...] = ("out",)
+    large: bool = False
 
     def inputs(self, device: str = "cpu") -> dict[str, Tensor | None]:
         """Random q, k, v, mask, bias, kv_lengths, dout and dlse; the same for the same case."""
@@ -241,6 +243,8 @@ class AttentionCase:
             "kv_lengths": None,
         }
         made["dlse"] = normal(self.batch, self.heads, self.seq_q, dtype=lse_dtype(self.dtype))
+        for name, factor in {"v": 1e3, "dout": 1e3, "dlse": 1e6}.items() if self.large else ():
+            made[name] = made[name] * factor
         if self.mask is not None:
             made["mask"] = (torch.rand(self.mask, generator=source) < 0.7).to(device)
         if self.bias is not None:

@@ -55,6 +55,12 @@ def regimes(*rows: tuple[str, dict]) -> list:
 CASES = regimes(
     ("full", {"seq_q": 70, "seq_k": 150, "dim": 64}),
     ("f16", {"seq_q": 40, "seq_k": 150, "dim": 64, "dtype": F16}),
+    ("f16_large", {"seq_q": 40, "seq_k": 150, "dim": 64, "dtype": F16, "scale": 1e-3,
+                   "grads": BOTH, "large": True}),
+    ("f16_large_causal_gqa", {"heads": 4, "kv_heads": 2, "seq_q": 40, "dim": 72, "dim_v": 40,
+                              "dtype": F16, "scale": 1e-3, "causal": True, "large": True}),
+    ("f16_large_dim_136_168", {"seq_q": 20, "dim": 136, "dim_v": 168, "heads": 1, "dtype": F16,
+                               "scale": 1e-3, "large": True}),
     ("causal", {"seq_q": 150, "dim": 64, "causal": True, "heads": 1}),
     ("top_left_fewer_queries", {"seq_q": 30, "seq_k": 150, "dim": 64, "causal": "top_left"}),
     ("top_left_fewer_keys", {"seq_q": 150, "seq_k": 30, "dim": 64, "causal": "top_left"}),

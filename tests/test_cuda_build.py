@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import shlex
@@ -267,7 +268,7 @@ class TestMachineCode:
         exact = f"release {release}," in run(NVCC, "--version", cwd=ROOT)
         reserved = 1024 if target in ("sm_90a", "sm_100", "sm_120") else 0
         found = 0
-        wrong = []
+        listed, most = {}, collections.Counter()  # registers, of the dtype that takes more
         for kernel in built.kernels:
             named = re.fullmatch(ATTENTION, kernel.name)
             if kernel.target != target or not named:
@@ -278,11 +279,11 @@ class TestMachineCode:
             assert kernel.registers <= min(65536 // (row.threads * row.blocks) // 8 * 8, 255), (
                 kernel
             )
-            listed = row.registers[REGISTERS_OF[target]]
-            if exact and listed and kernel.registers != listed:
-                wrong.append(f"{kernel.name}: {kernel.registers}, the table has {listed}")
+            if exact and (registers := row.registers[REGISTERS_OF[target]]):
+                name = kernel.name.replace(named[2], "…")
+                listed[name], most[name] = registers, max(most[name], kernel.registers)
         assert found == 2 * len(tiles), "one of each row for each dtype"
-        assert not wrong, "\n".join(wrong)
+        assert most == listed
 
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ CASES = {
     "mask and bias": ("bfloat16", (64, 128), 2, "mask bias", False),
     "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
+    "fp16": ("float16", (64, 128), 2, "", False),
     "fp32": ("float32", (64, 128), 2, "", False),
 }
 # The least shared memory: only what must fit.
@@ -214,8 +215,8 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 
 
 def half(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The hot kernels: bf16 at head dims 64 and 128."""
-    return [x for x in records if x["dtype"] == "bfloat16" and x["dim"] <= 128]
+    """The hot kernels: half precision at head dims 64 and 128."""
+    return [x for x in records if x["dtype"] != "float32" and x["dim"] <= 128]
 
 
 @pytest.mark.slow
@@ -225,11 +226,12 @@ class TestMachineCode:
         expected = MATRIX_KERNELS | {"delta_kernel"}
         for case in {x["case"] for x in compiled[target]}:
             found = {x["kernel"] for x in compiled[target] if x["case"] == case}
-            assert found == expected | ({"bias_grad_kernel"} if case == "shared bias" else set())
+            further = {"shared bias": {"bias_grad_kernel"}, "fp16": {"norms_kernel"}}
+            assert found == expected | further.get(case, set())
 
     def test_tensor_cores_are_used(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
-            if record["kernel"] != "delta_kernel":
+            if record["kernel"] not in ("delta_kernel", "norms_kernel"):
                 assert record[TENSOR_CORE[target]] > 0, record
 
     def test_no_registers_spill(self, compiled: dict, target: str) -> None:

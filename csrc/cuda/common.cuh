@@ -16,7 +16,7 @@
 //     load(p) load<N>(p) store(p, x)
 //     load_streaming(p) load_streaming<N>(p) store_streaming(p, x)    used once
 //     load_integer(view, at)                                          of an int32 or int64 tensor
-//     atomic_add(p, x)                                                float
+//     atomic_add(p, x) atomic_max(p, x)                               float; x ≥ 0 for the latter
 //     Workspace(bytes, stream, device)                                for partial results
 //   shared memory of the block
 //     shared_memory() load_shared(p) load_shared<N>(p) store_shared(p, x)

@@ -203,6 +203,11 @@ FUSEDATTN_DEVICE uint32_t to_bf16_pair(float low, float high) {
 // PTX: red.global.add.f32; guide: Atomic Functions.
 FUSEDATTN_DEVICE void atomic_add(float* to, float x) { atomicAdd(to, x); }
 
+// PTX: red.global.max.s32: as integers, numbers that are not negative have the same order.
+FUSEDATTN_DEVICE void atomic_max(float* to, float x) {
+  atomicMax(reinterpret_cast<int*>(to), __float_as_int(x));
+}
+
 // --- arithmetic ----------------------------------------------------------------------------------
 
 // PTX: ex2.approx.ftz.f32, 2 ulp.

@@ -1,6 +1,7 @@
 // The names of common.cuh on the host emulator: what device.cuh says with instructions, in C++.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -149,11 +150,24 @@ inline float flush(float x) {
 
 }  // namespace machine
 
+namespace machine {
+
+inline void note_atomic(const float* to, const Where& where) {
+  const bool flawed = emulator::flawed(emulator::Flaw::no_atomic, where);
+  emulator::note(to, sizeof(float), Space::global,
+                 flawed ? emulator::Access::store : emulator::Access::atomic);
+}
+
+}  // namespace machine
+
 inline void atomic_add(float* to, float x, Where where = Where::current()) {
-  emulator::note(to, sizeof x, Space::global,
-                 emulator::flawed(emulator::Flaw::no_atomic, where) ? emulator::Access::store
-                                                                    : emulator::Access::atomic);
+  machine::note_atomic(to, where);
   *to += x;
+}
+
+inline void atomic_max(float* to, float x, Where where = Where::current()) {
+  machine::note_atomic(to, where);
+  *to = std::max(*to, x);
 }
 
 // --- arithmetic ----------------------------------------------------------------------------------

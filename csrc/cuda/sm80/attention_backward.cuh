@@ -3,9 +3,10 @@
 //
 //   ds = p ∘ (dp − Δ)     dv = pᵀ dout     dk = scale · dsᵀ q     dq = scale · ds k
 //
-// (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) Four kernels:
+// (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) In fp16 ds is kept times a
+// power of two, e: attention_backward_scale.cuh. Four kernels and, for e, one before:
 //
-//   attention_backward_rows      Δ and lse in powers of 2, for each query
+//   attention_backward_rows      e · Δ and lse in powers of 2, for each query
 //   attention_backward_keys      a tile of keys of one key head; over the queries of all heads of
 //                                its group. dK and dV stay in registers; dQ is added to a workspace
 //   attention_backward_round     dQ from the workspace: scaled and rounded
@@ -20,6 +21,7 @@
 // A window and dropout would change what `ScoresOf` computes and hides.
 #pragma once
 
+#include "attention_backward_scale.cuh"
 #include "attention_backward_sums.cuh"
 #include "attention_common.cuh"
 #include "attention_scores.cuh"
@@ -34,14 +36,16 @@ constexpr int row_padding = 128;
 struct Backward : AttentionBackward {
   // Of each query, (B, Hq, rows); one that sees nothing or does not exist has ∞ and 0.
   float* shift;   // lse · log₂e
-  float* delta;   // Δ
-  float* dq_sum;  // (B, Hq, dq_tiles, tile): fragments of dq / scale; absent: not wanted
+  float* delta;   // e · Δ
+  float* dq_sum;  // (B, Hq, dq_tiles, tile): fragments of dq · e / scale, or absent
   int64_t rows;   // Sq rounded up to row_padding
   float scale;
   Rules rules;
   uint32_t dq_tiles;
   uint32_t heads_together;  // heads of queries of a head of keys
   uint32_t tiles, section;  // of the kernel's blocks: tiles of a head, heads worked on together
+  float* norms;             // (B, Hkv, norms_of_head), where ds is scaled
+  float* ds_scales;         // (B, Hq): e
 
   FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const {
     return (b * heads() + h) * rows;
@@ -113,9 +117,9 @@ struct ScoresOf {
       }
   }
 
-  // dp to ds.
-  template <class Terms>
-  FUSEDATTN_DEVICE static void differentiate(Fragments& dp, const Fragments& p,
+  // dp to e · ds, with `scale` = e.
+  template <class T, class Terms>
+  FUSEDATTN_DEVICE static void differentiate(Fragments& dp, const Fragments& p, float scale,
                                              const Terms& terms) {
 #pragma unroll
     for (int q = 0; q < queries; ++q) {
@@ -124,7 +128,8 @@ struct ScoresOf {
       for (int k = 0; k < keys; ++k)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          at(dp, q, k)[e] = at(p, q, k)[e] * (at(dp, q, k)[e] - delta[query_of(e)]);
+          at(dp, q, k)[e] =
+              at(p, q, k)[e] * less_delta<T>(at(dp, q, k)[e], delta[query_of(e)], scale);
     }
   }
 
@@ -195,6 +200,11 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
   if (lse != -INFINITY) {
     shift = lse * log2_e;
     delta = present(p.dlse) ? sum - load(p.dlse.at<float>(b, h, i)) : sum;
+  }
+  if constexpr (scales_ds<T>) {
+    const float scale = ds_scale_from(p.norms + norms_of_head * (head / p.group()));
+    delta *= scale;
+    if (i == 0) store(p.ds_scales + head, scale);
   }
   store(p.shift + at, shift);
   store(p.delta + at, delta);
@@ -370,7 +380,7 @@ class KeysKernel {
     p.rules.apply(s);
     Scores::exponentiate(s, p.rules.factor, shift);
     if (tiles().masked(at.tile)) Scores::hide(s, sees, at.query() + query, first_key + row);
-    Scores::differentiate(dp, s, [&](int j) {
+    Scores::template differentiate<T>(dp, s, ds_scale<T>(p, at.head), [&](int j) {
       return load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
     });
     Scores::chain(dp, s, p.rules, shift);
@@ -398,7 +408,8 @@ class KeysKernel {
 
   // dK and dV, through the tiles of K and V.
   FUSEDATTN_DEVICE void write() {
-    round_to<T>(k_tile(), row, part * columns / chunk_size, dk, p.scale);
+    round_to<T>(k_tile(), row, part * columns / chunk_size, dk,
+                gradient_scale<T>(p, heads_end - 1));
     round_to<T>(v_tile(), row, part * columns / chunk_size, dv);
     sync_block();
     constexpr int rows = shape.keys / shape.warps;
@@ -446,7 +457,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threa
       for (int e = 0; e < 4; ++e)
         dq[i][j][e] = load_streaming(sum + ((i * Shape::n + j) * 4 + e) * warp_size);
   const Tile<shape.queries, head_dim> tile = {shared_memory()};
-  round_to<T>(tile, Shape::row(), Shape::column() / chunk_size, dq, p.scale);
+  round_to<T>(tile, Shape::row(), Shape::column() / chunk_size, dq,
+              gradient_scale<T>(p, uint32_t(head)));
   sync_block();
   constexpr int rows = shape.queries / shape.warps;
   const int r = warp() * rows;

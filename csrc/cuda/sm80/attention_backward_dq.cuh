@@ -50,7 +50,7 @@ class QueriesKernel {
     wait_copies<0>();
     sync_block();
     // Every warp writes over its own rows of Q.
-    round_to<T>(q_tile(), row, 0, dq, p.scale);
+    round_to<T>(q_tile(), row, 0, dq, gradient_scale<T>(p, head()));
     sync_warp();
     write_rows<rows_of_warp>(q_tile(), row, p.dq.at<uint16_t>(b, h), p.dq.stride[2],
                              first_query + row, sees.queries, width_of(p.dq));
@@ -65,6 +65,7 @@ class QueriesKernel {
   using Scores = ScoresOf<false, m, step / 8>;
   static_assert(2 * (Stays::bytes + shape.stages * Passes::bytes) == shape.shared_bytes);
 
+  FUSEDATTN_DEVICE uint32_t head() const { return uint32_t(b * int(p.heads()) + h); }  // of B · Hq
   FUSEDATTN_DEVICE Stays q_tile() const { return {shared_memory()}; }
   FUSEDATTN_DEVICE Stays dout_tile() const { return {shared_memory() + Stays::bytes}; }
   FUSEDATTN_DEVICE Passes k_tile(int stage) const {
@@ -105,7 +106,8 @@ class QueriesKernel {
       clear(ds);
       multiply<T, head_dim / 16>(ds, OperandA<Stays, Sum::along>(dout_tile(), row),
                                  OperandB<Passes, Sum::along>(v_tile(stage), key));
-      Scores::differentiate(ds, weights, [&](int i) { return delta[i]; });
+      Scores::template differentiate<T>(ds, weights, ds_scale<T>(p, head()),
+                                        [&](int i) { return delta[i]; });
       Scores::chain(ds, weights, p.rules, [&](int i) { return shift[i]; });
       HeldA<T, m, step / 16> held;
       held.round(ds);

@@ -32,7 +32,7 @@ struct Call<AttentionForward> {
                                         {"block_table", nullptr, Read::refused}};
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
   static constexpr auto config = std::tuple(
-      Option{"causal", &O::causal}, Option{"scale", &O::scale},
+      Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
       Option{"deterministic", &O::deterministic}, Unread{"window_left"}, Unread{"window_right"},
       Unread{"softcap"}, Unread{"dropout_p"}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
       Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});

@@ -17,8 +17,9 @@ struct Call<SoftmaxForward> {
                                         {"bias", &P::bias, Read::broadcast_last},
                                         {"dim", nullptr, Read::unread}};
   static constexpr Field<P> outputs[] = {{"out", &P::out, Read::last}};
-  static constexpr auto config = std::tuple(Option{"causal", &SoftmaxOptions::causal},
-                                            Option{"scale", &SoftmaxOptions::scale});
+  static constexpr auto config =
+      std::tuple(Option{"causal", &SoftmaxOptions::causal, SoftmaxCausal::bottom_right},
+                 Option{"scale", &SoftmaxOptions::scale});
 };
 
 // SoftmaxBackwardCall.

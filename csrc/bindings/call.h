@@ -30,11 +30,12 @@ struct Field {
   Read how = Read::view;
 };
 
-// A field of a config.
+// A field of a config; an enum's numbers go from 0 to that of `last`.
 template <class Options, class T>
 struct Option {
   const char* name;
   T Options::* to;
+  T last = {};
 };
 
 // One that kernels do not read.
@@ -81,13 +82,22 @@ void read_into(Params& params, Reader& reader, const Field<Params>& field, py::h
 }
 
 template <class Options, class T>
+T enumerator(const Option<Options, T>& option, int value) {
+  if (value < 0 || value > int(option.last))
+    throw py::value_error(std::string("fusedattn: got ") + option.name + " " +
+                          std::to_string(value) + ", expected 0 to " +
+                          std::to_string(int(option.last)));
+  return T(value);
+}
+
+template <class Options, class T>
 void read_into(Options& options, const Option<Options, T>& option, py::handle given) {
   py::detail::make_caster<std::conditional_t<std::is_enum_v<T>, int, T>> caster;
   if (!caster.load(given, true))
     throw py::type_error(std::string("fusedattn: got ") + option.name + " of type " +
                          Py_TYPE(given.ptr())->tp_name);
   if constexpr (std::is_enum_v<T>)
-    options.*option.to = causal_of<T>(py::detail::cast_op<int>(caster));
+    options.*option.to = enumerator(option, py::detail::cast_op<int>(caster));
   else
     options.*option.to = py::detail::cast_op<T>(caster);
 }

@@ -94,14 +94,6 @@ class Argument {
 // The dtype of statistics.
 inline DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// 0 none, 1 top-left, 2 bottom-right.
-template <class Causal>
-Causal causal_of(int value) {
-  if (value < 0 || value > 2)
-    throw py::value_error("fusedattn: got causal " + std::to_string(value) + ", expected 0 to 2");
-  return Causal(value);
-}
-
 // Throws where arguments do not fit together; bind_<op>.h has that of its op.
 template <class Params>
 void check(const Params& params);

@@ -9,6 +9,26 @@
 
 namespace fusedattn::FUSEDATTN_ISA {
 
+constexpr double log2e = 1.4426950408889634;
+
+// Of exp2: it errs by a twentieth of what rounding to bf16 loses, a hundredth of fp16's rounding.
+template <class T>
+constexpr int exp2_degree = std::is_same_v<T, bf16> ? 3
+                            : sizeof(T) == 2        ? 4
+                                                    : 6;
+
+FUSEDATTN_INLINE int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+FUSEDATTN_INLINE int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+template <class X>
+FUSEDATTN_INLINE X smaller(X a, X b) {
+  return a < b ? a : b;
+}
+template <class X>
+FUSEDATTN_INLINE X larger(X a, X b) {
+  return a > b ? a : b;
+}
+
 FUSEDATTN_INLINE int threads_for_elements(int64_t elements) {
   return threads_if(elements >= 24576);
 }

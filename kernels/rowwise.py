@@ -14,9 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, Matrix, block_width, with_data
+from .common import Device, Matrix, View, block_width, with_data
 
 # --- device functions ----------------------------------------------------------------------------
+
+
+@triton.jit
+def work_item(rows, heads, ROWS: tl.constexpr):
+    """(batch, head, first row) of this program."""
+    tiles = tl.cdiv(rows, ROWS)
+    flat = tl.program_id(0) // tiles
+    return flat // heads, flat % heads, tl.program_id(0) % tiles * ROWS
 
 
 @triton.jit
@@ -58,6 +66,54 @@ def dropout(value, seed, row, first, limit, keep_scale, BLOCK: tl.constexpr):
 
 
 # --- launching -----------------------------------------------------------------------------------
+
+
+def _merged(
+    sizes: list[int], steps: list[tuple[int, ...]]
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Neighbouring dimensions as one, where that is one step in every tensor; none of size 1."""
+    found_sizes: list[int] = []
+    found_steps: list[tuple[int, ...]] = []
+    for size, step in zip(sizes, steps, strict=True):
+        if size == 1:
+            continue
+        one_step = found_sizes and found_steps[-1] == tuple(size * inner for inner in step)
+        if one_step and found_sizes[-1] * size < 2**31:
+            found_sizes[-1] *= size
+            found_steps[-1] = step
+        else:
+            found_sizes.append(size)
+            found_steps.append(step)
+    return found_sizes, found_steps
+
+
+def row_views(
+    like: Tensor, tensors: list[View | None], causal: bool = False
+) -> tuple[list[int], list[View | None]]:
+    """(B, H, rows) and the tensors with as many rows as possible in a head: they share programs.
+
+    Rows stay what they are where a diagonal counts them.
+    """
+    given = [x for x in tensors if x is not None]
+    kept = 2 if causal else 3
+    steps = [tuple(x[1 + dim] for x in given) for dim in range(3)]
+    sizes, merged = _merged(list(like.shape[:kept]), steps[:kept])
+    sizes, merged = sizes + list(like.shape[kept:3]), merged + steps[kept:]
+    sizes = [1] * (3 - len(sizes)) + sizes
+    merged = [(0,) * len(given)] * (3 - len(merged)) + merged
+    found = iter(zip(*merged, strict=True))
+    views = []
+    for x in tensors:
+        if x is not None:
+            batch, head, row = next(found)
+            x = View(x.data, batch, head, row, x.col)
+        views.append(x)
+    return sizes, views
+
+
+def programs(sizes: list[int], rows: int) -> tuple[int]:
+    """One for each tile of `rows` rows of a head."""
+    return (sizes[0] * sizes[1] * triton.cdiv(sizes[2], rows),)
 
 
 def matrix_of(x: Tensor | None) -> Matrix | None:

@@ -23,21 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, View, broadcast_view, load_pairs, matrix, view
-from .rowwise import at, store, tile_of
+from .common import LOG2E, broadcast_view, load_pairs, matrix, view
+from .rowwise import at, programs, row_views, store, tile_of, work_item
 
 if TYPE_CHECKING:
     from fusedattn.ops.softmax_config import SoftmaxBackwardCall, SoftmaxCall, SoftmaxConfig
 
 # --- shared by the kernels -----------------------------------------------------------------------
-
-
-@triton.jit
-def work_item(rows, heads, ROWS: tl.constexpr):
-    """(batch, head, first row) of this program."""
-    tiles = tl.cdiv(rows, ROWS)
-    flat = tl.program_id(0) // tiles
-    return flat // heads, flat % heads, tl.program_id(0) % tiles * ROWS
 
 
 @triton.jit
@@ -193,49 +185,6 @@ def backward_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
-def _merged(
-    sizes: list[int], steps: list[tuple[int, ...]]
-) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Neighbouring dimensions as one, where that is one step in every tensor; none of size 1."""
-    found_sizes: list[int] = []
-    found_steps: list[tuple[int, ...]] = []
-    for size, step in zip(sizes, steps, strict=True):
-        if size == 1:
-            continue
-        one_step = found_sizes and found_steps[-1] == tuple(size * inner for inner in step)
-        if one_step and found_sizes[-1] * size < 2**31:
-            found_sizes[-1] *= size
-            found_steps[-1] = step
-        else:
-            found_sizes.append(size)
-            found_steps.append(step)
-    return found_sizes, found_steps
-
-
-def _views(
-    like: Tensor, tensors: list[View | None], causal: bool
-) -> tuple[list[int], list[View | None]]:
-    """(B, H, rows) and the tensors with as many rows as possible in a head: they share programs.
-
-    Rows stay what they are where the diagonal counts them.
-    """
-    given = [x for x in tensors if x is not None]
-    kept = 2 if causal else 3
-    steps = [tuple(x[1 + dim] for x in given) for dim in range(3)]
-    sizes, merged = _merged(list(like.shape[:kept]), steps[:kept])
-    sizes, merged = sizes + list(like.shape[kept:3]), merged + steps[kept:]
-    sizes = [1] * (3 - len(sizes)) + sizes
-    merged = [(0,) * len(given)] * (3 - len(merged)) + merged
-    found = iter(zip(*merged, strict=True))
-    views = []
-    for x in tensors:
-        if x is not None:
-            batch, head, row = next(found)
-            x = View(x.data, batch, head, row, x.col)
-        views.append(x)
-    return sizes, views
-
-
 def _arguments(x: Tensor, sizes: list[int], per_thread: int, config: SoftmaxConfig) -> dict:
     """What both kernels are launched with; `x` is what is read most."""
     rows, width = sizes[2], x.shape[3]
@@ -255,10 +204,6 @@ def _arguments(x: Tensor, sizes: list[int], per_thread: int, config: SoftmaxConf
     }
 
 
-def _programs(sizes: list[int], rows: int) -> tuple[int]:
-    return (sizes[0] * sizes[1] * triton.cdiv(sizes[2], rows),)
-
-
 def softmax_forward(call: SoftmaxCall, out: Tensor) -> None:
     """Write `out` (B, H, rows, width).
 
@@ -267,17 +212,17 @@ def softmax_forward(call: SoftmaxCall, out: Tensor) -> None:
     """
     x, mask, bias, _, config = call
     given = [view(x), broadcast_view(mask), broadcast_view(bias), view(out)]
-    sizes, views = _views(x, given, config.causal != 0)
+    sizes, views = row_views(x, given, config.causal != 0)
     arguments = _arguments(x, sizes, 32, config)
     with torch.cuda.device_of(x):
-        forward_kernel[_programs(sizes, arguments["ROWS"])](*views, **arguments)
+        forward_kernel[programs(sizes, arguments["ROWS"])](*views, **arguments)
 
 
 def softmax_backward(call: SoftmaxBackwardCall, dx: Tensor | None, ds: Tensor | None) -> None:
     """Write `dx` and `ds` (fp32), where not None; any strides."""
     dout, out, config = call.dout, call.out, call.config
     given = [view(dout), view(out), *(None if x is None else view(x) for x in (dx, ds))]
-    sizes, views = _views(out, given, config.causal != 0)
+    sizes, views = row_views(out, given, config.causal != 0)
     arguments = _arguments(out, sizes, 16, config)
     with torch.cuda.device_of(out):
-        backward_kernel[_programs(sizes, arguments["ROWS"])](*views, **arguments)
+        backward_kernel[programs(sizes, arguments["ROWS"])](*views, **arguments)

@@ -361,23 +361,23 @@ FUSEDATTN_INLINE vec<float> load_as(const f16* p) {
 FUSEDATTN_INLINE void store_as(float* p, vec<float> x) { store(p, x); }
 FUSEDATTN_INLINE void store_as(double* p, vec<double> x) { store(p, x); }
 
+// x rounded to bf16, which is the upper half of its bits.
+FUSEDATTN_INLINE ints<float> rounded_to_bf16(vec<float> x) {
+  const ints<float> bits = (ints<float>)x;
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
 FUSEDATTN_INLINE void store_as(bf16* p, vec<float> x) {
 #if defined(__AVX512BF16__)
   // Takes subnormals for 0.
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  const ints<float> bits = (ints<float>)x;
-  const ints<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const __m256i kept = (__m256i)(((x == x ? rounded : bits | 0x400000) >> 16) & 0xffff);
+  const __m256i kept = (__m256i)((rounded_to_bf16(x) >> 16) & 0xffff);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
-  const ints<float> bits = (ints<float>)x;
-  const ints<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const ints<float> nan = (bits >> 16) | 0x40;
-  const ints<float> chosen = x == x ? rounded : nan;
   *reinterpret_cast<simd<float>::halves*>(p) =
-      __builtin_convertvector(chosen, typename simd<float>::halves);
+      __builtin_convertvector(rounded_to_bf16(x) >> 16, typename simd<float>::halves);
 #endif
 }
 

@@ -5,7 +5,7 @@ harness.py          clocks, interleaved turns, percentiles, memory, the machine'
 accuracy.py         the tolerance rule, on a sample of a large result
 attention_cases.py  the attention cases: their work, grids and inputs
 attention_peers.py  the versions that stand beside each other in one case
-rowwise_cases.py    the cases of norms, softmax, rotary and sinusoidal positions
+rowwise_cases.py    the cases of norms, softmax, positions and SwiGLU
 rowwise_peers.py    those ops in fusedattn, PyTorch and Liger, and what the oracle says
 figures.py          a version's rates, share of the limit and ratios
 run.py              a case's versions side by side, and the row of the result that it gives

@@ -132,7 +132,7 @@ def _cells(row: Row, name: str, unit: float, over_torch: float | None) -> list[s
 def rowwise_table(rows: Sequence[Row]) -> Table:
     """One line per case: fusedattn's rate, share of a copy, ratios, memory and error."""
     table = Table(
-        title="norms, softmax and positions, rows x width (batch x heads x length x head dim)",
+        title="row by row, rows x width (batch x heads x length x head dim)",
         caption="rates in GB/s, each tensor read and written once, median \\[p20, p80]; 'of copy' "
         "compares with a copy of as many bytes in the same turns; bwd is the backward pass alone; "
         "the other columns as for attention",

@@ -1,8 +1,9 @@
 """The cases of the ops that work on rows: their bytes, their grids and their inputs.
 
-Layer norm, RMS norm, softmax, rotary and sinusoidal positions are bound by memory: they are given
-in bytes per second, each tensor read and written once. The limit of a case is a copy between two
-tensors that stand ready, of the same number of bytes, which takes its turns among the versions.
+Layer norm, RMS norm, softmax, rotary, sinusoidal positions and SwiGLU are bound by memory: they
+are given in bytes per second, each tensor read and written once. The limit of a case is a copy
+between two tensors that stand ready, of the same number of bytes, which takes its turns among the
+versions.
 
 A backward pass is timed by itself, on graphs that were recorded before, for all versions alike.
 """
@@ -21,15 +22,18 @@ from .versions import DTYPES, Outputs
 
 INPUT_SETS = 2
 # How many dimensions the shape of a case has, in the order in which the ops are reported.
-DIMENSIONS = {"layer_norm": 2, "rms_norm": 2, "softmax": 2, "rotary": 4, "sinusoidal": 3}
+DIMENSIONS = {
+    "layer_norm": 2, "rms_norm": 2, "softmax": 2, "rotary": 4, "sinusoidal": 3, "swiglu": 2,
+}  # fmt: skip
 NORMS = ("layer_norm", "rms_norm")
 WIDE = ("layer_norm", "rms_norm", "softmax")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: (rows, width) of a norm or softmax, (B, H, S, D) of rotary's q and of its k,
-    (B, S, W) of sinusoidal positions. `residual` is added before a norm and returned as well.
+    """One call: (rows, width) of a norm, a softmax or SwiGLU's gate and of its up, (B, H, S, D) of
+    rotary's q and of its k, (B, S, W) of sinusoidal positions. `residual` is added before a norm
+    and returned as well.
     """
 
     op: str
@@ -68,9 +72,12 @@ class Case:
 
         Norm and softmax: x and out; backward: dout, x or out, dx. A residual and its sum, backward
         the gradient of the sum. Weights are read, backward their gradients written too. Rotary: q,
-        k, both results and the tables, backward the same.
+        k, both results and the tables, backward the same. SwiGLU: gate, up and out; backward dout,
+        gate, up and the gradients of both.
         """
         elements = torch.Size(self.shape).numel()
+        if self.op == "swiglu":
+            return DTYPES[self.dtype].itemsize * elements * (5 if self.backward else 3)
         if self.op == "rotary":
             return DTYPES[self.dtype].itemsize * (4 * elements + self.shape[-2] * self.shape[-1])
         tensors = 3 + self.residual if self.backward else 2 + 2 * self.residual
@@ -106,7 +113,7 @@ def full_grid(device: torch.device) -> list[Case]:
 
 
 def _special_cases(device: torch.device) -> list[Case]:
-    """Residuals, the published layer norm of 1024 rows of 12288, rotary and sinusoidal."""
+    """Residuals, the published layer norm of 1024 rows of 12288, rotary, sinusoidal and SwiGLU."""
     gpu = device.type == "cuda"
     chosen = []
     for dtype, backward in itertools.product(("fp32", "bf16"), (False, True)):
@@ -115,12 +122,13 @@ def _special_cases(device: torch.device) -> list[Case]:
         chosen += [Case(op, rows, dtype, backward, residual=True) for op in NORMS]
         heads = (4, 32, 4096, 128) if gpu else (1, 16, 1024, 64)
         chosen.append(Case("rotary", heads, dtype, backward))
+        chosen.append(Case("swiglu", (8192, 14336) if gpu else (2048, 5632), dtype, backward))
     tokens = (8, 4096, 2048) if gpu else (2, 1024, 1024)
     return chosen + [Case("sinusoidal", tokens, dtype) for dtype in ("fp32", "bf16")]
 
 
 def quick_grid(device: torch.device) -> list[Case]:
-    """Rows in the cache, rows beyond it and a single one; residuals, rotary and sinusoidal."""
+    """Rows in the cache, rows beyond it and a single one; residuals, positions and SwiGLU."""
     shapes = ((2048, 1024), (4096, 4096), (1, 65536))
     chosen = [
         Case(op, shape, dtype, backward)
@@ -158,6 +166,7 @@ def draw(case: Case, random: Callable[..., Tensor]) -> Outputs:
 
     Norms: x, weight, for layer norm bias, and the residual where there is one. Softmax and
     sinusoidal positions: x. Rotary: q, k and the tables cos, sin (S, D/2) of positions 0 to S − 1.
+    SwiGLU: gate and up.
     """
     x, width = random(*case.shape), case.shape[-1]
     if case.op == "rotary":
@@ -165,6 +174,8 @@ def draw(case: Case, random: Callable[..., Tensor]) -> Outputs:
         turns = 10000.0 ** (-torch.arange(0, width, 2, device=x.device).double() / width)
         phases = torch.arange(case.shape[-2], device=x.device).double()[:, None] * turns
         return x, k, phases.cos().to(x.dtype), phases.sin().to(x.dtype)
+    if case.op == "swiglu":
+        return x, random(*case.shape)
     if case.op not in NORMS:
         return (x,)
     inputs = [x, 1 + 0.2 * random(width)]

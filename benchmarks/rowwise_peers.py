@@ -209,12 +209,36 @@ class Sinusoidal(Op):
         return lambda x: (reference.add_sinusoidal(x, positions=rows),)
 
 
+class Swiglu(Op):
+    """(gate, up), of rows."""
+
+    def ours(self, backend: str) -> Formula:
+        return lambda gate, up: (fusedattn.swiglu(gate, up, backend=backend),)
+
+    def torch(self, inputs: Outputs) -> Formula:
+        return lambda gate, up: (F.silu(gate) * up,)
+
+    def liger(self, inputs: Outputs) -> Formula:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction as Function
+
+        def formula(gate: Tensor, up: Tensor) -> Outputs:
+            if gate.requires_grad:
+                raise Unavailable("its backward writes over gate and up: it runs but once")
+            return (Function.apply(gate, up),)
+
+        return formula
+
+    def reference(self, rows: Tensor) -> Formula:
+        return lambda gate, up: (reference.swiglu(gate, up),)
+
+
 OPS: dict[str, Op] = {
     "layer_norm": LayerNorm(),
     "rms_norm": RmsNorm(),
     "softmax": Softmax(),
     "rotary": Rotary(),
     "sinusoidal": Sinusoidal(),
+    "swiglu": Swiglu(),
 }
 
 
@@ -333,6 +357,7 @@ def worth_compiling(case: Case, device: torch.device) -> bool:
         return case in (
             Case("rms_norm", (2048, 1024), "fp32"),
             Case("rotary", (1, 16, 1024, 64), "fp32"),
+            Case("swiglu", (2048, 5632), "fp32"),
         )
     wide = case.op in WIDE and case.shape[-1] in (4096, 12288, 32768)
     return case.dtype == "bf16" and (wide or case.op not in WIDE)

@@ -169,7 +169,7 @@ def _measure_attention(
 
 
 def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
-    bar = progress.add_task("norms, softmax and positions", total=len(plan.rowwise_cases))
+    bar = progress.add_task("norms, softmax, positions, SwiGLU", total=len(plan.rowwise_cases))
 
     def update(done: int, label: str) -> None:
         progress.update(bar, completed=done, description=label, refresh=True)

@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: norms, softmax and positions under pytest-benchmark, one group per case.
+"""`pytest benchmarks`: the ops that work on rows under pytest-benchmark, one group per case.
 
 The quick subset by default, `--full-grid` for every case; `-k "softmax and bf16 and fusedattn"`
 picks by what stands in the ids. As for attention, the versions run one after the other.

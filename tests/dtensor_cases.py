@@ -137,6 +137,18 @@ def cases() -> dict[str, Case]:
         "rotary of q and one k": Case(
             rotary_qk, [S1, R], {"q": (q, S1, S1), "k": (k[:, :1], R, R)} | tables
         ),
+        "swiglu, batch": Case(
+            fusedattn.swiglu, [S0], {n: (normal(2, 3, 8), S0, S0) for n in ("gate", "up")}
+        ),
+        "swiglu, features": Case(
+            fusedattn.swiglu, [S2], {n: (normal(2, 3, 8), S2, S2) for n in ("gate", "up")}
+        ),
+        "swiglu of both, sequence": Case(
+            fusedattn.swiglu, [S1], {"gate": (normal(2, 4, 8), S1, S1)}
+        ),
+        "swiglu of both, features": Case(
+            fusedattn.swiglu, [R], {"gate": (normal(2, 4, 8), S2, R)}, silent=False
+        ),
         "sinusoidal, batch": Case(
             add, [S0],
             {"x": (normal(2, 5, 8), S0, S0), "positions": (positions, S0, None)},

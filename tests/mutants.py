@@ -119,6 +119,10 @@ MUTANTS = [
          "softmax.py::test_bias_broadcast_and_its_gradient"),
     ),
     *mutants(
+        "python/fusedattn/ops/swiglu.py",
+        ("_along_rows(call.gate)", "call.gate", "swiglu.py::test_layouts"),
+    ),
+    *mutants(
         "python/fusedattn/ops/sinusoidal.py",
         ("return scale * dout, None, None", "return dout, None, None",
          "sinusoidal.py::test_gradients"),
@@ -214,6 +218,10 @@ MUTANTS = [
         ("sin = -sin", "sin = sin", "triton_rotary.py::TestRotary"),
     ),
     *mutants(
+        "kernels/swiglu.py",
+        ("tl.minimum(square, 1e4)", "square", "swiglu.py::test_numbers_without_limit"),
+    ),
+    *mutants(
         "kernels/sinusoidal.py",
         ("((quarter + 1) & 2)", "(quarter & 2)", "triton_rotary.py::TestSinusoidal"),
     ),
@@ -230,6 +238,11 @@ MUTANTS = [
     *mutants(
         "csrc/cpu/rowwise/sinusoidal.cpp",
         ("!shared || i != encoded", "i != encoded", "sinusoidal.py::test_positions"),
+    ),
+    *mutants(
+        "csrc/cpu/rowwise/swiglu.cpp",
+        ("(square < most ? square : most)", "square", "swiglu.py::test_numbers_without_limit"),
+        ("both * (s.at + x * s.slope)", "both * s.at", "swiglu.py::test_widths"),
     ),
     *mutants(
         "csrc/cpu/rowwise/rotary.cpp",

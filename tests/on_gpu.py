@@ -70,7 +70,7 @@ class Outcome:
 
 # --- what is run ---------------------------------------------------------------------------------
 
-OPS = ("attention", "rotary", "rowwise", "softmax")
+OPS = ("attention", "rotary", "rowwise", "softmax", "swiglu")
 CUDA_TESTS = [f"tests/test_cuda_{name}.py" for name in OPS]
 LARGE_TESTS = "tests/test_cuda_attention_large.py"  # too large for a sanitizer
 # Calls that torch makes and expects to fail are no errors. Our kernels alone are looked at: torch's

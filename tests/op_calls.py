@@ -71,6 +71,10 @@ def _sinusoidal(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+def _swiglu(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"gate": _normal(2, 3, 8, dtype=dtype), "up": _normal(2, 3, 8, dtype=dtype)}
+
+
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, **options: Any) -> Any:
     return fusedattn.layer_norm(x, 8, weight, bias, residual=residual, **options)
 
@@ -102,6 +106,7 @@ OP_CALLS = {
     "softmax": OpCall(_scaled_softmax, _softmax, ("x", "bias")),
     "apply_rotary": OpCall(fusedattn.apply_rotary, _rotary, ("x",)),
     "add_sinusoidal": OpCall(_scaled_sinusoidal, _sinusoidal, ("x",)),
+    "swiglu": OpCall(fusedattn.swiglu, _swiglu, ("gate", "up")),
 }
 
 

@@ -45,6 +45,7 @@ CALLS = {
     "apply_rotary": {"x": Q, **TURN},
     "apply_rotary_qk": {"q": Q, "k": Q + 1, **TURN},
     "add_sinusoidal": {"x": X, "positions": torch.arange(3)},
+    "swiglu": {"gate": X, "up": X + 1},
 }  # fmt: skip
 
 VALUES = {
@@ -94,6 +95,7 @@ TAKEN = {
     "scale": ANY_NUMBER, "weight_offset": ANY_NUMBER, "eps": NUMBERS | {"inf"}, "base": NUMBERS,
     "softcap": NUMBERS, "dropout_p": NUMBERS - {"2**63"}, "window": {"a tuple"},
     "residual_dtype": {"float16"}, "normalized_shape": set(), "backend": set(),
+    "activation": set(),
     "alibi_slopes": {*VALUES, *TENSORS}, "sinks": {*VALUES, *TENSORS},
 }  # fmt: skip
 SCORES = {"subclass", "no dimension"}

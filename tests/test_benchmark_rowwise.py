@@ -44,6 +44,8 @@ def named(kind):
         (Case("rotary", (1, 2, 8, 16), "bf16"), 4 * 256 + 2 * 8 * 8),
         (Case("rotary", (1, 2, 8, 16), "bf16", True), 4 * 256 + 2 * 8 * 8),
         (Case("sinusoidal", (1, 8, 32), "bf16"), 2 * 256),
+        (Case("swiglu", (8, 32), "bf16"), 3 * 256),
+        (Case("swiglu", (8, 32), "bf16", True), 5 * 256),
     ],
     ids=lambda x: x.label.replace(" ", "-") if isinstance(x, Case) else "",
 )

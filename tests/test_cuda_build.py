@@ -178,6 +178,7 @@ HOT_KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "rotary": (r"rotary_kernel<\w+, [48], \w+>",),
     "sinusoidal": (r"sinusoidal_kernel<\w+, [48], true>",),
+    "swiglu": (r"swiglu_(forward|backward)<\w+, [48]>",),
 }
 
 

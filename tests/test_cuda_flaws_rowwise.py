@@ -1,5 +1,5 @@
-"""Every barrier, shuffle, bound and shared address of the CUDA C++ kernels of norms, softmax and
-rotary, wrong one at a time: what tests/test_cuda_flaws.py does with attention.
+"""Every barrier, shuffle, bound and shared address of the CUDA C++ kernels of norms, softmax,
+rotary and SwiGLU, wrong one at a time: what tests/test_cuda_flaws.py does with attention.
 
 There are no atomic additions in these kernels and no asynchronous copies.
 """
@@ -16,6 +16,7 @@ import torch
 from fusedattn import _native
 from fusedattn.ops.rotary_config import RotaryConfig
 from position_cases import RotaryCase, launch_rotary
+from swiglu_cases import inputs, results
 from test_cuda_flaws import Run, hunt
 from test_cuda_rowwise import BF16, F16, F32, Norm, norm_results
 from test_cuda_softmax import softmax_results
@@ -143,6 +144,19 @@ def rotaries() -> list[Repeated]:
     return [rotary(case, interleaved) for case in cases for interleaved in (False, True)]
 
 
+def swiglu(*shape: int, dtype: torch.dtype = F32, joined: bool = False) -> Repeated:
+    made = inputs(*shape, dtype=dtype, joined=joined)
+
+    def call() -> dict[str, Tensor]:
+        return results(fusedattn.swiglu, made, dtype, backend="cuda_emulated")
+
+    return Repeated(call, "swiglu_forward", "swiglu_backward")
+
+
+def swiglus() -> list[Repeated]:
+    return [swiglu(5, 24, joined=True), swiglu(5, 23, joined=True), swiglu(3, 1100, dtype=F16)]
+
+
 # Of each op what flaws it has, and those that change nothing.
 COMMON = ["no barrier", "no shuffle", "own block", "next place"]
 # A chunk that a block has kept is read again instead: the same numbers.
@@ -153,6 +167,7 @@ OPS = {
     # There a score past the row is −∞.
     "softmax": (softmaxes, COMMON, [KEPT, r"bound too high, .* for softmax_forward_wide"]),
     "rotary": (rotaries, [], []),
+    "swiglu": (swiglus, [], []),
 }
 BOUNDS = ["bound too high", "bound too low"]
 
@@ -190,9 +205,9 @@ def test_nothing_goes_unwatched(op: str) -> None:
     found = {
         f"{path.name}:{i}"
         for path in SOURCES.iterdir()
-        if path.name.startswith(op) or (path.name == "rowwise.cuh" and op != "rotary")
+        if path.name.startswith(op) or (path.name == "rowwise.cuh" and op in ("norm", "softmax"))
         for i, line in enumerate(path.read_text().splitlines(), 1)
         if words.search(line.partition("//")[0])
     }
     assert found - watched == set()
-    assert len(found) >= 4
+    assert len(found) >= 2

@@ -20,6 +20,7 @@ OPS = {
     "softmax": lambda x: fusedattn.softmax(x),
     "apply_rotary": lambda x: fusedattn.apply_rotary(x, x.new_ones(5, 4), x.new_ones(5, 4)),
     "add_sinusoidal": lambda x: fusedattn.add_sinusoidal(x),
+    "swiglu": lambda x: fusedattn.swiglu(x, x),
 }
 
 
@@ -108,7 +109,7 @@ def test_a_jit_trace_holds_the_op(name, op, grad):
 
 
 @pytest.mark.parametrize(
-    "name", ["Attention", "LayerNorm", "RMSNorm", "Rotary", "Sinusoidal", "Softmax"]
+    "name", ["Attention", "LayerNorm", "RMSNorm", "Rotary", "Sinusoidal", "Softmax", "SwiGLU"]
 )
 def test_functions_refuse_transforms(name):
     """They have no rule for torch.func; its `apply` says so, and is theirs in public."""

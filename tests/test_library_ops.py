@@ -163,6 +163,8 @@ def valid_calls():
     yield "rotary_fwd", (q, k[:, :, :5], *tables, "cpu", False, False, 0)
     yield "rotary_", (q.clone(), k[:, :, :5].clone(), *tables, "cpu", True, True, 0)
     yield "sinusoidal_fwd", (x, torch.randint(5, (4, 3)), torch.tensor([2]), "cpu", 1e4, 1.0, 0)
+    yield "swiglu_fwd", (x, x.clone(), "cpu", 0)
+    yield "swiglu_bwd", (x[..., :4].clone(), x, None, "cpu", 1)
 
 
 def hostile(value):
@@ -209,7 +211,7 @@ def test_hostile_calls_of_raw_ops():
 
 
 def test_the_raw_op_in_place_has_no_gradient():
-    *_, (_, args), _ = valid_calls()
+    (args,) = (args for name, args in valid_calls() if name == "rotary_")
     x = args[0].requires_grad_().clone()
     with pytest.raises(RuntimeError, match=r"call fusedattn\.apply_rotary instead"):
         torch.ops.fusedattn.rotary_(x, *args[1:])

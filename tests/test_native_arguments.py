@@ -22,6 +22,7 @@ from fusedattn.ops import (
     rotary_kernels,
     sinusoidal,
     softmax_kernels,
+    swiglu,
 )
 from processes import Call, wrong_in_a_fork
 from torch import Tensor
@@ -169,6 +170,13 @@ def _sinusoidal(native: Any) -> tuple[dict[str, Arg], tuple]:
     )  # fmt: skip
 
 
+def _swiglu(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
+    tensors = (Arg(torch.randn(2, 3, 4, 5), strides=False) for _ in range(5))
+    dout, gate, up, dgate, dup = tensors
+    forward = {"gate": gate, "up": up, "out": dout}
+    return forward, {"dout": dout, "gate": gate, "up": up, "dgate": dgate, "dup": dup}, (3,)
+
+
 FUNCTIONS: dict[str, Callable[[Any], tuple[dict[str, Arg], tuple]]] = {
     "attention_forward": lambda native: _attention(native)[::2],
     "attention_backward": lambda native: _attention(native)[1:],
@@ -178,6 +186,8 @@ FUNCTIONS: dict[str, Callable[[Any], tuple[dict[str, Arg], tuple]]] = {
     "softmax_backward": lambda native: _softmax(native)[1:],
     "rotary_forward": _rotary,
     "sinusoidal_forward": _sinusoidal,
+    "swiglu_forward": lambda native: _swiglu(native)[::2],
+    "swiglu_backward": lambda native: _swiglu(native)[1:],
 }
 
 
@@ -205,15 +215,16 @@ def hostile_calls(native: Any, name: str) -> Iterator[tuple[str, dict[str, Any],
         for how, value, taken in spoilt(arg):
             yield f"{each}: {how}", right | {each: value}, taken
     yield "all None", dict.fromkeys(right), False
-    yield "all half", {n: x.half() if isinstance(x, Tensor) else x for n, x in right.items()}, False
+    half = {n: x.half() if isinstance(x, Tensor) else x for n, x in right.items()}
+    yield "all half", half, name.startswith("swiglu")  # whose tensors are of one dtype
     yield "all empty", {n: x[:0] if isinstance(x, Tensor) else x for n, x in right.items()}, False
     for other in ((), config[:-1], ("x",) * len(config), (None,) * len(config), list(config), None):
         yield f"config {other}", right | {"config": other}, False
     if native is not _native.cpu:
         yield from ((how, right | changed, False) for how, changed in _beyond_cuda(name, right))
-    if name.startswith(("attention", "softmax")):
-        for causal in (-1, 3, 2**40):
-            yield f"causal {causal}", right | {"config": (causal, *config[1:])}, False
+    if name.startswith(("attention", "softmax", "swiglu")):  # their first option is an enum
+        for number in (-1, 4 if name.startswith("swiglu") else 3, 2**40):
+            yield f"option {number}", right | {"config": (number, *config[1:])}, False
 
 
 @pytest.fixture(params=["cpu", "cuda_emulated"])
@@ -249,6 +260,8 @@ CALLS = {
     "softmax_backward": softmax_kernels.softmax_bwd,
     "rotary_forward": rotary_kernels.rotary_fwd,
     "sinusoidal_forward": sinusoidal.sinusoidal_fwd,
+    "swiglu_forward": swiglu.swiglu_fwd,
+    "swiglu_backward": swiglu.swiglu_bwd,
 }
 
 
@@ -296,6 +309,8 @@ def _public(backend: str) -> Iterator[tuple[str, Callable[..., Tensor], dict[str
     yield "apply_rotary", fusedattn.apply_rotary, {"x": q, **tables}
     positions = {"positions": torch.arange(4), "offset": torch.tensor(1)}
     yield "add_sinusoidal", fusedattn.add_sinusoidal, {"x": q[0], **positions}
+    yield "swiglu", fusedattn.swiglu, {"gate": x, "up": row}
+    yield "swiglu of both", fusedattn.swiglu, {"gate": x}
 
 
 def calls_on_freed(backend: str) -> Iterator[Call]:

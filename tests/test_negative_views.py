@@ -30,6 +30,7 @@ OPS = {
     "softmax, bias": (lambda x, b: fusedattn.softmax(x, bias=b), [(5, 8), (8,)]),
     "rotary": (fusedattn.apply_rotary, [Q, TABLE, TABLE]),
     "sinusoidal": (fusedattn.add_sinusoidal, [(2, 6, 8)]),
+    "swiglu": (fusedattn.swiglu, [(5, 8), (5, 8)]),
 }
 
 

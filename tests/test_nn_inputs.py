@@ -31,6 +31,7 @@ MODULES: dict[str, Callable[[], torch.nn.Module]] = {
     "rotary": lambda: nn.RotaryEmbedding(16),
     "sinusoidal": lambda: nn.SinusoidalPositionalEncoding(),
     "learned": lambda: nn.LearnedPositionalEncoding(9, 16),
+    "swiglu": lambda: nn.SwiGLU(16, 8),
 }
 NAMED = r"^\w+: got \w+( and \w+)? (of|on) .*, expected "
 
@@ -44,7 +45,8 @@ def test_inputs(name: str, what: str) -> None:
         "rotary": [(x, X), (X, x)],
     }.get(name, [(x,)])
     taken = {("scalar", "softmax"), ("scalar", "softmax-no-dim")}  # as torch's does
-    taken |= {("elsewhere", name) for name in ("softmax", "softmax-no-dim", "sinusoidal", "rotary")}
+    on_meta = ("softmax", "softmax-no-dim", "sinusoidal", "rotary", "swiglu")
+    taken |= {("elsewhere", name) for name in on_meta}
     for args in calls if (what, name) not in taken else ():
         with pytest.raises((TypeError, ValueError), match=NAMED):
             module(*args)
@@ -102,6 +104,8 @@ MADE: list[tuple[type, dict[str, Any], str]] = [
     (nn.LearnedPositionalEncoding, {"max_length": 2.5, "width": 8}, "max_length of type float"),
     (nn.LearnedPositionalEncoding, {"max_length": 9, "width": 0}, "width=0"),
     (nn.LearnedPositionalEncoding, {"max_length": 9, "width": 8, "dtype": torch.int8}, "dtype=to"),
+    (nn.SwiGLU, {"dim": 8, "hidden_dim": 0}, "hidden_dim=0"),
+    (nn.SwiGLU, {"dim": 8, "hidden_dim": 8, "activation": "tanh"}, "activation='tanh'"),
 ]
 
 

@@ -54,6 +54,7 @@ def test_one_tensor_in_every_place(backend):
         fusedattn.nn.LayerNorm(4, dtype=torch.float64),
         fusedattn.nn.RMSNorm(4, dtype=torch.float64),
         fusedattn.nn.Softmax(-1),
+        fusedattn.nn.SwiGLU(4, 6, dtype=torch.float64),
     ],
     ids=lambda module: type(module).__name__,
 )

@@ -1,4 +1,4 @@
-"""The machine code of the norms' and softmax's Triton kernels, compiled ahead of time.
+"""The machine code of the norms', softmax's and SwiGLU's Triton kernels, compiled ahead of time.
 
 Run as a script with the name of a target, this file prints what `cuobjdump` finds as JSON, as
 `test_triton_compile.py` does for attention.
@@ -15,18 +15,21 @@ from processes import wanted
 from test_triton_compile import CompileOnly, compile_in_a_process, disassemble, tell
 
 TARGETS = {"sm_80": (80, 166_912), "sm_90": (90, 232_448), "sm_100": (100, 232_448)}
-# name: dtype and widths. The hot ones are "layer" to "softmax", which must not spill.
+# name: dtype and widths. The hot ones are "layer" to "swiglu", which must not spill.
 CASES = {
     "layer": ("bfloat16", (1024, 4096, 8192)),
     "rms": ("bfloat16", (1024, 8192)),
     "softmax": ("bfloat16", (1024, 8192)),
+    "swiglu": ("bfloat16", (1024, 5632)),
     "layer, two blocks": ("bfloat16", (12288,)),
     "layer residual dropout": ("bfloat16", (4096,)),
     "softmax mask bias causal": ("bfloat16", (4096,)),
     "layer fp32": ("float32", (16384, 20480)),
     "softmax fp32": ("float32", (20480,)),
+    "swiglu gelu": ("float32", (5632,)),
+    "swiglu gelu_tanh": ("float16", (5632,)),
 }
-HOT = ("layer", "rms", "softmax")
+HOT = ("layer", "rms", "softmax", "swiglu")
 
 
 # --- in the subprocess ---------------------------------------------------------------------------
@@ -64,6 +67,18 @@ def launch_softmax(case: str, width: int, dtype: torch.dtype) -> None:
     softmax_backward(SoftmaxBackwardCall(x, x, -1, True, bias is not None, config), x, ds)
 
 
+def launch_swiglu(case: str, width: int, dtype: torch.dtype) -> None:
+    """Of both halves in one tensor."""
+    from fusedattn.kernels.swiglu import swiglu_backward, swiglu_forward
+    from fusedattn.ops.swiglu import ACTIVATIONS, SwigluBackwardCall, SwigluCall, SwigluConfig
+
+    gate, up = torch.empty(1, 2, 512, 2 * width, dtype=dtype).chunk(2, -1)
+    out = torch.empty(1, 2, 512, width, dtype=dtype)
+    config = SwigluConfig(ACTIVATIONS.index(case.split()[1]) if " " in case else 0)
+    swiglu_forward(SwigluCall(gate, up, config), out)
+    swiglu_backward(SwigluBackwardCall(out, gate, up, config), gate, up)
+
+
 def compile_target(name: str) -> list[dict[str, Any]]:
     """A record for each kernel of each case and width."""
     import triton
@@ -86,8 +101,8 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     for case, (dtype, widths) in CASES.items():
         for width in widths:
             about.update({"case": case, "width": width})
-            launch = launch_softmax if "softmax" in case else launch_norm
-            launch(case, width, getattr(torch, dtype))
+            launch = {"softmax": launch_softmax, "swiglu": launch_swiglu}
+            launch.get(case.split()[0], launch_norm)(case, width, getattr(torch, dtype))
     return records
 
 
@@ -125,7 +140,7 @@ def test_long_rows_hardly_spill(compiled: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_is_there(compiled: list[dict[str, Any]]) -> None:
-    norms = {x["kernel"] for x in compiled if "softmax" not in x["case"]}
+    norms = {x["kernel"] for x in compiled if x["case"].startswith(("layer", "rms"))}
     assert norms == {"forward_kernel", "means_kernel", "backward_kernel", "parts_kernel"}
     assert {x["width"] for x in compiled if x["kernel"] == "means_kernel"} == {20480}
 

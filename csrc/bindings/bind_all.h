@@ -6,6 +6,7 @@
 #include "bind_rotary.h"
 #include "bind_sinusoidal.h"
 #include "bind_softmax.h"
+#include "bind_swiglu.h"
 #include "ops.h"
 
 namespace fusedattn::bindings {

@@ -6,6 +6,7 @@
 #include "rotary.h"
 #include "sinusoidal.h"
 #include "softmax.h"
+#include "swiglu.h"
 
 // ROW(op, forward parameters[, backward parameters]); op is the stem of its files.
 #define FUSEDATTN_OPS(ROW)                            \
@@ -13,4 +14,5 @@
   ROW(norm, NormForward, NormBackward)                \
   ROW(softmax, SoftmaxForward, SoftmaxBackward)       \
   ROW(rotary, Rotary)                                 \
-  ROW(sinusoidal, Sinusoidal)
+  ROW(sinusoidal, Sinusoidal)                         \
+  ROW(swiglu, SwigluForward, SwigluBackward)

@@ -18,6 +18,7 @@ from .ops.rms_norm import rms_norm
 from .ops.rotary import apply_rotary, apply_rotary_qk
 from .ops.sinusoidal import add_sinusoidal
 from .ops.softmax import softmax
+from .ops.swiglu import swiglu
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "rms_norm",
     "softmax",
     "strict",
+    "swiglu",
 ]

@@ -4,7 +4,7 @@ Each is apply(config, backend, *fields): the options as a config, a backend's na
 of the op's call in their order, of which the last may be left out. Nothing is checked.
 """
 
-from .ops import attention, norm, rotary, sinusoidal, softmax
+from .ops import attention, norm, rotary, sinusoidal, softmax, swiglu
 from .ops._op import public
 from .ops.attention_config import AttentionConfig
 from .ops.norm_config import NormConfig
@@ -12,6 +12,7 @@ from .ops.rotary import RotaryInPlaceFunction as RotaryInPlace
 from .ops.rotary_config import RotaryConfig
 from .ops.sinusoidal import SinusoidalConfig
 from .ops.softmax_config import SoftmaxConfig
+from .ops.swiglu import SwigluConfig
 
 Attention = public(attention.op, "Attention")
 LayerNorm = public(norm.layer_norm_op, "LayerNorm")
@@ -19,6 +20,7 @@ RMSNorm = public(norm.rms_norm_op, "RMSNorm")
 Rotary = public(rotary.op, "Rotary")
 Sinusoidal = public(sinusoidal.op, "Sinusoidal")
 Softmax = public(softmax.op, "Softmax")
+SwiGLU = public(swiglu.op, "SwiGLU")
 
 __all__ = [
     "Attention",
@@ -33,4 +35,6 @@ __all__ = [
     "SinusoidalConfig",
     "Softmax",
     "SoftmaxConfig",
+    "SwiGLU",
+    "SwigluConfig",
 ]

@@ -144,6 +144,26 @@ def _softmax_bwd(dout, out, dim, backend, causal, scale, x_grad, bias_grad):
     return _shardings(letters.replace(".", ""), [(dout, letters), (out, letters)], grads)
 
 
+# --- SwiGLU: along every dimension, but where a row holds both halves -----------------------------
+
+
+def _swiglu_letters(gate: Any, up: Any) -> str:
+    letters = _LETTERS[: gate.ndim]
+    return letters if up is not None else f"{letters[:-1]}."
+
+
+def _swiglu_fwd(gate, up, *_: Any):
+    letters = _swiglu_letters(gate, up)
+    return _shardings(letters.replace(".", ""), [(gate, letters), (up, letters)], [letters])
+
+
+def _swiglu_bwd(dout, gate, up, *_: Any):
+    letters = _swiglu_letters(gate, up)
+    inputs = [(x, letters) for x in (dout, gate, up)]
+    grads = [letters, None if up is None else letters]
+    return _shardings(letters.replace(".", ""), inputs, grads)
+
+
 # --- positions: along batch and heads, and along the length where each row says its position ------
 
 
@@ -165,7 +185,7 @@ def register() -> None:
     """Tell DTensor the rules. `rotary_` has none: in place nothing can be redistributed."""
     rules = (
         _attention_fwd, _attention_bwd, _norm_fwd, _norm_bwd, _softmax_fwd, _softmax_bwd,
-        _rotary_fwd, _sinusoidal_fwd,
+        _rotary_fwd, _sinusoidal_fwd, _swiglu_fwd, _swiglu_bwd,
     )  # fmt: skip
     for rule in rules:
         op = getattr(torch.ops.fusedattn, rule.__name__.removeprefix("_")).default

@@ -8,6 +8,7 @@ from .positional import (
     SinusoidalPositionalEncoding,
 )
 from .softmax import Softmax
+from .swiglu import SwiGLU
 
 __all__ = [
     "LayerNorm",
@@ -17,4 +18,5 @@ __all__ = [
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",
+    "SwiGLU",
 ]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # --- attention -----------------------------------------------------------------------------------
@@ -338,6 +339,53 @@ def softmax_backward(
     """
     ds = out * (dout - (dout * out).sum(dim, keepdim=True))
     return ds * scale, ds
+
+
+# --- SwiGLU ---------------------------------------------------------------------------------------
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation.startswith("gelu"):
+        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return torch.relu(x) if activation == "relu" else F.silu(x)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
+    """act(gate) ∘ up, where act is "silu", "gelu", "gelu_tanh" or "relu" (Shazeer 2020).
+
+    Without up the last dimension of gate holds both.
+    """
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return _activated(gate, activation) * up
+
+
+def _slope(x: Tensor, activation: str) -> Tensor:
+    """act'(x), but for relu."""
+    if activation == "gelu":
+        return 0.5 * torch.erfc(x * -(0.5**0.5)) + x * torch.exp(-0.5 * x * x) / math.sqrt(math.tau)
+    if activation == "silu":
+        s = torch.sigmoid(x)
+        return s + x * (s * (1 - s))
+    twice = 2 * math.sqrt(2 / math.pi)
+    s = torch.sigmoid(twice * (x + 0.044715 * x**3))
+    # Clamped where the sigmoid has long been level: there its slope is 0, and must not meet inf.
+    inner = twice * (1 + 3 * 0.044715 * x.clamp(-100.0, 100.0) ** 2)
+    return s + x * (s * (1 - s) * inner)
+
+
+def swiglu_backward(
+    dout: Tensor, gate: Tensor, up: Tensor | None = None, *, activation: str = "silu"
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `swiglu` as a formula: (dgate, dup), the first of both where up is None."""
+    g, u = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    pulled = dout * u
+    if activation == "relu":
+        dgate = pulled.masked_fill(g <= 0, 0.0)
+    else:
+        dgate = pulled * _slope(g, activation)
+    dup = dout * _activated(g, activation)
+    return (torch.cat((dgate, dup), dim=-1), None) if up is None else (dgate, dup)
 
 
 # --- rotary embedding -----------------------------------------------------------------------------

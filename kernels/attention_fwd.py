@@ -80,11 +80,29 @@ class Rules(NamedTuple):
 
     mask: Any  # View (B, Hq, Sq, Sk) of bool
     bias: Any  # View (B, Hq, Sq, Sk)
+    softcap: Any  # float
+
+
+@triton.jit
+def tanh(x):
+    """A polynomial where |x| is small (Cephes' tanhf), else by exp(2 |x|)."""
+    u = x * x
+    near = -5.70498872745e-3 * u + 2.06390887954e-2
+    near = near * u - 5.37397155531e-2
+    near = near * u + 1.33314422036e-1
+    near = near * u - 3.33332819422e-1
+    near = near * (u * x) + x
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    return tl.where(size > 0.625, tl.where(x < 0.0, -far, far), near)  # NaN is near
 
 
 @triton.jit
 def chain(ds, raw, rules, scale):
     """The gradient of scale · raw, from that of the score that `scores` makes of raw = qkᵀ."""
+    if rules.softcap is not None:
+        t = tanh(raw * (scale / rules.softcap))
+        ds = ds * (1.0 - t * t)
     return ds
 
 
@@ -96,6 +114,8 @@ def scores(s, rules, batch, head, i, j, seq_q, keys, scale, NATURAL: tl.constexp
     """
     if NATURAL:
         s = s * scale
+    if rules.softcap is not None:
+        s = rules.softcap * tanh(s / rules.softcap)
     if rules.bias is not None:
         bias = load_pairs(matrix(rules.bias, batch, head), i, j, seq_q, keys)
         s = s + bias.to(tl.float32)
@@ -210,7 +230,8 @@ def forward_kernel(
 
 def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
     """The rules of a call, as the kernels take them."""
-    return Rules(broadcast_view(call.mask), broadcast_view(call.bias))
+    softcap = call.config.softcap or None
+    return Rules(broadcast_view(call.mask), broadcast_view(call.bias), softcap)
 
 
 def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, Any]:
@@ -230,7 +251,7 @@ def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, A
         "BLOCK_D": block_width(head_dim),
         "BLOCK_DV": block_width(head_dim_v),
         "CAUSAL": config.causal != 0,
-        "NATURAL": call.bias is not None or not config.scale > 1e-30,
+        "NATURAL": call.bias is not None or config.softcap > 0 or not config.scale > 1e-30,
         "PRECISION": dot_precision(q),
     }
 
@@ -242,7 +263,8 @@ def tuning_key(
     q, k = call.q, call.k
     return (
         q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
-        arguments["PRECISION"], call.mask is None, call.bias is None, bucket(q.shape[2], 8192),
+        arguments["PRECISION"], call.mask is None, call.bias is None,
+        call.config.softcap > 0, bucket(q.shape[2], 8192),
         bucket(k.shape[2], 8192), bucket(q.shape[0] * q.shape[1], 256), arguments["group"],
     )  # fmt: skip
 

@@ -216,6 +216,7 @@ class AttentionCase:
     dtype: torch.dtype = torch.float32
     causal: bool | str = False
     scale: float | None = None
+    softcap: float | None = None
     mask: tuple[int, ...] | None = None
     bias: tuple[int, ...] | None = None
     bias_dtype: torch.dtype | None = None
@@ -256,7 +257,7 @@ class AttentionCase:
 
     def options(self) -> dict[str, object]:
         """What is no tensor, as attention and the oracle take it."""
-        return {"causal": self.causal, "scale": self.scale}
+        return {"causal": self.causal, "scale": self.scale, "softcap": self.softcap}
 
     def __str__(self) -> str:
         """Only what differs from the defaults."""

@@ -148,6 +148,7 @@ MUTANTS = [
          "triton_attention.py::test_regimes"),
         ("acc = acc * alpha[:, None]", "acc = acc * 1.0", "triton_attention.py::test_regimes"),
         ("or not config.scale > 1e-30", "", "triton_attention.py::test_regimes"),
+        ("ds = ds * (1.0 - t * t)", "ds = ds * 1.0", "triton_attention.py::test_regimes"),
     ),
     *mutants(
         "kernels/attention_bwd.py",
@@ -229,6 +230,11 @@ MUTANTS = [
         "csrc/cpu/attention_decode.h",
         ("l += partial[rows + r] * factor;", "l += partial[rows + r];",
          "attention.py::test_decode"),
+    ),
+    *mutants(
+        "csrc/cpu/attention_tile.h",
+        ("store(slope + j, S(1) - t * t)", "store(slope + j, splat(S(1)))",
+         "attention.py::test_kind"),
     ),
     *mutants(
         "csrc/cpu/rowwise/softmax_backward.h",

@@ -44,6 +44,9 @@ KINDS = regimes(
     ("scale 0", {"scale": 0.0}),
     ("scale negative", {"scale": -0.3, "causal": True}),
     ("scale large", {"scale": 8.0, "seq_q": 40}),
+    ("softcap", {"softcap": 1.5, "seq_q": 70, "causal": True, "grads": BOTH}),
+    ("softcap of large scores", {"softcap": 30.0, "scale": 8.0, "seq_q": 40}),
+    ("softcap + a few queries", {"softcap": 2.0, "seq_q": 3, "seq_k": 300, "kv_lengths": (290, 7)}),
     (
         "mask + bias + causal + kv_lengths + GQA",
         {
@@ -57,6 +60,10 @@ KINDS = regimes(
             "kv_lengths": (60, 5),
             "grads": BOTH,
         },
+    ),
+    (
+        "softcap + mask + bias",
+        {"softcap": 1.0, "scale": -0.7, "mask": (2, 1, 32, 32), "bias": (2, 2, 32, 32)},
     ),
 )
 

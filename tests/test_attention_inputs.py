@@ -126,7 +126,6 @@ def test_bad_argument(options, error, parts):
     [
         {"window": (3, 0)},
         {"window": (None, 2)},
-        {"softcap": 30.0},
         {"alibi_slopes": torch.ones(4)},
         {"sinks": torch.zeros(4)},
         {"dropout_p": 0.1},

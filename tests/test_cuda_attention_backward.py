@@ -61,6 +61,7 @@ CASES = regimes(
                               "dtype": F16, "scale": 1e-3, "causal": True, "large": True}),
     ("f16_large_dim_136_168", {"seq_q": 20, "dim": 136, "dim_v": 168, "heads": 1, "dtype": F16,
                                "scale": 1e-3, "large": True}),
+    ("softcap", {"seq_q": 70, "dim": 64, "causal": True, "softcap": 1.5}),
     ("causal", {"seq_q": 150, "dim": 64, "causal": True, "heads": 1}),
     ("top_left_fewer_queries", {"seq_q": 30, "seq_k": 150, "dim": 64, "causal": "top_left"}),
     ("top_left_fewer_keys", {"seq_q": 150, "seq_k": 30, "dim": 64, "causal": "top_left"}),

@@ -41,6 +41,10 @@ REGIMES = {
     ),
     "causal, top-left, Sq < Sk": AttentionCase(seq_q=35, seq_k=70, causal="top_left"),
     "causal, top-left, Sq > Sk": AttentionCase(seq_q=70, seq_k=35, causal="top_left"),
+    "softcap, causal": AttentionCase(seq_q=70, causal=True, softcap=1.5, dtype=BF16, dim=64),
+    "softcap, bias and grouped heads": AttentionCase(
+        heads=4, kv_heads=2, seq_q=37, softcap=2.0, bias=(1, 4, 37, 37), scale=-0.6
+    ),
     "one query": AttentionCase(seq_q=1, seq_k=40, causal=True),
     "two keys": AttentionCase(seq_q=40, seq_k=2),
     "grouped heads": AttentionCase(heads=4, kv_heads=2, seq_q=33, causal=True),

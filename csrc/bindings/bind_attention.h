@@ -33,9 +33,9 @@ struct Call<AttentionForward> {
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
   static constexpr auto config = std::tuple(
       Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
-      Option{"deterministic", &O::deterministic}, Unread{"window_left"}, Unread{"window_right"},
-      Unread{"softcap"}, Unread{"dropout_p"}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
-      Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
+      Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
+      Unread{"window_left"}, Unread{"window_right"}, Unread{"dropout_p"}, Unread{"max_seqlen_q"},
+      Unread{"max_seqlen_k"}, Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
 };
 
 // AttentionBackwardCall.

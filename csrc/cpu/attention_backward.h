@@ -142,6 +142,7 @@ struct BackwardScratch {
   typedef unit_of<E> Unit;
   typedef BackwardBlocks<E> Blocks;
   S *s, *dp, *dkt, *dvt, *row;
+  S* slope = nullptr;  // of the scores, where that is not 1
   Panels<Unit> p, ds;
   Rows<Unit> ds_rows;
   Unit* strip;
@@ -150,6 +151,7 @@ struct BackwardScratch {
     constexpr int64_t tile = Blocks::queries * Blocks::keys / E::per_unit;
     s = arena.take<S>(Blocks::strip * Blocks::keys);
     dp = arena.take<S>(Blocks::strip * Blocks::keys);
+    if (x.f.options.softcap > 0) slope = arena.take<S>(Blocks::strip * Blocks::keys);
     dkt = arena.take<S>(x.rows_d * Blocks::keys);
     dvt = arena.take<S>(x.rows_dv * Blocks::keys);
     row = arena.take<S>(larger(Blocks::keys, larger(x.rows_d, x.rows_dv) * width<S>));
@@ -174,11 +176,11 @@ struct RowStatistics {
   S lse, delta;
 };
 
-// Two rows of a tile: scores and dp in, p and ds out as operands.
-template <class E>
-FUSEDATTN_INLINE void gradient_rows(const stat_of<E>* s, const stat_of<E>* dp, int64_t wide,
-                                    stat_of<E> factor, const RowStatistics<stat_of<E>> (&row)[2],
-                                    int64_t i, const BackwardScratch<E>& t) {
+// Two rows of a tile: scores, dp and, where `bent`, slopes in, p and ds out as operands.
+template <bool bent, class E>
+FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> factor,
+                                    const RowStatistics<stat_of<E>> (&row)[2], int64_t i,
+                                    const BackwardScratch<E>& t) {
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   constexpr int64_t ld = BackwardBlocks<E>::keys;
@@ -198,9 +200,10 @@ FUSEDATTN_INLINE void gradient_rows(const stat_of<E>* s, const stat_of<E>* dp, i
     for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
-        const int64_t at = r * ld + j + c * w;
-        p[r][c] = exp2<E::exp2_degree>(load(s + at) * factor - row[r].lse);
-        ds[r][c] = p[r][c] * (load(dp + at) - row[r].delta);
+        const int64_t at = from + r * ld + j + c * w;
+        p[r][c] = exp2<E::exp2_degree>(load(t.s + at) * factor - row[r].lse);
+        ds[r][c] = p[r][c] * (load(t.dp + at) - row[r].delta);
+        if constexpr (bent) ds[r][c] *= load(t.slope + at);
       }
     if (j >= whole) {
       for (int r = 0; r < 2; ++r)
@@ -295,8 +298,10 @@ class BackwardTask {
       for (int64_t k = 0; k < smaller(Blocks::strip, padded - r); k += 2) {
         RowStatistics<S> row[2];
         for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
-        gradient_rows<E>(t.s + k * Blocks::keys, t.dp + k * Blocks::keys, wide, scores.factor, row,
-                         r + k, t);
+        if (t.slope == nullptr)
+          gradient_rows<false>(k * Blocks::keys, wide, scores.factor, row, r + k, t);
+        else
+          gradient_rows<true>(k * Blocks::keys, wide, scores.factor, row, r + k, t);
       }
     }
     E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);
@@ -314,8 +319,11 @@ class BackwardTask {
     const int64_t seen = larger(smaller(f.keys_seen(i, j0 + last) - j0, last), 0);
     if (lse == -infinity<S>) return {0, 0, 0};
     if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
-    S* s = t.s + i % Blocks::queries % Blocks::strip * Blocks::keys;
-    if (scores.rewrite) scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row);
+    const int64_t at = i % Blocks::queries % Blocks::strip * Blocks::keys;
+    S* const s = t.s + at;
+    if (scores.rewrite)
+      scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row,
+                     t.slope == nullptr ? nullptr : t.slope + at);
     scores.rebase(s, seen, lse, 0);  // the forward may have added up its products otherwise
     return {seen, 0, delta};
   }

@@ -33,10 +33,28 @@ static compute_t<T> dot(Source<T> x, Source<T> y, int64_t n) {
   return reduce_add(sums);
 }
 
+// tanh x: a polynomial where |x| is small (Cephes' tanhf), else by exp(2 |x|).
+FUSEDATTN_INLINE vec<float> tanh(vec<float> x) {
+  const vec<float> u = x * x, whole = x < 0.0f ? -x : x;
+  const vec<float> size = whole > 10.0f ? splat(10.0f) : whole;  // from there on it is 1
+  vec<float> near = splat(-5.70498872745e-3f);
+  near = near * u + 2.06390887954e-2f;
+  near = near * u - 5.37397155531e-2f;
+  near = near * u + 1.33314422036e-1f;
+  near = near * u - 3.33332819422e-1f;
+  near = near * (u * x) + x;
+  const vec<float> far = 1.0f - 2.0f / (exp2<6>(size * float(2 * log2e)) + 1.0f);
+  return size > 0.625f ? (x < 0.0f ? -far : far) : near;  // NaN is near
+}
+FUSEDATTN_INLINE vec<double> tanh(vec<double> x) {
+  for (int i = 0; i < width<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
 // Scores leave the products as raw q·k, and mostly become exponents in one instruction: factor · s
-// − shift(m) with the row's maximum m. Where there is a mask, a bias or a scale that is not
-// positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied by
-// log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
+// − shift(m) with the row's maximum m. Where there is a mask, a bias, a softcap or a scale that is
+// not positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied
+// by log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
 template <class S>
 struct Scores {
   const AttentionForward& p;
@@ -46,7 +64,7 @@ struct Scores {
 
   explicit Scores(const AttentionForward& p)
       : p(p),
-        rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0)),
+        rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0) || p.options.softcap > 0),
         unit(rewrite ? S(1) : S(p.options.scale)),
         factor(rewrite ? S(1) : S(p.options.scale * log2e)) {}
 
@@ -65,14 +83,21 @@ struct Scores {
     return exp2<Degree>(splat(near ? shift(from) - shift(to) : (from - to) * S(log2e)))[0];
   }
 
-  // s[j] = scale · s[j] + bias, −inf where masked: columns [0, n) of query i from key j0.
-  // `scratch` has room for a row.
-  void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch) const {
+  // Raw scores to scores, −inf where masked: columns [0, n) of query i from key j0. `scratch` has
+  // room for a row. `slope` gets d score / d (scale · raw) where there is a softcap; else that
+  // is 1.
+  void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch,
+               S* slope = nullptr) const {
     constexpr int w = width<S>;
-    const S scale = S(p.options.scale);
+    const S scale = S(p.options.scale), cap = S(p.options.softcap);
     if (p.bias) load_bias(b, h, i, j0, n, scratch);
     for (int64_t j = 0; j < n; j += w) {
       vec<S> x = load(s + j) * scale;
+      if (cap > 0) {
+        const vec<S> t = tanh(x / cap);
+        x = cap * t;
+        if (slope != nullptr) store(slope + j, S(1) - t * t);
+      }
       if (p.bias) x += load(scratch + j);
       store(s + j, x);
     }

@@ -14,6 +14,7 @@ struct AttentionOptions {
   Causal causal = Causal::none;
   double scale = 1.0;
   bool deterministic = false;
+  double softcap = 0.0;  // c: scores are c · tanh(scale · q kᵀ / c) + bias; 0 for none
 };
 
 struct AttentionForward {

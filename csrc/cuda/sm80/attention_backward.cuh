@@ -372,12 +372,12 @@ class KeysKernel {
     clear(dp);
     multiply<T, head_dim / 16>(s, OperandA<Stays, Sum::along>(k_tile(), row),
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
+    p.rules.apply(s);
     multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
                                OperandB<Passes, Sum::along>(dout_tile(stage), query));
     const auto shift = [&](int j) {
       return load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
     };
-    p.rules.apply(s);
     Scores::exponentiate(s, p.rules.factor, shift);
     if (tiles().masked(at.tile)) Scores::hide(s, sees, at.query() + query, first_key + row);
     Scores::template differentiate<T>(dp, s, ds_scale<T>(p, at.head), [&](int j) {

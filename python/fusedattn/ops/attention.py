@@ -2,9 +2,9 @@
 
 With p = softmax(s) over the visible keys and lse = log Σ exp(s) (natural log, per query):
 
-    s = scale · q kᵀ + bias            out = p v
-    ds = p ∘ (dout·vᵀ − rowsum(dout ∘ out) + dlse)
-    dq = scale · ds k     dk = scale · dsᵀ q     dv = pᵀ dout     dbias = ds, summed as broadcast
+    r = scale · q kᵀ     s = r + bias, with a softcap c · tanh(r / c) + bias     out = p v
+    ds = p ∘ (dout·vᵀ − rowsum(dout ∘ out) + dlse)     dr = ds, or ds ∘ (1 − tanh²(r / c))
+    dq = scale · dr k     dk = scale · drᵀ q     dv = pᵀ dout     dbias = ds, summed as broadcast
 
 Only q, k, v, out and lse are kept for the backward; p is recomputed tile by tile, so nothing of
 size Sq·Sk is ever stored (Milakov and Gimelshein 2018; Dao et al. 2022).
@@ -98,7 +98,8 @@ def _prepare(
     usual = (
         (type(causal) is bool or type(causal) is str)
         and (scale is None or type(scale) is float)
-        and window is softcap is None
+        and window is None
+        and (softcap is None or type(softcap) is float)
         and type(dropout_p) is float
         and type(deterministic) is bool
         and type(head_dim) is int
@@ -151,7 +152,8 @@ def attention(
                             x x . .                        x x x x
         window: (left, right), the keys seen to either side of the diagonal. Not supported yet.
         scale: any float; D**-0.5 by default.
-        softcap, alibi_slopes, sinks, dropout_p, seed: not supported yet.
+        softcap: c above 0: scores are c · tanh(scale · qkᵀ / c) + bias, as in Gemma 2.
+        alibi_slopes, sinks, dropout_p, seed: not supported yet.
         kv_lengths: (B,) int32 or int64, any value; keys at and past it do not exist. It moves no
             diagonal.
         return_lse: also return the log-sum-exp of the scores.

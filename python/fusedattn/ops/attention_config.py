@@ -30,11 +30,11 @@ class AttentionConfig(NamedTuple):
     """The options of one call, in the order of the library ops' schemas.
 
     causal: 0 none, 1 top-left, 2 bottom-right. deterministic: no gradient is a sum in an order that
-    changes from call to call. window: keys seen to the left and to the right of the diagonal, −1
-    for unbounded. softcap: 0 for none.
+    changes from call to call. softcap: 0 for none. window: keys seen to the left and to the right
+    of the diagonal, −1 for unbounded.
 
     The schema is in exported programs, so that what is to come has its place already: no backend
-    takes window, softcap, dropout or one of these yet. max_seqlen_q, max_seqlen_k: of packed
+    takes window, dropout or one of these yet. max_seqlen_q, max_seqlen_k: of packed
     sequences, 0 where nobody knows. table_kind: what `bias_table` is indexed by, 0 none, 1 T5's
     buckets, 2 those of a decoder, 3 clipped distances; table_distance: from there on all are one.
     block_size: queries and keys of an entry of `mask_blocks`.
@@ -43,9 +43,9 @@ class AttentionConfig(NamedTuple):
     causal: int = 0
     scale: float = 1.0
     deterministic: bool = False
+    softcap: float = 0.0
     window_left: int = -1
     window_right: int = -1
-    softcap: float = 0.0
     dropout_p: float = 0.0
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
@@ -158,9 +158,9 @@ def configure(
         check_causal(op, causal),
         head_dim**-0.5 if scale is None else check_number(op, "scale", scale, expected),
         check_flag(op, "deterministic", deterministic),
+        cap,
         left,
         right,
-        cap,
         check_probability(op, "dropout_p", dropout_p),
     )
 

@@ -41,16 +41,16 @@ Gradients = tuple[Tensor | None, ...]
 # What no kernel takes yet: tensors from alibi_slopes on, options from window_left on.
 _PENDING = AttentionCall._fields[6:-1]
 _NO_TENSOR = (None,) * len(_PENDING)
-_NO_OPTION = AttentionConfig()[3:]
+_NO_OPTION = AttentionConfig()[4:]
 
 
 def _refuse_pending(call: Any) -> Refusal | None:
     given = call[6:18] if type(call) is AttentionCall else call[10:22]
     config = call.config
-    if given == _NO_TENSOR and config[3:] == _NO_OPTION:
+    if given == _NO_TENSOR and config[4:] == _NO_OPTION:
         return None
     found = [name for name, x in zip(_PENDING, given, strict=True) if x is not None]
-    options = zip(config._fields[3:], config[3:], _NO_OPTION, strict=True)
+    options = zip(config._fields[4:], config[4:], _NO_OPTION, strict=True)
     found += [name for name, x, usual in options if x != usual]
     name = found[0].removesuffix("_left").removesuffix("_right")
     return Refusal(f"{name} is not supported yet", f"leave {name} out")
@@ -190,6 +190,7 @@ def _options(call: Any) -> dict[str, Any]:
         "kv_lengths": call.kv_lengths,
         "causal": call.config.causal_name,
         "scale": call.config.scale,
+        "softcap": call.config.softcap or None,
     }
 
 

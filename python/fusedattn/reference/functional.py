@@ -45,17 +45,32 @@ def visible_keys(
     return seen
 
 
-def scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, seen: Tensor | None) -> Tensor:
-    """scale · qkᵀ + bias, −inf where a query may not look; (B, Hq, Sq, Sk)."""
+def scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """scale · qkᵀ + bias, −inf where a query may not look; (B, Hq, Sq, Sk).
+
+    With a softcap c the first term is c · tanh(scale · qkᵀ / c).
+    """
     s = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias
     return s if seen is None else s.masked_fill(~seen, float("-inf"))
 
 
-def chain(ds: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+def chain(ds: Tensor, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """The gradient of scale · qkᵀ, from that of the scores."""
-    return ds
+    if softcap is None:
+        return ds
+    t = torch.tanh(torch.matmul(q, k.transpose(-1, -2)) * scale / softcap)
+    return ds * (1.0 - t * t)
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -80,6 +95,7 @@ def attention(
     bias: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
+    softcap: float | None = None,
     kv_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scores) v and its log-sum-exp, in the dtype of q; see `scores`.
@@ -90,7 +106,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
-    s = scores(q, k, scale, bias, seen)
+    s = scores(q, k, scale, bias, seen, softcap)
     if s.shape[-1] == 0:
         out = torch.matmul(s.to(v.dtype), v)
         return out, s.sum(-1) - float("inf")
@@ -116,6 +132,7 @@ def attention_backward(
     bias: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
+    softcap: float | None = None,
     kv_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `attention` as a formula: (dq, dk, dv, ds), ds of shape (B, Hq, Sq, Sk).
@@ -128,7 +145,7 @@ def attention_backward(
     heads_kv = k.shape[1]
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
-    s = scores(q, k, scale, bias, seen)
+    s = scores(q, k, scale, bias, seen, softcap)
     nothing = (s == float("-inf")).all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
@@ -138,7 +155,7 @@ def attention_backward(
         row = row - dlse.to(row.dtype)[..., None]
     # Where p is 0 so is ds, whatever the gradient of a log-sum-exp of −inf may be.
     ds = torch.where(p == 0, 0.0, p * (dp - row))
-    dr = chain(ds, q, k, scale)
+    dr = chain(ds, q, k, scale, softcap)
     dq = scale * torch.matmul(dr, k)
     dk = scale * torch.matmul(dr.transpose(-1, -2), q)
     dv = torch.matmul(p.transpose(-1, -2), dout)

@@ -40,19 +40,23 @@ Gradients = tuple[Tensor | None, ...]
 
 # What no kernel takes yet: tensors from alibi_slopes on, options from window_left on.
 _PENDING = AttentionCall._fields[6:-1]
-_NO_TENSOR = (None,) * len(_PENDING)
 _NO_OPTION = AttentionConfig()[4:]
 
 
 def _refuse_pending(call: Any) -> Refusal | None:
     given = call[6:18] if type(call) is AttentionCall else call[10:22]
-    config = call.config
-    if given == _NO_TENSOR and config[4:] == _NO_OPTION:
+    for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
+        if x is not None:
+            return _not_yet(_PENDING[i])
+    options = call.config[4:]
+    if options == _NO_OPTION:
         return None
-    found = [name for name, x in zip(_PENDING, given, strict=True) if x is not None]
-    options = zip(config._fields[4:], config[4:], _NO_OPTION, strict=True)
-    found += [name for name, x, usual in options if x != usual]
-    name = found[0].removesuffix("_left").removesuffix("_right")
+    names = zip(call.config._fields[4:], options, _NO_OPTION, strict=True)
+    name = next(name for name, x, usual in names if x != usual)
+    return _not_yet(name.removesuffix("_left").removesuffix("_right"))
+
+
+def _not_yet(name: str) -> Refusal:
     return Refusal(f"{name} is not supported yet", f"leave {name} out")
 
 

@@ -143,11 +143,18 @@ def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate.chunk(2, -1) if up is None else (gate, up)  # type: ignore[return-value]
 
 
-def _along_rows(x: Any) -> Any:
-    """x, or a copy in which the elements of a row lie next to each other."""
-    if x is None or x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1:
-        return x
-    return x.contiguous()
+def _lies_apart(x: Tensor | None) -> bool:
+    """Whether the elements of a row do not lie side by side."""
+    return x is not None and not x.is_contiguous() and x.stride(-1) != 1
+
+
+def _along_rows(call: Any) -> Any:
+    """The call, with copies of tensors whose elements lie apart."""
+    tensors = call[:-1]
+    for x in tensors:
+        if _lies_apart(x):
+            return type(call)(*(x.contiguous() if _lies_apart(x) else x for x in tensors), call[-1])
+    return call
 
 
 def _empty_output(call: SwigluCall) -> tuple[Tensor]:
@@ -166,7 +173,7 @@ def _run_forward(call: SwigluCall, kernels: Any) -> tuple[Tensor]:
     (out,) = _empty_output(call)
     if out.numel() == 0:
         return (out,)
-    call = SwigluCall(_along_rows(call.gate), _along_rows(call.up), call.config)
+    call = _along_rows(call)
     if kernels.any_rank and out.dim() <= 4:
         kernels.forward(call, out)
     else:
@@ -179,11 +186,11 @@ def _run_backward(call: SwigluBackwardCall, kernels: Any) -> tuple[Tensor, Tenso
     dgate, dup = _empty_gradients(call)
     if dgate.numel() == 0:
         return dgate, dup
-    *tensors, config = call
-    dout, gate, up = (_along_rows(x) for x in tensors)
-    if kernels.any_rank and dout.dim() <= 4:
-        kernels.backward(SwigluBackwardCall(dout, gate, up, config), dgate, dup)
+    call = _along_rows(call)
+    if kernels.any_rank and call.dout.dim() <= 4:
+        kernels.backward(call, dgate, dup)
     else:
+        dout, gate, up, config = call
         given = (dout, *halves(gate, up), *halves(dgate, dup))
         for d, g, u, dg, du in views(given, -1, 0):
             kernels.backward(SwigluBackwardCall(d, g, u, config), dg, du)

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_fwd import existing_keys, hide, scores, weights
+from .attention_fwd import hide, scores, sequence_of, weights
 from .attention_tiles import bias_grad_tile
-from .common import dot, load_tile, matrix
+from .common import dot, load_tile, rows_from
 
 _LENGTHS = ["seq_q", "seq_k", "diagonal", "tiles_m", "tiles_n", "splits", "summed"]
 
@@ -84,18 +84,22 @@ def bias_grad_kernel(
         head = head0 + rest % summed_heads
         batch = batch0 + rest // summed_heads
         i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-        keys = existing_keys(kv_lengths, batch, seq_k)
-        rows = (batch * heads + head).to(tl.int64) * seq_q
-        kv_head = head // group
-        q_tile = load_tile(matrix(q, batch, head), m * BLOCK_M, seq_q, BLOCK_M, D, BLOCK_D)
-        k_tile = load_tile(matrix(k, batch, kv_head), n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
-        v_tile = load_tile(matrix(v, batch, kv_head), n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)
-        do_tile = load_tile(matrix(dout, batch, head), m * BLOCK_M, seq_q, BLOCK_M, DV, BLOCK_DV)
-        shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
-        delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
+        sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+        inside, keys = i < sequence.seq_q, sequence.seq_k
+        rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
+        q_head = rows_from(q, batch, head, sequence.first_q)
+        k_head = rows_from(k, batch, head // group, sequence.first_k)
+        v_head = rows_from(v, batch, head // group, sequence.first_k)
+        dout_head = rows_from(dout, batch, head, sequence.first_q)
+        q_tile = load_tile(q_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+        k_tile = load_tile(k_head, n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(v_head, n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)
+        do_tile = load_tile(dout_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
+        shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
+        delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
-        s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
+        s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
+        s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
         acc += p * (dp - delta_row[:, None])

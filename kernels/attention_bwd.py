@@ -33,13 +33,14 @@ from .attention_ds_scale import largest_norms, less_delta, load_ds_scale, unscal
 from .attention_fwd import (
     chain,
     common_arguments,
-    existing_keys,
     heads_in_l2,
     hide,
     key_range,
     pair_bytes,
+    query_range,
     rules_of,
     scores,
+    sequence_of,
     tuning_key,
     weights,
     work_item,
@@ -52,6 +53,7 @@ from .common import (
     dot,
     load_tile,
     matrix,
+    rows_from,
     store_tile,
     vector,
     view,
@@ -142,35 +144,36 @@ def dkdv_kernel(
     batch, kv_head = flat // (heads // group), flat % (heads // group)
     start = index * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
-    keys = existing_keys(kv_lengths, batch, seq_k)
-    # Queries [first, full) see a part of this tile, [full, end) all of it. The tail of the keys is
-    # not masked here: a key is a row, what it gets stays in that row, and the row is dropped.
-    first, full = 0, 0
-    if CAUSAL:
-        first = tl.maximum(start - diagonal, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(start + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
-    end = tl.where(start < keys, seq_q, 0)
+    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    keys = sequence.seq_k
+    # The tail of the keys is not masked here: a key is a row, what it gets stays in that row, and
+    # the row is dropped.
+    begin, full, end = query_range(start, sequence, CAUSAL, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat) if norms is not None else None
 
-    k_tile = load_tile(matrix(k, batch, kv_head), start, keys, BLOCK_N, D, BLOCK_D)
-    v_tile = load_tile(matrix(v, batch, kv_head), start, keys, BLOCK_N, DV, BLOCK_DV)
+    k_head = rows_from(k, batch, kv_head, sequence.first_k)
+    v_head = rows_from(v, batch, kv_head, sequence.first_k)
+    k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
+    v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in tl.range(0, group):
         head = kv_head * group + member
-        q_head, dout_head = matrix(q, batch, head), matrix(dout, batch, head)
-        rows = (batch * heads + head).to(tl.int64) * seq_q
-        for at in tl.range(first, end, BLOCK_M):
+        q_head = rows_from(q, batch, head, sequence.first_q)
+        dout_head = rows_from(dout, batch, head, sequence.first_q)
+        rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
+        for at in tl.range(begin, end, BLOCK_M):
             i = at + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(q_head, at, seq_q, BLOCK_M, D, BLOCK_D)
-            do_tile = load_tile(dout_head, at, seq_q, BLOCK_M, DV, BLOCK_DV)
-            shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
-            delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
+            inside = i < sequence.seq_q
+            q_tile = load_tile(q_head, at, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+            do_tile = load_tile(dout_head, at, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
+            shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
+            delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
             raw = dot(k_tile, tl.trans(q_tile), None, PRECISION)
-            s = scores(raw, rules, batch, head, i[None, :], j[:, None], seq_q, keys, scale, NATURAL)
+            s = scores(raw, rules, batch, head, sequence, i[None, :], j[:, None], scale, NATURAL)
             if CAUSAL:  # noqa: SIM102
                 if at < full:
-                    s = hide(s, i[None, :], j[:, None], keys, diagonal, CAUSAL)
+                    s = hide(s, i[None, :], j[:, None], sequence, CAUSAL)
             p = weights(s, shift_row[None, :], scale, NATURAL)
             dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
             dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
@@ -181,8 +184,10 @@ def dkdv_kernel(
     exists = (j < keys)[:, None]
     dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
     dv_tile = tl.where(exists, dv_tile, 0.0)
-    store_tile(matrix(dk, batch, kv_head), dk_tile, start, seq_k, BLOCK_N, D, BLOCK_D)
-    store_tile(matrix(dv, batch, kv_head), dv_tile, start, seq_k, BLOCK_N, DV, BLOCK_DV)
+    dk_head = rows_from(dk, batch, kv_head, sequence.first_k)
+    dv_head = rows_from(dv, batch, kv_head, sequence.first_k)
+    store_tile(dk_head, dk_tile, start, seq_k, BLOCK_N, D, BLOCK_D)
+    store_tile(dv_head, dv_tile, start, seq_k, BLOCK_N, DV, BLOCK_DV)
 
 
 @triton.jit(
@@ -220,39 +225,44 @@ def dq_kernel(
 ):
     index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
     batch, head = flat // heads, flat % heads
-    k_head, v_head = matrix(k, batch, head // group), matrix(v, batch, head // group)
+    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    k_head = rows_from(k, batch, head // group, sequence.first_k)
+    v_head = rows_from(v, batch, head // group, sequence.first_k)
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    rows = flat.to(tl.int64) * seq_q
-    keys = existing_keys(kv_lengths, batch, seq_k)
-    full, end = key_range(first, keys, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
+    inside = i < sequence.seq_q
+    rows = flat.to(tl.int64) * seq_q + sequence.first_q
+    begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
 
-    q_tile = load_tile(matrix(q, batch, head), first, seq_q, BLOCK_M, D, BLOCK_D)
-    do_tile = load_tile(matrix(dout, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
-    shift_row = tl.load(shift + rows + i, mask=i < seq_q, other=0.0)
-    delta_row = tl.load(delta + rows + i, mask=i < seq_q, other=0.0)
+    q_head = rows_from(q, batch, head, sequence.first_q)
+    dout_head = rows_from(dout, batch, head, sequence.first_q)
+    q_tile = load_tile(q_head, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+    do_tile = load_tile(dout_head, first, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
+    shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
+    delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(0, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
-        v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
+        k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
         raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(raw, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        s = scores(raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
         if start >= full:
-            s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
+            s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
         ds = p * less_delta(dp, delta_row[:, None], ds_scale)
         if dbias is not None:
             of_head = matrix(dbias, batch, head)
             at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
-            inside = (i < seq_q)[:, None] & (j < keys)[None, :]
-            tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=inside)
+            exists = inside[:, None] & (j < sequence.seq_k)[None, :]
+            tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
         ds = chain(ds, raw, rules, scale)
         dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
     dq_tile = unscaled(dq_tile * scale, ds_scale)
-    store_tile(matrix(dq, batch, head), dq_tile, first, seq_q, BLOCK_M, D, BLOCK_D)
+    dq_head = rows_from(dq, batch, head, sequence.first_q)
+    store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
 
 
 # --- launcher ------------------------------------------------------------------------------------

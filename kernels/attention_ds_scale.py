@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_fwd import existing_keys
-from .common import block_width, load_tile, matrix, vector, view
+from .attention_fwd import sequence_of
+from .common import block_width, load_tile, matrix, rows_from, vector, view
 
 # --- in the backward -----------------------------------------------------------------------------
 
@@ -78,8 +78,9 @@ def norms_kernel(
         tiles = tl.cdiv(seq_k, ROWS)
         flat, first = program // tiles, program % tiles * ROWS
         batch, head = flat // (heads // group), flat % (heads // group)
-        keys = existing_keys(kv_lengths, batch, seq_k)
-        x = load_tile(matrix(v, batch, head), first, keys, ROWS, DV, BLOCK_DV).to(tl.float32)
+        sequence = sequence_of(batch, seq_q, seq_k, 0, kv_lengths)
+        v_head = rows_from(v, batch, head, sequence.first_k)
+        x = load_tile(v_head, first, sequence.seq_k, ROWS, DV, BLOCK_DV).to(tl.float32)
         _raise(norms + 3 * flat, tl.sum(x * x, 1))
     else:
         tiles = tl.cdiv(seq_q, ROWS)

@@ -41,6 +41,7 @@ from .common import (
     load_pairs,
     load_tile,
     matrix,
+    rows_from,
     store_tile,
     vector,
     view,
@@ -52,27 +53,50 @@ if TYPE_CHECKING:
 # --- shared with the backward --------------------------------------------------------------------
 
 
+class Sequence(NamedTuple):
+    """One sequence of the batch; its queries i and keys j are counted from its own first."""
+
+    first_q: Any  # rows of q, out, dout, dq, lse
+    seq_q: Any
+    first_k: Any  # of k, v, dk, dv
+    seq_k: Any  # that exist
+    diagonal: Any  # query i sees keys up to i + diagonal where causal
+
+
 @triton.jit
-def existing_keys(kv_lengths, batch, seq_k):
-    """How many keys this batch element has."""
+def sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths):
+    """That of a batch element; seq_q and seq_k: what the tensors have room for."""
     keys = seq_k
     if kv_lengths is not None:
         # Only what is at most seq_k has its dtype.
         keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k).to(seq_k.dtype)
-    return keys
+    return Sequence(0, seq_q, 0, keys, diagonal)
 
 
 @triton.jit
-def key_range(
-    first, keys, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(full, end) for queries first … first + BLOCK_M: see the drawing above."""
-    full = keys
-    end = keys
+def key_range(first, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, full, end) for queries first … first + BLOCK_M: see the drawing above."""
+    full = sequence.seq_k
+    end = sequence.seq_k
     if CAUSAL:
-        full = tl.maximum(tl.minimum(keys, first + diagonal + 1), 0)
-        end = tl.maximum(tl.minimum(keys, first + diagonal + BLOCK_M), 0)
-    return full // BLOCK_N * BLOCK_N, end
+        past = first + sequence.diagonal
+        full = tl.maximum(tl.minimum(full, past + 1), 0)
+        end = tl.maximum(tl.minimum(end, past + BLOCK_M), 0)
+    return 0, full // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def query_range(
+    start, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(begin, full, end) for keys start … start + BLOCK_N: queries [begin, full) see a part of
+    them, [full, end) all that exist."""
+    begin, full = 0, 0
+    if CAUSAL:
+        low = start - sequence.diagonal
+        begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
+    return begin, full, tl.where(start < sequence.seq_k, sequence.seq_q, 0)
 
 
 class Rules(NamedTuple):
@@ -107,7 +131,7 @@ def chain(ds, raw, rules, scale):
 
 
 @triton.jit
-def scores(s, rules, batch, head, i, j, seq_q, keys, scale, NATURAL: tl.constexpr):
+def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
     """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
 
     −inf where the mask forbids. If NATURAL the result is the score, else score / scale.
@@ -117,20 +141,20 @@ def scores(s, rules, batch, head, i, j, seq_q, keys, scale, NATURAL: tl.constexp
     if rules.softcap is not None:
         s = rules.softcap * tanh(s / rules.softcap)
     if rules.bias is not None:
-        bias = load_pairs(matrix(rules.bias, batch, head), i, j, seq_q, keys)
+        bias = load_pairs(matrix(rules.bias, batch, head), i, j, sequence.seq_q, sequence.seq_k)
         s = s + bias.to(tl.float32)
     if rules.mask is not None:
-        seen = load_pairs(matrix(rules.mask, batch, head), i, j, seq_q, keys)
+        seen = load_pairs(matrix(rules.mask, batch, head), i, j, sequence.seq_q, sequence.seq_k)
         s = tl.where(seen != 0, s, float("-inf"))
     return s
 
 
 @triton.jit
-def hide(s, i, j, keys, diagonal, CAUSAL: tl.constexpr):
+def hide(s, i, j, sequence, CAUSAL: tl.constexpr):
     """−inf where key j does not exist or lies after the diagonal of query i."""
-    limit = keys
+    limit = sequence.seq_k
     if CAUSAL:
-        limit = tl.minimum(keys, i + diagonal + 1)
+        limit = tl.minimum(limit, i + sequence.diagonal + 1)
     return tl.where(j < limit, s, float("-inf"))
 
 
@@ -188,24 +212,27 @@ def forward_kernel(
 ):
     index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
     batch, head = flat // heads, flat % heads
-    k_head, v_head = matrix(k, batch, head // group), matrix(v, batch, head // group)
+    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    rows, keys = sequence.seq_q, sequence.seq_k
+    k_head = rows_from(k, batch, head // group, sequence.first_k)
+    v_head = rows_from(v, batch, head // group, sequence.first_k)
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    keys = existing_keys(kv_lengths, batch, seq_k)
-    full, end = key_range(first, keys, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
 
-    q_tile = load_tile(matrix(q, batch, head), first, seq_q, BLOCK_M, D, BLOCK_D)
+    q_head = rows_from(q, batch, head, sequence.first_q)
+    q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in tl.range(0, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, rules, batch, head, i[:, None], j[None, :], seq_q, keys, scale, NATURAL)
+        s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
         if start >= full:
-            s = hide(s, i[:, None], j[None, :], keys, diagonal, CAUSAL)
+            s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
         highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
         m_new = tl.maximum(m, highest)
         # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
@@ -218,11 +245,11 @@ def forward_kernel(
         m = m_new
 
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
-    store_tile(
-        matrix(out, batch, head), acc * inverse[:, None], first, seq_q, BLOCK_M, DV, BLOCK_DV
-    )
+    out_head = rows_from(out, batch, head, sequence.first_q)
+    store_tile(out_head, acc * inverse[:, None], first, rows, BLOCK_M, DV, BLOCK_DV)
     total = m + tl.log2(l) * LN2 if NATURAL else (m + tl.log2(l)) * LN2
-    tl.store(lse + flat.to(tl.int64) * seq_q + i, total, mask=i < seq_q)
+    at = flat.to(tl.int64) * seq_q + sequence.first_q + i
+    tl.store(lse + at, total, mask=i < rows)
 
 
 # --- launcher ------------------------------------------------------------------------------------

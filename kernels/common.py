@@ -82,6 +82,13 @@ def matrix(x, batch, head):
 
 
 @triton.jit
+def rows_from(x, batch, head, first):
+    """One head of a `View`, from its row `first` on."""
+    of_head = matrix(x, batch, head)
+    return Matrix(of_head.data + tl.cast(first, tl.int64) * x.row, x.row, x.col)
+
+
+@triton.jit
 def _tile(x, first, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Pointers to rows first … first + BLOCK, and which of them are inside (rows, WIDTH)."""
     row = tl.arange(0, BLOCK)[:, None]

@@ -79,9 +79,9 @@ template <>
 inline void check(const AttentionForward& p) {
   const DType dtype = p.dtype();
   const int64_t batch = p.batch(), heads = p.heads(), heads_kv = p.heads_kv();
-  const Sizes scores = {batch, heads, p.seq_q(), p.seq_k()};
-  const Sizes keys = {batch, heads_kv, p.seq_k(), p.head_dim()};
-  const Sizes values = {batch, heads_kv, p.seq_k(), p.head_dim_v()};
+  const Sizes scores = {batch, heads, p.longest_q(), p.longest_k()};
+  const Sizes keys = {batch, heads_kv, p.longest_k(), p.head_dim()};
+  const Sizes values = {batch, heads_kv, p.longest_k(), p.head_dim_v()};
   Argument("q", p.q).given().filled().floating();
   Argument("k", p.k).given().filled().shape(keys).dtype(dtype);
   Argument("v", p.v).given().filled().shape(values).dtype(dtype);
@@ -91,8 +91,8 @@ inline void check(const AttentionForward& p) {
   Argument("mask", p.mask).broadcasts(scores).dtype(DType::boolean);
   Argument("bias", p.bias).broadcasts(scores).floating_beside(dtype, true);
   Argument("kv_lengths", p.kv_lengths).shape({batch}).integer();
-  Argument("out", p.out).given().shape({batch, heads, p.seq_q(), p.head_dim_v()}).dtype(dtype);
-  Argument("lse", p.lse).given().shape({batch, heads, p.seq_q()}).dtype(wide(dtype));
+  Argument("out", p.out).given().shape({batch, heads, p.longest_q(), p.head_dim_v()}).dtype(dtype);
+  Argument("lse", p.lse).given().shape({batch, heads, p.longest_q()}).dtype(wide(dtype));
 }
 
 template <>

@@ -51,8 +51,8 @@ struct BackwardOperands {
         depth_d(panel_depth<E>(d)),
         depth_dv(panel_depth<E>(dv)),
         wide_d(panel_columns<E>(d)),
-        blocks_q((f.seq_q() + Blocks::queries - 1) / Blocks::queries),
-        blocks_k((f.seq_k() + Blocks::keys - 1) / Blocks::keys),
+        blocks_q((f.longest_q() + Blocks::queries - 1) / Blocks::queries),
+        blocks_k((f.longest_k() + Blocks::keys - 1) / Blocks::keys),
         group(f.group()),
         q_units(Blocks::queries * units_d),
         qt_units(rows_d * Blocks::queries / E::per_unit),
@@ -66,9 +66,9 @@ struct BackwardOperands {
 
   // Units, and Δ and lse, of everything that one (batch, key head) needs.
   int64_t units() const { return group * blocks_q * head_units + blocks_k * block_units; }
-  int64_t statistics() const { return 2 * group * f.seq_q(); }
+  int64_t statistics() const { return 2 * group * f.longest_q(); }
   // Products write padded rows: each head's dq has room for them.
-  int64_t dq_rows() const { return round_up(f.seq_q(), Blocks::padding); }
+  int64_t dq_rows() const { return round_up(f.longest_q(), Blocks::padding); }
   int64_t dq_size() const { return group * dq_rows() * wide_d; }
 
   Unit* queries(Unit* base, int64_t g, int64_t i) const {
@@ -102,8 +102,10 @@ struct BackwardOperands {
 
   template <class T>
   bool pack_keys(int64_t b, int64_t h, int64_t j, Unit* base, Unit* scratch) const {
-    const int64_t first = j * Blocks::keys, rows = smaller(f.keys(b) - first, Blocks::keys);
+    const Sequence<int64_t> sequence = f.sequence(b);
+    const int64_t rows = smaller(sequence.seq_k - j * Blocks::keys, Blocks::keys);
     if (rows <= 0) return true;
+    const int64_t first = sequence.key_row(j * Blocks::keys);
     Unit* at = keys(base, j);
     const int64_t columns = round_up(rows, E::panel);
     const Source<T> k = source<T>(f.k, b, h, first), v = source<T>(f.v, b, h, first);
@@ -116,19 +118,21 @@ struct BackwardOperands {
   template <class T>
   bool pack_queries(int64_t b, int64_t h, int64_t g, int64_t i, Unit* base, S* statistics,
                     Unit* scratch) const {
-    const int64_t first = i * Blocks::queries;
-    const int64_t rows = smaller(f.seq_q() - first, Blocks::queries);
+    const Sequence<int64_t> sequence = f.sequence(b);
+    const int64_t i0 = i * Blocks::queries, first = sequence.query_row(i0);
+    const int64_t rows = smaller(sequence.seq_q - i0, Blocks::queries);
     const int64_t given = f.dout ? rows : 0;
     Unit* at = queries(base, g, i);
     const int64_t padded = round_up(rows, Blocks::padding);
     const Source<T> from = source<T>(f.q, b, h, first), dout = source<T>(f.dout, b, h, first);
     pack_rows_transposed<E>(from, rows, d, padded, qt(at), scratch);
     pack_rows_transposed<E>(dout, given, dv, padded, ot(at), scratch);
-    for (int64_t r = first; r < first + rows; ++r) {
-      statistics[r] = *f.lse.at<S>(b, h, r);
-      S delta = f.dlse ? -*f.dlse.at<S>(b, h, r) : S(0);
-      if (f.dout) delta += dot(source<T>(f.dout, b, h, r), source<T>(f.out, b, h, r), dv);
-      statistics[f.seq_q() + r] = delta;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = first + r;
+      S delta = f.dlse ? -*f.dlse.at<S>(b, h, row) : S(0);
+      if (f.dout) delta += dot(source<T>(f.dout, b, h, row), source<T>(f.out, b, h, row), dv);
+      statistics[i0 + r] = *f.lse.at<S>(b, h, row);
+      statistics[f.longest_q() + i0 + r] = delta;
     }
     return pack_rows<E>(from, rows, d, padded, q(at)) &
            pack_rows<E>(dout, given, dv, padded, o(at));
@@ -246,6 +250,7 @@ class BackwardTask {
   const S* statistics;
   S* dq;
   int64_t b, h;  // batch entry and key head
+  const Sequence<int64_t> sequence;
 
  public:
   BackwardTask(const BackwardOperands<E>& x, const Scores<S>& scores, const BackwardScratch<E>& t,
@@ -257,33 +262,34 @@ class BackwardTask {
         statistics(statistics),
         dq(dq),
         b(pair / x.f.heads_kv()),
-        h(pair % x.f.heads_kv()) {}
+        h(pair % x.f.heads_kv()),
+        sequence(x.f.sequence(b)) {}
 
   void run(int64_t split, int64_t splits) {
     const AttentionBackward& f = x.f;
     memset(dq, 0, x.dq_size() * sizeof(S));
-    const int64_t n = f.keys(b);
+    const int64_t n = sequence.seq_k;
     for (int64_t j = split; j < x.blocks_k; j += splits) {
-      const int64_t j0 = j * Blocks::keys, rows = smaller(Blocks::keys, f.seq_k() - j0);
+      const int64_t j0 = j * Blocks::keys, rows = smaller(Blocks::keys, f.longest_k() - j0);
+      const int64_t first = sequence.key_row(j0);
       memset(t.dkt, 0, x.rows_d * Blocks::keys * sizeof(S));
       memset(t.dvt, 0, x.rows_dv * Blocks::keys * sizeof(S));
       if (j0 < n) {
         for (int64_t g = 0; g < x.group; ++g)
-          for (int64_t i = f.first_query(j0) / Blocks::queries; i < x.blocks_q; ++i)
+          for (int64_t i = sequence.first_query(j0) / Blocks::queries; i < x.blocks_q; ++i)
             tile(g, i, j, j0, smaller(Blocks::keys, n - j0));
       }
-      store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h, j0,
+      store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h, first,
                              t.row);
-      store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(1), f.dv, b, h, j0, t.row);
+      store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(1), f.dv, b, h, first, t.row);
     }
   }
 
  private:
   void tile(int64_t g, int64_t i, int64_t j, int64_t j0, int64_t columns) {
-    const AttentionBackward& f = x.f;
     constexpr int w = width<S>;
-    const int64_t i0 = i * Blocks::queries, rows = smaller(Blocks::queries, f.seq_q() - i0);
-    const int64_t last = smaller(f.keys_seen(i0 + rows - 1, j0 + columns) - j0, columns);
+    const int64_t i0 = i * Blocks::queries, rows = smaller(Blocks::queries, sequence.seq_q - i0);
+    const int64_t last = smaller(sequence.end(i0 + rows - 1) - j0, columns);
     const int64_t wide = round_up(last, 2 * w), padded = round_up(rows, Blocks::padding);
     Unit* queries = x.queries(packed, g, i);
     Unit* keys = x.keys(packed, j);
@@ -312,11 +318,11 @@ class BackwardTask {
 
   // Also applies bias and mask to the row's scores.
   RowStatistics<S> statistics_of(int64_t g, int64_t i, int64_t j0, int64_t last) {
-    const AttentionBackward& f = x.f;
-    if (i >= f.seq_q()) return {0, 0, 0};
-    const S* of_head = statistics + g * 2 * f.seq_q();
-    const S lse = of_head[i], delta = of_head[f.seq_q() + i];
-    const int64_t seen = larger(smaller(f.keys_seen(i, j0 + last) - j0, last), 0);
+    if (i >= sequence.seq_q) return {0, 0, 0};
+    const int64_t longest = x.f.longest_q();
+    const S* of_head = statistics + g * 2 * longest;
+    const S lse = of_head[i], delta = of_head[longest + i];
+    const int64_t seen = larger(smaller(sequence.end(i) - j0, last), 0);
     if (lse == -infinity<S>) return {0, 0, 0};
     if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
     const int64_t at = i % Blocks::queries % Blocks::strip * Blocks::keys;
@@ -340,7 +346,8 @@ static void store_dq(const BackwardOperands<E>& x, int64_t pair, int64_t g, int6
     for (int64_t c = 0; c < x.d; c += width<S>)
       store(total + c, load(total + c) + load(total + split * split_stride + c));
   const int64_t head = pair % f.heads_kv() * x.group + g;
-  store_row(f.dq.at<T>(pair / f.heads_kv(), head, i), f.dq.stride[3], x.d, total,
+  const int64_t b = pair / f.heads_kv();
+  store_row(f.dq.at<T>(b, head, f.sequence(b).query_row(i)), f.dq.stride[3], x.d, total,
             S(f.options.scale));
 }
 
@@ -389,7 +396,7 @@ static bool attention_backward(const AttentionBackward& f) {
         return x.template pack_keys<T>(b, h, task, memory.packed, scratch.strip);
       const int64_t g = (task - x.blocks_k) / x.blocks_q, i = (task - x.blocks_k) % x.blocks_q;
       return x.template pack_queries<T>(b, h * x.group + g, g, i, memory.packed,
-                                        memory.statistics + g * 2 * f.seq_q(), scratch.strip);
+                                        memory.statistics + g * 2 * f.longest_q(), scratch.strip);
     };
     const auto differentiate = [&](int64_t pair, int64_t split) {
       BackwardTask<E, T>(x, scores, scratch, memory.packed, memory.statistics,
@@ -397,9 +404,10 @@ static bool attention_backward(const AttentionBackward& f) {
           .run(split, splits);
     };
     const auto finish = [&](int64_t pair, int64_t row) {
-      store_dq<E, T>(x, pair, row / f.seq_q(), row % f.seq_q(), memory.dq, splits, x.dq_size());
+      store_dq<E, T>(x, pair, row / f.longest_q(), row % f.longest_q(), memory.dq, splits,
+                     x.dq_size());
     };
-    const int64_t rows = x.group * f.seq_q();
+    const int64_t rows = x.group * f.longest_q();
     if (apart) {
 #pragma omp for schedule(dynamic)
       for (int64_t pair = 0; pair < pairs; ++pair) {

@@ -24,6 +24,7 @@ class BiasGradTask {
   double* total = nullptr;  // if there are more
   int64_t pending = 0;      // additions to an element of `recent`
   Unit* strip;
+  Sequence<int64_t> sequence{};
 
  public:
   BiasGradTask(const AttentionBackward& f, Arena& arena)
@@ -50,10 +51,10 @@ class BiasGradTask {
 
   // Tiles along the queries and keys: one for all where the bias is broadcast.
   static int64_t tiles_q(const AttentionBackward& f) {
-    return f.dbias.shape[2] == 1 ? 1 : (f.seq_q() + block_q - 1) / block_q;
+    return f.dbias.shape[2] == 1 ? 1 : (f.longest_q() + block_q - 1) / block_q;
   }
   static int64_t tiles_k(const AttentionBackward& f) {
-    return f.dbias.shape[3] == 1 ? 1 : (f.seq_k() + block_k - 1) / block_k;
+    return f.dbias.shape[3] == 1 ? 1 : (f.longest_k() + block_k - 1) / block_k;
   }
 
   void run(int64_t bias_b, int64_t bias_h, int64_t tile_q, int64_t tile_k) {
@@ -61,22 +62,25 @@ class BiasGradTask {
     const int64_t b_end = out.shape[0] == 1 ? f.batch() : bias_b + 1;
     const int64_t h_end = out.shape[1] == 1 ? f.heads() : bias_h + 1;
     const int64_t i_end =
-        out.shape[2] == 1 ? f.seq_q() : smaller(f.seq_q(), (tile_q + 1) * block_q);
+        out.shape[2] == 1 ? f.longest_q() : smaller(f.longest_q(), (tile_q + 1) * block_q);
     const int64_t j_end =
-        out.shape[3] == 1 ? f.seq_k() : smaller(f.seq_k(), (tile_k + 1) * block_k);
+        out.shape[3] == 1 ? f.longest_k() : smaller(f.longest_k(), (tile_k + 1) * block_k);
     const int64_t rows = out.shape[2] == 1 ? 1 : i_end - tile_q * block_q;
     const int64_t columns = out.shape[3] == 1 ? 1 : j_end - tile_k * block_k;
     memset(recent, 0, rows * block_k * sizeof(S));
     if (total) memset(total, 0, rows * block_k * sizeof(double));
-    for (int64_t b = bias_b; b < b_end; ++b)
+    for (int64_t b = bias_b; b < b_end; ++b) {
+      sequence = f.sequence(b);
+      const int64_t past = smaller(j_end, sequence.seq_k);
       for (int64_t h = bias_h; h < h_end; ++h)
-        for (int64_t j0 = tile_k * block_k; j0 < smaller(j_end, f.keys(b)); j0 += block_k)
+        for (int64_t j0 = tile_k * block_k; j0 < past; j0 += block_k)
           for (int64_t i0 = tile_q * block_q; i0 < i_end; i0 += block_q) {
             const int64_t here = smaller(block_q, i_end - i0);
-            add_tile(b, h, i0, here, j0, smaller(block_k, smaller(j_end, f.keys(b)) - j0));
+            add_tile(b, h, i0, here, j0, smaller(block_k, past - j0));
             pending += out.shape[2] == 1 ? here : 1;
             if (pending >= per_flush) flush(rows, columns);
           }
+    }
     flush(rows, columns);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; total && j < columns; ++j)
@@ -91,8 +95,8 @@ class BiasGradTask {
   int64_t additions() const {
     const int64_t* const shape = f.dbias.shape;
     return (shape[0] == 1 ? f.batch() : 1) * (shape[1] == 1 ? f.heads() : 1) *
-           (shape[2] == 1 ? f.seq_q() : 1) *
-           (shape[3] == 1 ? (f.seq_k() + block_k - 1) / block_k : 1);
+           (shape[2] == 1 ? f.longest_q() : 1) *
+           (shape[3] == 1 ? (f.longest_k() + block_k - 1) / block_k : 1);
   }
 
   void flush(int64_t rows, int64_t columns) {
@@ -106,28 +110,30 @@ class BiasGradTask {
 
   void add_tile(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
     constexpr int w = width<S>;
-    if (f.keys_seen(i0 + rows - 1, j0 + columns) <= j0) return;
+    if (sequence.end(i0 + rows - 1) <= j0) return;
+    const int64_t first_q = sequence.query_row(i0), first_k = sequence.key_row(j0);
     const int64_t h_kv = h / f.group(), padded = round_up(rows, E::row_step);
     const int64_t wide = round_up(columns, 2 * w), panels = round_up(columns, E::panel);
-    pack_rows<E>(source<T>(f.q, b, h, i0), rows, d, padded, q);
-    pack_rows<E>(source<T>(f.dout, b, h, i0), f.dout ? rows : 0, dv, padded, o);
-    pack_panels_transposed<E>(source<T>(f.k, b, h_kv, j0), columns, d, panels, kt, strip);
-    pack_panels_transposed<E>(source<T>(f.v, b, h_kv, j0), columns, dv, panels, vt, strip);
+    pack_rows<E>(source<T>(f.q, b, h, first_q), rows, d, padded, q);
+    pack_rows<E>(source<T>(f.dout, b, h, first_q), f.dout ? rows : 0, dv, padded, o);
+    pack_panels_transposed<E>(source<T>(f.k, b, h_kv, first_k), columns, d, panels, kt, strip);
+    pack_panels_transposed<E>(source<T>(f.v, b, h_kv, first_k), columns, dv, panels, vt, strip);
     E::multiply(padded, wide, round_up(d, E::depth_step), q, kt, s, block_k, false);
     E::multiply(padded, wide, round_up(dv, E::depth_step), o, vt, dp, block_k, false);
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t seen = larger(smaller(f.keys_seen(i0 + i, j0 + columns) - j0, columns), 0);
+      const int64_t seen = larger(smaller(sequence.end(i0 + i) - j0, columns), 0);
       add_row(b, h, i0 + i, i, j0, seen);
     }
   }
 
   void add_row(int64_t b, int64_t h, int64_t i, int64_t local, int64_t j0, int64_t seen) {
     constexpr int w = width<S>;
-    const S lse = *f.lse.at<S>(b, h, i);
+    const int64_t row_q = sequence.query_row(i);
+    const S lse = *f.lse.at<S>(b, h, row_q);
     if (lse == -infinity<S>) return;
     S* score = s + local * block_k;
     const S* grad = dp + local * block_k;
-    const S delta = delta_of(b, h, i);
+    const S delta = delta_of(b, h, row_q);
     scores.prepare(score, b, h, i, j0, seen, row);
     scores.rebase(score, seen, lse);
     S* sum = recent + (f.dbias.shape[2] == 1 ? 0 : local * block_k);

@@ -34,13 +34,13 @@ class Decode {
         scores(f),
         d(f.head_dim()),
         dv(f.head_dim_v()),
-        rows(f.group() * f.seq_q()),
+        rows(f.group() * f.longest_q()),
         pairs(f.batch() * f.heads_kv()),
-        splits(smaller((f.seq_k() + least_split - 1) / least_split, most_splits)) {}
+        splits(smaller((f.longest_k() + least_split - 1) / least_split, most_splits)) {}
 
   // Whole vectors of contiguous elements, and few queries.
   static bool takes(const AttentionForward& f) {
-    return f.group() * f.seq_q() <= most_queries && f.head_dim() % w == 0 &&
+    return f.group() * f.longest_q() <= most_queries && f.head_dim() % w == 0 &&
            f.head_dim_v() % w == 0 && f.k.stride[3] == 1 && f.v.stride[3] == 1;
   }
 
@@ -79,30 +79,32 @@ class Decode {
     for (int64_t i = 0; i < n; i += line) __builtin_prefetch(row + i);
   }
 
-  int64_t query(int64_t row) const { return row % f.seq_q(); }
+  int64_t query(int64_t row) const { return row % f.longest_q(); }
   int64_t head(int64_t pair, int64_t row) const {
-    return pair % f.heads_kv() * f.group() + row / f.seq_q();
+    return pair % f.heads_kv() * f.group() + row / f.longest_q();
   }
 
   // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
   void stream(int64_t pair, int64_t split, S* q, S* s, S* partial) const {
-    const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv(), n = f.keys(b);
-    const int64_t first = split * keys_each(n), end = smaller(n, first + keys_each(n));
+    const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
+    const Sequence<int64_t> sequence = f.sequence(b);
+    const int64_t n = sequence.seq_k, first = split * keys_each(n);
+    const int64_t end = smaller(n, first + keys_each(n));
     if (first >= end) return;
     S *m = partial, *l = partial + rows, *o = partial + 2 * rows;
     memset(o, 0, rows * dv * sizeof(S));
     for (int64_t r = 0; r < rows; ++r) {
       m[r] = -infinity<S>;
       l[r] = 0;
-      const Source<T> from = source<T>(f.q, b, head(pair, r), query(r));
+      const Source<T> from = source<T>(f.q, b, head(pair, r), sequence.query_row(query(r)));
       load_row(from.data, from.column, d, q + r * d, d);
     }
     for (int64_t j0 = first; j0 < end; j0 += block) {
       const int64_t columns = smaller(block, end - j0);
-      const T* k = f.k.at<const T>(b, h, j0);
-      const T* v = f.v.at<const T>(b, h, j0);
+      const T* k = f.k.at<const T>(b, h, sequence.key_row(j0));
+      const T* v = f.v.at<const T>(b, h, sequence.key_row(j0));
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t seen = larger(smaller(f.keys_seen(query(r), n) - j0, columns), 0);
+        const int64_t seen = larger(smaller(sequence.end(query(r)) - j0, columns), 0);
         if (seen == 0) continue;
         multiply_keys(q + r * d, k, seen, s);
         if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j0, seen, s + block);
@@ -166,8 +168,9 @@ class Decode {
 
   // Bring the splits of one row to their common maximum, add them up and write the row.
   void combine(int64_t pair, int64_t r, S* partials, int64_t stride) const {
-    const int64_t b = pair / f.heads_kv(), each = keys_each(f.keys(b));
-    const int64_t used = (f.keys(b) + each - 1) / each;
+    const int64_t b = pair / f.heads_kv();
+    const Sequence<int64_t> sequence = f.sequence(b);
+    const int64_t each = keys_each(sequence.seq_k), used = (sequence.seq_k + each - 1) / each;
     S m = -infinity<S>, l = 0;
     for (int64_t k = 0; k < used; ++k) {
       const S of_split = partials[k * stride + r];
@@ -187,7 +190,7 @@ class Decode {
         store(total + i, k == 0 ? x : load(total + i) + x);
       }
     }
-    write_row<T>(scores, b, head(pair, r), query(r), m, l, total);
+    write_row<T>(scores, b, head(pair, r), sequence.query_row(query(r)), m, l, total);
   }
 };
 

@@ -28,7 +28,7 @@ struct PackedKeys {
         columns_v(panel_columns<E>(p.head_dim_v())),
         k_units(depth * block),
         v_units(block / E::per_unit * columns_v),
-        blocks((p.seq_k() + block - 1) / block) {}
+        blocks((p.longest_k() + block - 1) / block) {}
 
   int64_t units() const { return E::planes * blocks * (k_units + v_units); }
   Panels<Unit> k(Unit* base, int64_t j) const {
@@ -41,8 +41,10 @@ struct PackedKeys {
   template <class T>
   bool pack(const AttentionForward& p, int64_t b, int64_t h, int64_t j, Unit* base,
             Unit* scratch) const {
-    const int64_t first = j * block, rows = smaller(p.keys(b) - first, block);
+    const Sequence<int64_t> sequence = p.sequence(b);
+    const int64_t rows = smaller(sequence.seq_k - j * block, block);
     if (rows <= 0) return true;
+    const int64_t first = sequence.key_row(j * block);
     return pack_panels_transposed<E>(source<T>(p.k, b, h, first), rows, p.head_dim(),
                                      round_up(rows, E::panel), k(base, j), scratch) &
            pack_panels<E>(source<T>(p.v, b, h, first), rows, p.head_dim_v(),
@@ -60,7 +62,8 @@ class ForwardTask {
   const PackedKeys<E>& keys;
   unit_of<E>* packed;
   const ForwardScratch<E>& t;
-  const int64_t b, h, i0, rows, n, depth, columns_v;
+  const Sequence<int64_t> sequence;
+  const int64_t b, h, i0, rows, depth, columns_v;
 
  public:
   ForwardTask(const Scores<S>& scores, const PackedKeys<E>& keys, unit_of<E>* packed, int64_t b,
@@ -70,18 +73,20 @@ class ForwardTask {
         keys(keys),
         packed(packed),
         t(t),
+        sequence(f.sequence(b)),
         b(b),
         h(h),
         i0(i0),
         rows(rows),
-        n(f.keys(b)),
         depth(round_up(f.head_dim(), E::depth_step)),
         columns_v(round_up(f.head_dim_v(), width<S>)) {}
 
   // False where the engine cannot take the numbers.
   bool run() {
     const int64_t padded = round_up(rows, E::row_step);
-    if (!pack_rows<E>(source<T>(f.q, b, h, i0), rows, f.head_dim(), padded, t.q)) return false;
+    if (!pack_rows<E>(source<T>(f.q, b, h, sequence.query_row(i0)), rows, f.head_dim(), padded,
+                      t.q))
+      return false;
     for (int64_t i = 0; i < rows; ++i) {
       t.m[i] = -infinity<S>;
       t.l[i] = 0;
@@ -91,14 +96,14 @@ class ForwardTask {
     } else {
       for (Strip<E> strip = first(); strip.rows > 0; strip = next(strip)) {
         multiply_scores(strip, [](auto&&... x) { E::multiply(x...); });
-        SoftmaxWork<E> softmax(scores, t, strip, b, h, i0);
+        SoftmaxWork<E> softmax(scores, t, strip, sequence, b, h, i0);
         while (softmax.step()) {
         }
         multiply_values(strip, [](auto&&... x) { E::multiply(x...); });
       }
     }
     for (int64_t i = 0; i < rows; ++i)
-      write_row<T>(scores, b, h, i0 + i, t.m[i], t.l[i], t.o + i * t.ld_o);
+      write_row<T>(scores, b, h, sequence.query_row(i0 + i), t.m[i], t.l[i], t.o + i * t.ld_o);
     return true;
   }
 
@@ -114,7 +119,7 @@ class ForwardTask {
         multiply_values(last, [](auto&&... x) { E::multiply(x...); });
         last.rows = 0;
       }
-      SoftmaxWork<E> softmax(scores, t, strip, b, h, i0);
+      SoftmaxWork<E> softmax(scores, t, strip, sequence, b, h, i0);
       Pace<SoftmaxWork<E>> pace{softmax, softmax.steps(), 0};
       const auto count = [&](int64_t m, int64_t columns, int64_t k, auto&&...) {
         pace.ticks += E::ticks(m, columns, k);
@@ -137,7 +142,7 @@ class ForwardTask {
   // The next strip of this block of keys, else the first of the next block; only those that see a
   // key.
   Strip<E> next(Strip<E> x) const {
-    const int64_t end = f.keys_seen(i0 + rows - 1, n);
+    const int64_t end = sequence.end(i0 + rows - 1);
     while (x.key < end) {
       x.row += Blocks::strip;
       if (x.row >= rows) {
@@ -145,7 +150,7 @@ class ForwardTask {
         x.key += keys.block;
       }
       x.rows = smaller(Blocks::strip, rows - x.row);
-      x.columns = smaller(keys.block, f.keys_seen(i0 + x.row + x.rows - 1, n) - x.key);
+      x.columns = smaller(keys.block, sequence.end(i0 + x.row + x.rows - 1) - x.key);
       if (x.key < end && x.columns > 0) {
         x.wide = round_up(x.columns, 2 * width<S>);
         x.buffer ^= 1;
@@ -181,9 +186,9 @@ static bool attention_forward(const AttentionForward& f) {
     return true;
   }
   // Rows of a task: many, but not so many that threads stay without one.
-  const int64_t share = f.batch() * f.heads() * f.seq_q() / (4 * threads);
+  const int64_t share = f.batch() * f.heads() * f.longest_q() / (4 * threads);
   const int64_t queries = smaller(round_up(larger(share, 1), Blocks::strip), Blocks::queries);
-  const int64_t blocks_q = (f.seq_q() + queries - 1) / queries;
+  const int64_t blocks_q = (f.longest_q() + queries - 1) / queries;
   const int64_t pair_units = keys.units();
   const bool apart = pairs_apart(pairs, threads, pair_units * int64_t(sizeof(Unit)));
 
@@ -211,7 +216,7 @@ static bool attention_forward(const AttentionForward& f) {
       const int64_t head = pair % f.heads_kv() * group + task / blocks_q;
       const int64_t i0 = (blocks_q - 1 - task % blocks_q) * queries;
       return ForwardTask<E, T>(scores, keys, packed, pair / f.heads_kv(), head, i0,
-                               smaller(queries, f.seq_q() - i0), scratch)
+                               smaller(queries, f.longest_q() - i0), scratch)
           .run();
     };
     if (apart) {

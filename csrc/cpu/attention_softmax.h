@@ -84,7 +84,7 @@ FUSEDATTN_INLINE stat_of<E> raise_maximum(const Scores<stat_of<E>>& scores, stat
 FUSEDATTN_INLINE float logarithm(float x) { return __builtin_logf(x); }
 FUSEDATTN_INLINE double logarithm(double x) { return __builtin_log(x); }
 
-// out = o / l and lse = m + log l; 0 and −inf for a query that saw nothing.
+// out = o / l and lse = m + log l, in row i; 0 and −inf for a query that saw nothing.
 template <class T>
 static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, int64_t i,
                       compute_t<T> m, compute_t<T> l, const compute_t<T>* o) {

@@ -65,14 +65,15 @@ class SoftmaxWork {
   const Scores<S>& scores;
   const ForwardScratch<E>& t;
   const Strip<E> x;
+  const Sequence<int64_t>& sequence;
   const int64_t b, h, i0;
   int64_t row = 0, column = -1, seen = 0;
   S origin = 0;
 
  public:
-  SoftmaxWork(const Scores<S>& scores, const ForwardScratch<E>& t, const Strip<E>& x, int64_t b,
-              int64_t h, int64_t i0)
-      : scores(scores), t(t), x(x), b(b), h(h), i0(i0) {}
+  SoftmaxWork(const Scores<S>& scores, const ForwardScratch<E>& t, const Strip<E>& x,
+              const Sequence<int64_t>& sequence, int64_t b, int64_t h, int64_t i0)
+      : scores(scores), t(t), x(x), sequence(sequence), b(b), h(h), i0(i0) {}
 
   int64_t steps() const { return x.rows * (1 + (x.wide + span - 1) / span); }
 
@@ -82,8 +83,7 @@ class SoftmaxWork {
     S* const s = t.scores(x) + row * ForwardBlocks<E>::keys;
     const int64_t local = x.row + row, i = i0 + local;
     if (column < 0) {
-      const AttentionForward& f = scores.p;
-      seen = larger(smaller(f.keys_seen(i, f.keys(b)) - x.key, x.columns), 0);
+      seen = larger(smaller(sequence.end(i) - x.key, x.columns), 0);
       if (scores.rewrite) scores.prepare(s, b, h, i, x.key, seen, t.row);
       origin = raise_maximum<E>(scores, s, seen, t.m[local], t.l[local], t.o + local * t.ld_o,
                                 x.key > 0 ? t.ld_o : 0);

@@ -132,8 +132,8 @@ struct Scores {
 };
 
 FUSEDATTN_INLINE int threads_for(const AttentionForward& f) {
-  const double work =
-      double(f.batch()) * f.heads() * f.seq_q() * f.seq_k() * (f.head_dim() + f.head_dim_v());
+  const double work = double(f.batch()) * f.heads() * f.longest_q() * f.longest_k() *
+                      (f.head_dim() + f.head_dim_v());
   return threads_if(work >= 1e5);
 }
 

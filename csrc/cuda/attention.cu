@@ -10,8 +10,8 @@ std::string text(const AttentionForward& p) {
   const auto number = [](int64_t n) { return std::to_string(n); };
   const char* const dtypes[] = {"float16", "bfloat16", "float32", "float64"};
   return std::string(dtypes[int(p.dtype())]) + ", B " + number(p.batch()) + ", Hq " +
-         number(p.heads()) + ", Hkv " + number(p.heads_kv()) + ", Sq " + number(p.seq_q()) +
-         ", Sk " + number(p.seq_k()) + ", D " + number(p.head_dim()) + ", Dv " +
+         number(p.heads()) + ", Hkv " + number(p.heads_kv()) + ", Sq " + number(p.longest_q()) +
+         ", Sk " + number(p.longest_k()) + ", D " + number(p.head_dim()) + ", Dv " +
          number(p.head_dim_v());
 }
 
@@ -21,8 +21,8 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   constexpr int64_t most_rows = int64_t{1} << 30;
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
   bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask && !p.bias &&
-              packs(p.head_dim()) && packs(p.head_dim_v()) && p.seq_q() <= most_rows &&
-              p.seq_k() <= most_rows && p.batch() * p.heads() <= most_rows &&
+              packs(p.head_dim()) && packs(p.head_dim_v()) && p.longest_q() <= most_rows &&
+              p.longest_k() <= most_rows && p.batch() * p.heads() <= most_rows &&
               (!p.kv_lengths || p.kv_lengths.dtype == DType::i32);
   for (const TensorView* each : tensors) fits = fits && (!*each || aligned(*each, 4, 8, 2));
   if (!fits)

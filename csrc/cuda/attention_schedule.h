@@ -14,24 +14,6 @@
 
 namespace fusedattn::cuda {
 
-// What the queries of one head see: query i the keys before end(i). A window would add the first.
-// Lengths of less than 2³¹ less a tile, so that masks cost 32-bit arithmetic.
-struct Sight {
-  int queries, keys;  // that exist
-  int diagonal;       // query i sees keys up to i + diagonal where causal
-  bool causal;
-
-  FUSEDATTN_MEMBER int end(int i) const {
-    if (!causal) return keys;
-    const int past = i + diagonal + 1;
-    return past < 0 ? 0 : past < keys ? past : keys;
-  }
-};
-
-FUSEDATTN_MEMBER inline Sight sight(const AttentionForward& p, int keys) {
-  return {int(p.seq_q()), keys, int(p.diagonal()), p.options.causal != Causal::none};
-}
-
 template <class A, class B>
 FUSEDATTN_MEMBER inline auto ceil_div(A a, B b) {
   return (a + b - 1) / b;
@@ -46,22 +28,22 @@ struct Tiles {
 };
 
 // Of `width` keys each, for queries first … first + rows - 1, the first of which exists.
-FUSEDATTN_MEMBER inline Tiles key_tiles(const Sight& sight, int first, int rows, int width) {
-  const int past = first + rows < sight.queries ? first + rows : sight.queries;
-  return {0, 0, sight.end(first) / width, ceil_div(sight.end(past - 1), width)};
+FUSEDATTN_MEMBER inline Tiles key_tiles(const Sequence<int>& x, int first, int rows, int width) {
+  const int past = first + rows < x.seq_q ? first + rows : x.seq_q;
+  return {x.begin(first) / width, ceil_div(x.begin(past - 1), width), x.end(first) / width,
+          ceil_div(x.end(past - 1), width)};
 }
 
 // Of `rows` queries each, for keys first … first + width - 1.
-FUSEDATTN_MEMBER inline Tiles query_tiles(const Sight& sight, int first, int rows, int width) {
-  const int end = ceil_div(sight.queries, rows);
-  if (first >= sight.keys) return {end, end, end, end};
+FUSEDATTN_MEMBER inline Tiles query_tiles(const Sequence<int>& x, int first, int rows, int width) {
+  const int end = ceil_div(x.past_query(first + width - 1), rows);
+  if (first >= x.seq_k) return {end, end, end, end};
   const int last = first + width - 1;
-  const bool whole = last < sight.keys;
-  if (!sight.causal) return {0, whole ? 0 : end, end, end};
+  const bool whole = last < x.seq_k;
+  if (!x.causal) return {0, whole ? 0 : end, end, end};
   // The first queries that see any key and all keys of the tile.
-  const int any = first > sight.diagonal ? first - sight.diagonal : 0;
-  const int all = last > sight.diagonal ? last - sight.diagonal : 0;
-  if (any >= sight.queries) return {end, end, end, end};
+  const int any = x.first_query(first), all = x.first_query(last);
+  if (any >= x.seq_q) return {end, end, end, end};
   const int full = ceil_div(all, rows);
   return {any / rows, whole && full < end ? full : end, end, end};
 }

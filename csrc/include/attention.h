@@ -17,6 +17,33 @@ struct AttentionOptions {
   double softcap = 0.0;  // c: scores are c · tanh(scale · q kᵀ / c) + bias; 0 for none
 };
 
+// One sequence of the batch, and what its queries see of its keys. Queries and keys are counted
+// from its own first; key j of those that exist is row `key_row(j)` of k and v.
+template <class Int>
+struct Sequence {
+  Int first_q, seq_q;  // rows of q, out and lse
+  Int first_k, seq_k;  // of k and v
+  Int diagonal;        // query i sees keys up to i + diagonal where causal
+  bool causal;
+
+  FUSEDATTN_MEMBER Int query_row(Int i) const { return first_q + i; }
+  FUSEDATTN_MEMBER Int key_row(Int j) const { return first_k + j; }
+
+  // Query i sees keys [begin(i), end(i)).
+  FUSEDATTN_MEMBER Int begin(Int) const { return 0; }
+  FUSEDATTN_MEMBER Int end(Int i) const {
+    if (!causal) return seq_k;
+    const Int past = i + diagonal + 1;
+    return past < 0 ? 0 : past < seq_k ? past : seq_k;
+  }
+
+  // The same from the side of the keys: key j is seen by queries [first_query(j), past_query(j)).
+  FUSEDATTN_MEMBER Int first_query(Int j) const {
+    return causal && j > diagonal ? j - diagonal : 0;
+  }
+  FUSEDATTN_MEMBER Int past_query(Int) const { return seq_q; }
+};
+
 struct AttentionForward {
   TensorView q, k, v;
   TensorView mask;        // bool, strides 0 where broadcast; may be absent
@@ -26,40 +53,29 @@ struct AttentionForward {
   AttentionOptions options;
 
   FUSEDATTN_MEMBER DType dtype() const { return q.dtype; }
-  FUSEDATTN_MEMBER int64_t work() const { return seq_q() * seq_k(); }
+  FUSEDATTN_MEMBER int64_t work() const { return longest_q() * longest_k(); }
   FUSEDATTN_MEMBER int64_t batch() const { return q.shape[0]; }
   FUSEDATTN_MEMBER int64_t heads() const { return q.shape[1]; }
   FUSEDATTN_MEMBER int64_t heads_kv() const { return k.shape[1]; }
   FUSEDATTN_MEMBER int64_t group() const { return heads() / heads_kv(); }
-  FUSEDATTN_MEMBER int64_t seq_q() const { return q.shape[2]; }
-  FUSEDATTN_MEMBER int64_t seq_k() const { return k.shape[2]; }
   FUSEDATTN_MEMBER int64_t head_dim() const { return q.shape[3]; }
   FUSEDATTN_MEMBER int64_t head_dim_v() const { return v.shape[3]; }
 
-  // The keys of batch entry b that exist.
-  FUSEDATTN_MEMBER int64_t keys(int64_t b) const {
-    if (!kv_lengths) return seq_k();
-    const int64_t n = kv_lengths.integer(b * kv_lengths.stride[0]);
-    return n < 0 ? 0 : n < seq_k() ? n : seq_k();
+  // The lengths that tensors and workspaces have room for: those of the longest sequence.
+  FUSEDATTN_MEMBER int64_t longest_q() const { return q.shape[2]; }
+  FUSEDATTN_MEMBER int64_t longest_k() const { return k.shape[2]; }
+
+  FUSEDATTN_MEMBER Sequence<int64_t> sequence(int64_t b) const {
+    int64_t keys = longest_k();
+    if (kv_lengths) {
+      const int64_t n = kv_lengths.integer(b * kv_lengths.stride[0]);
+      keys = n < 0 ? 0 : n < keys ? n : keys;
+    }
+    return {0, longest_q(), 0, keys, diagonal(), options.causal != Causal::none};
   }
 
-  // Query i sees keys [0, i + diagonal()] where causal.
   FUSEDATTN_MEMBER int64_t diagonal() const {
-    return options.causal == Causal::bottom_right ? seq_k() - seq_q() : 0;
-  }
-
-  // One past the last key that query i sees, given n existing keys.
-  FUSEDATTN_MEMBER int64_t keys_seen(int64_t i, int64_t n) const {
-    if (options.causal == Causal::none) return n;
-    const int64_t end = i + diagonal() + 1;
-    return end < 0 ? 0 : end < n ? end : n;
-  }
-
-  // The first query that sees key j.
-  FUSEDATTN_MEMBER int64_t first_query(int64_t j) const {
-    if (options.causal == Causal::none) return 0;
-    const int64_t i = j - diagonal();
-    return i < 0 ? 0 : i;
+    return options.causal == Causal::bottom_right ? longest_k() - longest_q() : 0;
   }
 };
 

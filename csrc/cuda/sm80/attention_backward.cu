@@ -13,7 +13,7 @@ template <class T, int head_dim, Memory memory>
 void launch_keys(Backward b, Launch launch) {
   constexpr KeysShape shape = keys_shape(head_dim, memory);
   const int64_t heads = b.batch() * b.heads(), heads_kv = b.batch() * b.heads_kv();
-  const int64_t tiles = ceil_div(b.seq_q(), shape.queries), terms = heads * b.rows;
+  const int64_t tiles = ceil_div(b.longest_q(), shape.queries), terms = heads * b.rows;
   const int64_t sums = b.options.deterministic ? 0 : heads * tiles * shape.queries * head_dim;
   const int64_t norms = scales_ds<T> ? norms_of_head * heads_kv : 0;
   const int64_t scales = scales_ds<T> ? heads : 0;
@@ -40,8 +40,8 @@ void launch_keys(Backward b, Launch launch) {
     b.dq_tiles = uint32_t(tiles);
   }
   const int64_t row_bytes = 2 * (b.head_dim() + b.head_dim_v());
-  b.tiles = uint32_t(ceil_div(b.seq_k(), shape.keys));
-  b.section = uint32_t(section_of(heads_kv, b.group() * b.seq_q() * row_bytes));
+  b.tiles = uint32_t(ceil_div(b.longest_k(), shape.keys));
+  b.section = uint32_t(section_of(heads_kv, b.group() * b.longest_q() * row_bytes));
   launch.block = shape.threads();
   launch.grid = b.tiles * heads_kv;
   launch.shared_bytes = shape.shared_bytes;
@@ -54,8 +54,8 @@ void launch_keys(Backward b, Launch launch) {
                  b);
   } else {
     constexpr QueriesShape queries = queries_shape(head_dim);
-    b.tiles = uint32_t(ceil_div(b.seq_q(), queries.queries));
-    b.section = uint32_t(b.group() * section_of(heads_kv, b.seq_k() * row_bytes));
+    b.tiles = uint32_t(ceil_div(b.longest_q(), queries.queries));
+    b.section = uint32_t(b.group() * section_of(heads_kv, b.longest_k() * row_bytes));
     launch.block = queries.threads();
     launch.grid = b.tiles * heads;
     launch.shared_bytes = queries.shared_bytes;
@@ -69,7 +69,7 @@ template <class T, int head_dim>
 void launch_attention_backward(const AttentionBackward& p, Stream stream) {
   Backward b = {p, nullptr, nullptr, nullptr, 0,       0.0f,   Rules(p.options),
                 0, 0,       0,       0,       nullptr, nullptr};
-  b.rows = padded(p.seq_q(), row_padding);
+  b.rows = padded(p.longest_q(), row_padding);
   b.heads_together = uint32_t(p.group());
   b.scale = float(p.options.scale);
   Launch launch;

@@ -100,7 +100,8 @@ struct ScoresOf {
   }
 
   // Zeros where a key is hidden; the scores begin at `query` and `key`.
-  FUSEDATTN_DEVICE static void hide(Fragments& s, const Sight& sees, int query, int key) {
+  FUSEDATTN_DEVICE static void hide(Fragments& s, const Sequence<int>& sequence, int query,
+                                    int key) {
     constexpr int query_step = transposed ? 8 : 16, key_step = transposed ? 16 : 8;
     query += transposed ? column_of(0) : row_of(0);
     key += transposed ? row_of(0) : column_of(0);
@@ -109,7 +110,7 @@ struct ScoresOf {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int down = e / 2 * 8, right = e % 2;
-        const int end = sees.end(query + q * query_step + (transposed ? right : down));
+        const int end = sequence.end(query + q * query_step + (transposed ? right : down));
         const int seen = end - key - (transposed ? down : right);
 #pragma unroll
         for (int k = 0; k < keys; ++k)
@@ -182,10 +183,12 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
   const int64_t at = block() * (terms_threads / terms_team) + thread() / terms_team;
   const int64_t head = at / p.rows, i = at - head * p.rows;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
-  const bool exists = i < p.seq_q();
+  const Sequence<int> sequence = sequence_of(p, b);
+  const bool exists = i < sequence.seq_q;
+  const int64_t row = sequence.query_row(int(i));
   float sum = 0.0f;
   if (exists && p.dout) {
-    const T *out = p.out.at<T>(b, h, i), *dout = p.dout.at<T>(b, h, i);
+    const T *out = p.out.at<T>(b, h, row), *dout = p.dout.at<T>(b, h, row);
     for (int64_t c = rank * N; c < p.head_dim_v(); c += terms_team * N) {
       const auto x = widen(load<N>(out + c)), dx = widen(load<N>(dout + c));
 #pragma unroll
@@ -196,10 +199,10 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
   for (int apart = terms_team / 2; apart > 0; apart /= 2) sum += shuffle_xor(sum, apart);
   if (rank != 0) return;
   float shift = INFINITY, delta = 0.0f;
-  const float lse = exists ? load(p.lse.at<float>(b, h, i)) : -INFINITY;
+  const float lse = exists ? load(p.lse.at<float>(b, h, row)) : -INFINITY;
   if (lse != -INFINITY) {
     shift = lse * log2_e;
-    delta = present(p.dlse) ? sum - load(p.dlse.at<float>(b, h, i)) : sum;
+    delta = present(p.dlse) ? sum - load(p.dlse.at<float>(b, h, row)) : sum;
   }
   if constexpr (scales_ds<T>) {
     const float scale = ds_scale_from(p.norms + norms_of_head * (head / p.group()));
@@ -223,7 +226,7 @@ class KeysKernel {
     heads_end = (uint32_t(work.head) + 1) * p.heads_together;
     // The first keys are seen by most queries where causal: they begin first.
     first_key = int(p.tiles - 1 - work.tile) * shape.keys;
-    sees = sight(p, existing_keys(p, key_head().b));
+    sequence = sequence_of(p, key_head().b);
     row = warp() / shape.column_warps * rows_of_warp;
     part = warp() % shape.column_warps;
   }
@@ -232,8 +235,10 @@ class KeysKernel {
     clear(dk);
     clear(dv);
     const auto [b, h] = key_head();
-    copy_tile<threads>(k_tile(), rows_of(p.k, b, h), first_key, sees.keys, width_of(p.k));
-    copy_tile<threads>(v_tile(), rows_of(p.v, b, h), first_key, sees.keys, width_of(p.v));
+    copy_tile<threads>(k_tile(), rows_of(p.k, b, h, sequence.first_k), first_key, sequence.seq_k,
+                       width_of(p.k));
+    copy_tile<threads>(v_tile(), rows_of(p.v, b, h, sequence.first_k), first_key, sequence.seq_k,
+                       width_of(p.v));
     commit_copies();  // of no query, too
     At at = {heads_end - p.heads_together, tiles().begin};
     begin(at, 0);
@@ -304,7 +309,7 @@ class KeysKernel {
 
   // Of queries. Worked out each time it is asked for, to stay in no registers.
   FUSEDATTN_DEVICE Tiles tiles() const {
-    return query_tiles(sees, anew(first_key), shape.queries, shape.keys);
+    return query_tiles(sequence, anew(first_key), shape.queries, shape.keys);
   }
 
   FUSEDATTN_DEVICE bool exists(const At& at) const {
@@ -319,9 +324,10 @@ class KeysKernel {
   FUSEDATTN_DEVICE void begin(const At& at, int stage) const {
     if (!exists(at)) return;
     const auto [b, h] = Head(at.head, p.heads());
-    copy_tile<threads>(q_tile(stage), rows_of(p.q, b, h), at.query(), sees.queries, width_of(p.q));
-    copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, h), at.query(), sees.queries,
-                       width_of(p.dout));
+    copy_tile<threads>(q_tile(stage), rows_of(p.q, b, h, sequence.first_q), at.query(),
+                       sequence.seq_q, width_of(p.q));
+    copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, h, sequence.first_q), at.query(),
+                       sequence.seq_q, width_of(p.dout));
     constexpr int each = shape.queries / 4;  // copies of 16 bytes
     static_assert(2 * each <= threads);
     const int rank = anew(thread());
@@ -379,7 +385,7 @@ class KeysKernel {
       return load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
     };
     Scores::exponentiate(s, p.rules.factor, shift);
-    if (tiles().masked(at.tile)) Scores::hide(s, sees, at.query() + query, first_key + row);
+    if (tiles().masked(at.tile)) Scores::hide(s, sequence, at.query() + query, first_key + row);
     Scores::template differentiate<T>(dp, s, ds_scale<T>(p, at.head), [&](int j) {
       return load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
     });
@@ -413,18 +419,18 @@ class KeysKernel {
     round_to<T>(v_tile(), row, part * columns / chunk_size, dv);
     sync_block();
     constexpr int rows = shape.keys / shape.warps;
-    const int r = warp() * rows, keys = int(p.seq_k());
+    const int r = warp() * rows, keys = int(p.longest_k());
     const auto [b, h] = key_head();
-    write_rows<rows>(k_tile(), r, p.dk.at<uint16_t>(b, h), p.dk.stride[2], first_key + r, keys,
-                     width_of(p.dk));
-    write_rows<rows>(v_tile(), r, p.dv.at<uint16_t>(b, h), p.dv.stride[2], first_key + r, keys,
-                     width_of(p.dv));
+    write_rows<rows>(k_tile(), r, p.dk.at<uint16_t>(b, h, sequence.first_k), p.dk.stride[2],
+                     first_key + r, keys, width_of(p.dk));
+    write_rows<rows>(v_tile(), r, p.dv.at<uint16_t>(b, h, sequence.first_k), p.dv.stride[2],
+                     first_key + r, keys, width_of(p.dv));
   }
 
   const Backward& p;
   uint32_t heads_end;  // past the heads of queries, of B · Hq, whose keys these are
   int first_key;
-  Sight sees;
+  Sequence<int> sequence;
   int row, part;  // of the tile's keys; of the warps that share them
   Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
 };
@@ -444,9 +450,10 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threa
     attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
   constexpr KeysShape shape = keys_shape(head_dim, memory);
   using Shape = DqFragments<head_dim, shape>;
-  const int64_t tiles = (p.seq_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
+  const int64_t tiles = (p.longest_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
   const int query = int(block() - head * tiles) * shape.queries;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
+  const Sequence<int> sequence = sequence_of(p, b);
   const float* sum = p.dq_sum + Shape::at(p, uint32_t(head), query / shape.queries);
   Pack<float, 4> dq[Shape::m][Shape::n];
 #pragma unroll
@@ -462,8 +469,8 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threa
   sync_block();
   constexpr int rows = shape.queries / shape.warps;
   const int r = warp() * rows;
-  write_rows<rows>(tile, r, p.dq.at<uint16_t>(b, h), p.dq.stride[2], query + r, int(p.seq_q()),
-                   width_of(p.dq));
+  write_rows<rows>(tile, r, p.dq.at<uint16_t>(b, h, sequence.first_q), p.dq.stride[2], query + r,
+                   sequence.seq_q, width_of(p.dq));
 }
 
 }  // namespace fusedattn::cuda

@@ -20,16 +20,17 @@ class QueriesKernel {
     b = work.head / heads;
     h = work.head % heads;
     first_query = work.tile * shape.queries;
-    sees = sight(p, existing_keys(p, b));
-    tiles = key_tiles(sees, first_query, shape.queries, shape.keys);
+    sequence = sequence_of(p, b);
+    tiles = key_tiles(sequence, first_query, shape.queries, shape.keys);
     row = warp() * rows_of_warp;
   }
 
   FUSEDATTN_DEVICE void run() {
     clear(dq);
-    copy_tile<threads>(q_tile(), rows_of(p.q, b, h), first_query, sees.queries, width_of(p.q));
-    copy_tile<threads>(dout_tile(), rows_of(p.dout, b, h), first_query, sees.queries,
-                       width_of(p.dout));
+    copy_tile<threads>(q_tile(), rows_of(p.q, b, h, sequence.first_q), first_query, sequence.seq_q,
+                       width_of(p.q));
+    copy_tile<threads>(dout_tile(), rows_of(p.dout, b, h, sequence.first_q), first_query,
+                       sequence.seq_q, width_of(p.dout));
     commit_copies();  // of no key, too
     read_terms();
     if (tiles.end > 0) begin(0, 0);
@@ -52,8 +53,8 @@ class QueriesKernel {
     // Every warp writes over its own rows of Q.
     round_to<T>(q_tile(), row, 0, dq, gradient_scale<T>(p, head()));
     sync_warp();
-    write_rows<rows_of_warp>(q_tile(), row, p.dq.at<uint16_t>(b, h), p.dq.stride[2],
-                             first_query + row, sees.queries, width_of(p.dq));
+    write_rows<rows_of_warp>(q_tile(), row, p.dq.at<uint16_t>(b, h, sequence.first_q),
+                             p.dq.stride[2], first_query + row, sequence.seq_q, width_of(p.dq));
   }
 
  private:
@@ -76,8 +77,10 @@ class QueriesKernel {
   FUSEDATTN_DEVICE void begin(int tile, int stage) const {
     const int64_t kv_head = h / p.group();
     const int key = tile * shape.keys;
-    copy_tile<threads>(k_tile(stage), rows_of(p.k, b, kv_head), key, sees.keys, width_of(p.k));
-    copy_tile<threads>(v_tile(stage), rows_of(p.v, b, kv_head), key, sees.keys, width_of(p.v));
+    copy_tile<threads>(k_tile(stage), rows_of(p.k, b, kv_head, sequence.first_k), key,
+                       sequence.seq_k, width_of(p.k));
+    copy_tile<threads>(v_tile(stage), rows_of(p.v, b, kv_head, sequence.first_k), key,
+                       sequence.seq_k, width_of(p.v));
     commit_copies();
   }
 
@@ -102,7 +105,7 @@ class QueriesKernel {
       p.rules.apply(weights);
       Scores::exponentiate(weights, p.rules.factor, [&](int i) { return shift[i]; });
       if (tiles.masked(tile))
-        Scores::hide(weights, sees, first_query + row, tile * shape.keys + key);
+        Scores::hide(weights, sequence, first_query + row, tile * shape.keys + key);
       clear(ds);
       multiply<T, head_dim / 16>(ds, OperandA<Stays, Sum::along>(dout_tile(), row),
                                  OperandB<Passes, Sum::along>(v_tile(stage), key));
@@ -118,7 +121,7 @@ class QueriesKernel {
   const Backward& p;
   int b, h;
   int first_query, row;  // of the block; of the warp, in the tile
-  Sight sees;
+  Sequence<int> sequence;
   Tiles tiles;  // of keys
   Pack<float, 2> shift[m], delta[m];
   Pack<float, 4> dq[m][head_dim / 8];

@@ -88,34 +88,38 @@ FUSEDATTN_DEVICE void raise(float* maximum, float x) {
 }
 
 inline int64_t norms_blocks(const AttentionBackward& p) {
-  return p.batch() * (p.heads_kv() * ceil_div(p.seq_k(), norms_rows) +
-                      p.heads() * ceil_div(p.seq_q(), norms_rows));
+  return p.batch() * (p.heads_kv() * ceil_div(p.longest_k(), norms_rows) +
+                      p.heads() * ceil_div(p.longest_q(), norms_rows));
 }
 
 template <class T, class P>
 FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(norms_threads, 4)
     attention_backward_norms(const FUSEDATTN_GRID_CONSTANT P p) {
-  const int64_t tiles_k = ceil_div(p.seq_k(), norms_rows);
+  const int64_t tiles_k = ceil_div(p.longest_k(), norms_rows);
   const int64_t of_values = p.batch() * p.heads_kv() * tiles_k;  // the first blocks
   const int row = thread() / norms_team;
   if (block() < of_values) {
     const int64_t head = block() / tiles_k, j = (block() - head * tiles_k) * norms_rows + row;
     const int64_t b = head / p.heads_kv(), h = head - b * p.heads_kv();
-    const T* v = j < existing_keys(p, b) ? p.v.template at<T>(b, h, j) : nullptr;
+    const Sequence<int> sequence = sequence_of(p, b);
+    const int64_t at = sequence.key_row(int(j));
+    const T* v = j < sequence.seq_k ? p.v.template at<T>(b, h, at) : nullptr;
     raise(p.norms + norms_of_head * head, square_of(v, p.head_dim_v()));
     return;
   }
-  const int64_t tiles = ceil_div(p.seq_q(), norms_rows), at = block() - of_values;
+  const int64_t tiles = ceil_div(p.longest_q(), norms_rows), at = block() - of_values;
   const int64_t head = at / tiles, i = (at - head * tiles) * norms_rows + row;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
   float* norms = p.norms + norms_of_head * (head / p.group());
-  const bool sees = i < p.seq_q() && load(p.lse.template at<float>(b, h, i)) != -INFINITY;
+  const Sequence<int> sequence = sequence_of(p, b);
+  const int64_t row_q = sequence.query_row(int(i));
+  const bool sees = i < sequence.seq_q && load(p.lse.template at<float>(b, h, row_q)) != -INFINITY;
   if (present(p.dout)) {
-    const T* dout = sees ? p.dout.template at<T>(b, h, i) : nullptr;
+    const T* dout = sees ? p.dout.template at<T>(b, h, row_q) : nullptr;
     raise(norms + 1, square_of(dout, p.head_dim_v()));
   }
   if (present(p.dlse)) {
-    const float dlse = sees ? load(p.dlse.template at<float>(b, h, i)) : 0.0f;
+    const float dlse = sees ? load(p.dlse.template at<float>(b, h, row_q)) : 0.0f;
     raise(norms + 2, dlse < 0.0f ? -dlse : dlse);
   }
 }

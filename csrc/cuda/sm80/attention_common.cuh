@@ -1,4 +1,4 @@
-// What attention's kernels share: where the rows of a head lie, and how many keys there are.
+// What attention's kernels share: where the rows of a head lie, and which of them are a sequence's.
 #pragma once
 
 #include "attention.h"
@@ -14,19 +14,23 @@ constexpr float ln_2 = 0.6931471805599453f;
 // fewer registers.
 FUSEDATTN_DEVICE bool present(const TensorView& view) { return view.data != nullptr; }
 
-// Rows of one head; none where there is no tensor, and copy_tile then makes zeros.
-FUSEDATTN_DEVICE Rows rows_of(const TensorView& view, int64_t b, int64_t h) {
-  return {present(view) ? view.at<uint16_t>(b, h) : nullptr, view.stride[2]};
+// Rows of one head, from `first` on; none where there is no tensor, and copy_tile then makes zeros.
+FUSEDATTN_DEVICE Rows rows_of(const TensorView& view, int64_t b, int64_t h, int64_t first) {
+  return {present(view) ? view.at<uint16_t>(b, h, first) : nullptr, view.stride[2]};
 }
 FUSEDATTN_DEVICE int width_of(const TensorView& view) {
   return present(view) ? int(view.shape[3]) : 0;
 }
 
-// The keys of batch entry b that exist; the lengths are int32.
-FUSEDATTN_DEVICE int existing_keys(const AttentionForward& p, int64_t b) {
-  if (!present(p.kv_lengths)) return int(p.seq_k());
-  const int n = load(static_cast<const int32_t*>(p.kv_lengths.data) + b * p.kv_lengths.stride[0]);
-  return n < 0 ? 0 : n < p.seq_k() ? n : int(p.seq_k());
+// AttentionForward::sequence in 32 bits, which make masks cheap: lengths are less than 2³¹ less a
+// tile, and kv_lengths int32.
+FUSEDATTN_DEVICE Sequence<int> sequence_of(const AttentionForward& p, int64_t b) {
+  int keys = int(p.longest_k());
+  if (present(p.kv_lengths)) {
+    const int n = load(static_cast<const int32_t*>(p.kv_lengths.data) + b * p.kv_lengths.stride[0]);
+    keys = n < 0 ? 0 : n < p.longest_k() ? n : keys;
+  }
+  return {0, int(p.longest_q()), 0, keys, int(p.diagonal()), p.options.causal != Causal::none};
 }
 
 }  // namespace fusedattn::cuda

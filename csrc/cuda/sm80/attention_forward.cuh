@@ -40,13 +40,14 @@ struct Forward : AttentionForward {
 template <class Tile, int slots, int threads>
 class Ring {
  public:
-  FUSEDATTN_DEVICE Ring(char* data, const Forward& p, int64_t b, int64_t head, int keys, int tiles)
+  FUSEDATTN_DEVICE Ring(char* data, const Forward& p, int64_t b, int64_t head,
+                        const Sequence<int>& sequence, int tiles)
       : data_(data),
-        k_(rows_of(p.k, b, head)),
-        v_(rows_of(p.v, b, head)),
+        k_(rows_of(p.k, b, head, sequence.first_k)),
+        v_(rows_of(p.v, b, head, sequence.first_k)),
         width_k_(width_of(p.k)),
         width_v_(width_of(p.v)),
-        keys_(keys),
+        keys_(sequence.seq_k),
         tiles_(tiles) {}
 
   // Fills all slots but one. Copies that were begun before land with the first tile.
@@ -150,12 +151,13 @@ struct Softmax {
 
 // −∞ for the keys that a query does not see. first: the warp's first query; start: the first key.
 template <int m, int n>
-FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Sight& sight, int first, int start) {
+FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Sequence<int>& sequence, int first,
+                           int start) {
 #pragma unroll
   for (int i = 0; i < m; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int end = int(sight.end(first + 16 * i + row_of(2 * half)) - (start + column_of(0)));
+      const int end = int(sequence.end(first + 16 * i + row_of(2 * half)) - (start + column_of(0)));
 #pragma unroll
       for (int j = 0; j < n; ++j)
 #pragma unroll
@@ -182,8 +184,9 @@ struct Queries {
 // out / l and lse, by way of the tile of queries: its rows are the warp's own, and were last read
 // before a barrier of the ring.
 template <class T, class Tile, int m, int w>
-FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, const Tile& tile,
-                            int row, Softmax<m>& softmax, Pack<float, 4> (&out)[m][w]) {
+FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Sequence<int>& sequence,
+                            int first, const Tile& tile, int row, Softmax<m>& softmax,
+                            Pack<float, 4> (&out)[m][w]) {
   softmax.finish();
 #pragma unroll
   for (int i = 0; i < m; ++i)
@@ -195,13 +198,13 @@ FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, int first, c
       for (int j = 0; j < w; ++j) out[i][j][2 * half] *= share, out[i][j][2 * half + 1] *= share;
       const int query = first + row + 16 * i + row_of(2 * half);
       const float shift = softmax.shift(i, half, p.rules.factor);
-      if (column_of(0) == 0 && query < p.seq_q())
-        store(p.lse.at<float>(b, h, query), (shift + log2(sum)) * ln_2);
+      if (column_of(0) == 0 && query < sequence.seq_q)
+        store(p.lse.at<float>(b, h, sequence.query_row(query)), (shift + log2(sum)) * ln_2);
     }
   round_to<T>(tile, row, 0, out);
   sync_warp();
-  write_rows<16 * m>(tile, row, p.out.at<uint16_t>(b, h), p.out.stride[2], first + row,
-                     int(p.seq_q()), width_of(p.out));
+  write_rows<16 * m>(tile, row, p.out.at<uint16_t>(b, h, sequence.first_q), p.out.stride[2],
+                     first + row, sequence.seq_q, width_of(p.out));
 }
 
 template <class T, int head_dim, Memory memory>
@@ -217,19 +220,19 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
   const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
   const int b = work.head / int(p.heads()), h = work.head % int(p.heads());
   const int first = work.tile * shape.queries, row = warp() * 16 * m;
-  const Sight sees = sight(p, existing_keys(p, b));
-  const Tiles tiles = key_tiles(sees, first, shape.queries, shape.keys);
+  const Sequence<int> sequence = sequence_of(p, b);
+  const Tiles tiles = key_tiles(sequence, first, shape.queries, shape.keys);
 
   const QueryTile query_tile{shared_memory()};
   Ring<KeyTile, shape.slots, shape.threads()> ring(shared_memory() + QueryTile::bytes, p, b,
-                                                   h / int(p.group()), int(sees.keys), tiles.end);
+                                                   h / int(p.group()), sequence, tiles.end);
   Queries<T, QueryTile, m, shape.held> queries(query_tile, row);
   Softmax<m> softmax;
   Pack<float, 4> out[m][w];
   clear(out);
   if (tiles.end > 0) {
-    copy_tile<shape.threads()>(query_tile, rows_of(p.q, b, h), first, int(p.seq_q()),
-                               width_of(p.q));
+    copy_tile<shape.threads()>(query_tile, rows_of(p.q, b, h, sequence.first_q), first,
+                               sequence.seq_q, width_of(p.q));
     ring.start();
     if constexpr (shape.held > 0) {
       wait_copies<shape.slots - 2>();
@@ -247,13 +250,13 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
     if (p.sign != 1.0f)
 #pragma unroll
       for (int i = 0; i < m * n * 4; ++i) s[i / (4 * n)][i / 4 % n][i % 4] *= p.sign;
-    if (tiles.masked(t)) hide(s, sees, first + row, t * shape.keys);
+    if (tiles.masked(t)) hide(s, sequence, first + row, t * shape.keys);
     softmax.update(s, out, p.rules.factor);
     HeldA<T, m, n / 2> weights;
     weights.round(s);
     multiply<T, n / 2>(out, weights, OperandB<KeyTile, Sum::across>(ring.template next<true>(t)));
   }
-  write<T>(p, b, h, first, query_tile, row, softmax, out);
+  write<T>(p, b, h, sequence, first, query_tile, row, softmax, out);
 }
 
 // --- launcher ------------------------------------------------------------------------------------
@@ -261,9 +264,9 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
 template <class T, int head_dim, Memory memory>
 void launch_forward(Forward f, Launch launch) {
   constexpr ForwardShape shape = forward_shape(head_dim, memory);
-  const int64_t head_bytes = 2 * f.seq_k() * (f.head_dim() + f.head_dim_v());
+  const int64_t head_bytes = 2 * f.longest_k() * (f.head_dim() + f.head_dim_v());
   f.section = uint32_t(f.group() * section_of(f.batch() * f.heads_kv(), head_bytes));
-  f.tiles = uint32_t(ceil_div(f.seq_q(), shape.queries));
+  f.tiles = uint32_t(ceil_div(f.longest_q(), shape.queries));
   launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
   launch.block = shape.threads();
   launch.shared_bytes = shape.shared_bytes;

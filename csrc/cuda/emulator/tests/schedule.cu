@@ -10,12 +10,12 @@ namespace {
 
 using Four = std::tuple<int, int, int, int>;
 
-cuda::Sight sight(int64_t seq_q, int64_t seq_k, int causal, int64_t keys) {
+Sequence<int> sequence(int64_t seq_q, int64_t seq_k, int causal, int64_t keys) {
   AttentionForward p;
   p.q.shape[2] = seq_q;
   p.k.shape[2] = seq_k;
   p.options.causal = Causal(causal);
-  return cuda::sight(p, keys);
+  return {0, int(seq_q), 0, int(keys), int(p.diagonal()), p.options.causal != Causal::none};
 }
 
 Four tuple(const cuda::Tiles& x) { return {x.begin, x.full_begin, x.full_end, x.end}; }
@@ -25,11 +25,11 @@ Four tuple(const cuda::Tiles& x) { return {x.begin, x.full_begin, x.full_end, x.
 void bind_schedule(pybind11::module_& m) {
   m.def("key_tiles", [](int64_t seq_q, int64_t seq_k, int causal, int64_t keys, int64_t first,
                         int rows, int width) {
-    return tuple(cuda::key_tiles(sight(seq_q, seq_k, causal, keys), first, rows, width));
+    return tuple(cuda::key_tiles(sequence(seq_q, seq_k, causal, keys), first, rows, width));
   });
   m.def("query_tiles", [](int64_t seq_q, int64_t seq_k, int causal, int64_t keys, int64_t first,
                           int rows, int width) {
-    return tuple(cuda::query_tiles(sight(seq_q, seq_k, causal, keys), first, rows, width));
+    return tuple(cuda::query_tiles(sequence(seq_q, seq_k, causal, keys), first, rows, width));
   });
   m.def("work_of", [](uint32_t block, uint32_t tiles, uint32_t heads, uint32_t section) {
     const cuda::Work work = cuda::work_of(block, tiles, heads, section);

@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_bias_grad.h"
 #include "attention_forward.h"
+#include "dtypes.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
@@ -22,12 +23,9 @@ static void add(AttentionKernels& kernels, DType dtype, int64_t least_forward = 
 }
 
 static inline AttentionKernels fma_kernels() {
-  AttentionKernels kernels;
-  add<Fma<float>, f16>(kernels, DType::f16);
-  add<Fma<float>, bf16>(kernels, DType::bf16);
-  add<Fma<float>, float>(kernels, DType::f32);
-  add<Fma<double>, double>(kernels, DType::f64);
-  return kernels;
+  return by_dtype<AttentionKernels>([]<class T>(AttentionKernels& kernels, DType dtype) {
+    add<Fma<compute_t<T>>, T>(kernels, dtype);
+  });
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "cache.h"
+#include "dtypes.h"
 #include "team.h"
-#include "vec.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
@@ -419,15 +419,6 @@ FUSEDATTN_INLINE void typed(const TensorView& x, int64_t row, int64_t column, co
       return f(static_cast<double*>(x.data) + at);
   }
 }
-
-template <class T>
-constexpr DType dtype_of = DType::f32;
-template <>
-constexpr DType dtype_of<double> = DType::f64;
-template <>
-constexpr DType dtype_of<f16> = DType::f16;
-template <>
-constexpr DType dtype_of<bf16> = DType::bf16;
 
 // n elements of a row as S.
 template <class S>

@@ -442,17 +442,6 @@ FUSEDATTN_INLINE void drain() {
 #endif
 }
 
-// Whether a set has kernels of its own for a dtype: to AVX-512, AVX-512-BF16 adds those of bf16.
-#if defined(__AVX512BF16__)
-template <class T>
-constexpr bool served = false;
-template <>
-constexpr bool served<bf16> = true;
-#else
-template <class T>
-constexpr bool served = true;
-#endif
-
 // The type in which a dtype is computed.
 template <class T>
 struct compute {

@@ -5,6 +5,7 @@
 // before it is written, vector by vector, so that `out` may be x.
 #include "rotary.h"
 
+#include "dtypes.h"
 #include "positions.h"
 #include "workspace.h"
 
@@ -295,18 +296,10 @@ static bool rotary(const Rotary& f) {
   return f.options.interleaved ? rotate_all<T, true>(f) : rotate_all<T, false>(f);
 }
 
-template <class T>
-static void add(RotaryKernels& kernels, DType dtype) {
-  if constexpr (served<T>) kernel_for<Rotary>(kernels, dtype) = {rotary<T>};
-}
-
 RotaryKernels rotary_kernels() {
-  RotaryKernels kernels;
-  add<f16>(kernels, DType::f16);
-  add<bf16>(kernels, DType::bf16);
-  add<float>(kernels, DType::f32);
-  add<double>(kernels, DType::f64);
-  return kernels;
+  return by_dtype<RotaryKernels>([]<class T>(RotaryKernels& kernels, DType dtype) {
+    kernel_for<Rotary>(kernels, dtype) = {rotary<T>};
+  });
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

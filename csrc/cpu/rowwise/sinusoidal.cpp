@@ -6,6 +6,7 @@
 // share its position.
 #include "sinusoidal.h"
 
+#include "dtypes.h"
 #include "positions.h"
 #include "workspace.h"
 
@@ -148,18 +149,10 @@ static bool sinusoidal(const Sinusoidal& f) {
   return true;
 }
 
-template <class T>
-static void add(SinusoidalKernels& kernels, DType dtype) {
-  if constexpr (served<T>) kernel_for<Sinusoidal>(kernels, dtype) = {sinusoidal<T>};
-}
-
 SinusoidalKernels sinusoidal_kernels() {
-  SinusoidalKernels kernels;
-  add<f16>(kernels, DType::f16);
-  add<bf16>(kernels, DType::bf16);
-  add<float>(kernels, DType::f32);
-  add<double>(kernels, DType::f64);
-  return kernels;
+  return by_dtype<SinusoidalKernels>([]<class T>(SinusoidalKernels& kernels, DType dtype) {
+    kernel_for<Sinusoidal>(kernels, dtype) = {sinusoidal<T>};
+  });
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

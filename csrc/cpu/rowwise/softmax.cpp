@@ -93,23 +93,13 @@ bool softmax_backward(const SoftmaxBackward& p) {
   return true;
 }
 
-template <class T>
-void add(SoftmaxKernels& kernels, DType dtype) {
-  if constexpr (served<T>) {
-    kernel_for<SoftmaxForward>(kernels, dtype) = {softmax_forward<T>};
-    kernel_for<SoftmaxBackward>(kernels, dtype) = {softmax_backward<T>};
-  }
-}
-
 }  // namespace
 
 SoftmaxKernels softmax_kernels() {
-  SoftmaxKernels kernels;
-  add<f16>(kernels, DType::f16);
-  add<bf16>(kernels, DType::bf16);
-  add<float>(kernels, DType::f32);
-  add<double>(kernels, DType::f64);
-  return kernels;
+  return by_dtype<SoftmaxKernels>([]<class T>(SoftmaxKernels& kernels, DType dtype) {
+    kernel_for<SoftmaxForward>(kernels, dtype) = {softmax_forward<T>};
+    kernel_for<SoftmaxBackward>(kernels, dtype) = {softmax_backward<T>};
+  });
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -221,23 +221,13 @@ bool swiglu_backward(const SwigluBackward& p) {
   return true;
 }
 
-template <class T>
-void add(SwigluKernels& kernels, DType dtype) {
-  if constexpr (served<T>) {
-    kernel_for<SwigluForward>(kernels, dtype) = {swiglu_forward<T>};
-    kernel_for<SwigluBackward>(kernels, dtype) = {swiglu_backward<T>};
-  }
-}
-
 }  // namespace
 
 SwigluKernels swiglu_kernels() {
-  SwigluKernels kernels;
-  add<f16>(kernels, DType::f16);
-  add<bf16>(kernels, DType::bf16);
-  add<float>(kernels, DType::f32);
-  add<double>(kernels, DType::f64);
-  return kernels;
+  return by_dtype<SwigluKernels>([]<class T>(SwigluKernels& kernels, DType dtype) {
+    kernel_for<SwigluForward>(kernels, dtype) = {swiglu_forward<T>};
+    kernel_for<SwigluBackward>(kernels, dtype) = {swiglu_backward<T>};
+  });
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

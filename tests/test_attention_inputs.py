@@ -104,6 +104,7 @@ BAD = {
     "causal misspelt": ({"causal": "lower"}, ValueError, ["causal='lower'", "'top_left'"]),
     "scale is a string": ({"scale": "1"}, TypeError, ["scale of type str", "expected a float"]),
     "window negative": ({"window": (-2, 0)}, ValueError, ["window=(-2, 0)", "expected"]),
+    "softcap past float32": ({"softcap": 1e39}, ValueError, ["softcap=1e+39", "1e-30 to 1e30"]),
     "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap=-1.0", "expected"]),
     "dropout negative": ({"dropout_p": -0.1}, ValueError, ["dropout_p=-0.1", "0 <= dropout_p"]),
     "dropout above one": ({"dropout_p": 1.5}, ValueError, ["dropout_p=1.5", "0 <= dropout_p <= 1"]),

@@ -95,6 +95,8 @@ def test_in_place_in_inference_mode(backend):
         want = fusedattn.apply_rotary(x, *tables(), backend=backend)
         fusedattn.apply_rotary(x, *tables(), inplace=True, backend=backend)
     assert torch.equal(x, want)
+    with pytest.raises(RuntimeError, match="x, an inference tensor"):
+        fusedattn.apply_rotary(x, *tables(), inplace=True, backend=backend)
 
 
 @pytest.mark.parametrize("rank", [3, 4, 5])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from fusedattn.reference import functional as reference
 from op_calls import OP_CALLS, OpCall, outputs
-from torch.autograd import gradgradcheck
+from torch.autograd import forward_ad, gradgradcheck
+from torch.autograd.functional import jacobian
 
 
 def of_one_input(call: OpCall, chosen: tuple[str, ...], backend: str):
@@ -36,6 +37,34 @@ def test_inputs_that_share_a_history(op, backend):
 def test_one_input_with_a_history(op, name, fast_backend):
     function, x = of_one_input(OP_CALLS[op], (name,), fast_backend)
     assert gradgradcheck(function, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("op", OP_CALLS)
+def test_a_batch_of_gradients_stays_in_the_graph(op, fast_backend):
+    call = OP_CALLS[op]
+    function, x = of_one_input(call, call.differentiable, fast_backend)
+
+    def penalty(vectorize: bool) -> torch.Tensor:
+        found = jacobian(
+            lambda x: function(x)[0].flatten()[:3], x, create_graph=True, vectorize=vectorize
+        )
+        return torch.autograd.grad(found.square().sum(), x)[0]
+
+    torch.testing.assert_close(penalty(True), penalty(False), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", OP_CALLS)
+def test_forward_mode_over_an_eager_graph(op, fast_backend):
+    """A gradient is linear in the cotangent."""
+    call = OP_CALLS[op]
+    function, x = of_one_input(call, call.differentiable, fast_backend)
+    out = function(x)[0]
+    dout, tangent = torch.randn_like(out), torch.randn_like(out)
+    want = torch.autograd.grad(out, x, tangent, retain_graph=True)[0]
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(out, x, forward_ad.make_dual(dout, tangent))[0]
+        found = forward_ad.unpack_dual(found).tangent
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
 
 
 def test_one_tensor_in_every_place(backend):
@@ -67,6 +96,13 @@ def test_modules(module):
         return outputs(torch.func.functional_call(module, named, (x.sin(),) * inputs))[0].square()
 
     assert gradgradcheck(function, (x, *module.parameters()), fast_mode=True)
+
+
+def test_no_heads():
+    """One program for models whose heads were pruned, or lie on another rank."""
+    q, k = (torch.randn(2, 0, s, 8, requires_grad=True) for s in (3, 4))
+    (dq,) = torch.autograd.grad(fusedattn.attention(q, k, k).sum(), q, create_graph=True)
+    assert torch.autograd.grad(dq.sum(), k)[0].shape == k.shape
 
 
 def test_third_derivatives(backend):

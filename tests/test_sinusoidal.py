@@ -60,13 +60,18 @@ def test_positions_of_32_bits_do_not_wrap(any_backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("first", [0, 255, 4095, 65_535, 131_071, 1_000_000])
+@pytest.mark.parametrize("first", [0, 255, 65_535, 1_000_000, 2**27 - 32])
 def test_an_ulp_at_any_position(first, dtype, instruction_set):
     """gpt-neox#1003, sglang-jax#1473: fp32 phases are off by 6e-2 at position 10⁶."""
     x = torch.zeros(1, 64, 128, dtype=dtype)
     out = fusedattn.add_sinusoidal(x, offset=first, backend="cpu")
     want = reference.add_sinusoidal(x.double(), offset=first)
     assert (out.double() - want).abs().max() <= ulp(1.0, dtype)
+
+
+def test_no_position_leaves_the_circle(instruction_set):
+    x, offset = torch.zeros(1, 1, 40), torch.tensor([2**61])
+    assert fusedattn.add_sinusoidal(x, offset=offset, backend="cpu").abs().max() <= 1.0
 
 
 def test_strides(instruction_set):

@@ -31,6 +31,9 @@ FUSEDATTN_INLINE vec<float> narrow(vec<double> a, vec<double> b) {
 #endif
 }
 
+// From here on `reduce`, with π/2 as one double, is too coarse for results in fp32.
+constexpr double far_phase = 0x1p27;
+
 // A phase as n quarter turns and r, |r| <= π/4: r, and n in the low bits of `turns`.
 FUSEDATTN_INLINE vec<double> reduce(vec<double> phase, ints<double>& turns) {
   constexpr double per_radian = 0.63661977236758134308, quarter = 1.57079632679489661923;
@@ -59,9 +62,21 @@ FUSEDATTN_INLINE void sin_cos(vec<float> r, ints<float> n, vec<float>& sin, vec<
   sin = (vec<float>)((ints<float>)swapped ^ ((n & 2) << 30));
 }
 
-// The encoding of one position, with room for whole vectors at its end.
+template <class S>
+FUSEDATTN_INLINE void encode_apart(double position, const double* frequency, int64_t pairs, S* to) {
+  for (int64_t j = 0; j < pairs; ++j) {
+    to[2 * j] = S(__builtin_sin(position * frequency[j]));
+    to[2 * j + 1] = S(__builtin_cos(position * frequency[j]));
+  }
+}
+
+// The encoding of one position, with room for whole vectors at its end. Frequencies only rise, or
+// only fall.
 FUSEDATTN_INLINE void encode(double position, const double* frequency, int64_t pairs, float* to) {
   constexpr int n = width<float>;
+  const double first = frequency[0], last = frequency[pairs - 1];
+  if (position * (first > last ? first : last) >= far_phase)
+    return encode_apart(position, frequency, pairs, to);
   ints<float> low, high;
   for (int i = 0; i < n; ++i) {
     low[i] = i / 2 + i % 2 * n;
@@ -80,10 +95,7 @@ FUSEDATTN_INLINE void encode(double position, const double* frequency, int64_t p
 }
 
 FUSEDATTN_INLINE void encode(double position, const double* frequency, int64_t pairs, double* to) {
-  for (int64_t j = 0; j < pairs; ++j) {
-    to[2 * j] = __builtin_sin(position * frequency[j]);
-    to[2 * j + 1] = __builtin_cos(position * frequency[j]);
-  }
+  encode_apart(position, frequency, pairs, to);
 }
 
 // base^(−2j/W) for j < pairs, zeros up to `padded`. For fp32 results one power in sixteen and a

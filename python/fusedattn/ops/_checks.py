@@ -228,7 +228,7 @@ def _what(value: Any) -> str:
 def check_in_place(
     op: str, names: Sequence[str], tensors: Sequence[Tensor | None], written: int
 ) -> None:
-    """Check that each element of the first `written` tensors has memory of its own.
+    """Check that the first `written` tensors may be written to, each element in its own memory.
 
     Tensors whose elements lie between one another, as queries and keys of one projection do, pass.
 
@@ -241,6 +241,11 @@ def check_in_place(
     for i, x in enumerate(tensors):
         if x is None:
             continue
+        if i < written and x.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{op}: inplace update to {names[i]}, an inference tensor, outside InferenceMode is "
+                "not allowed; clone() it first"
+            )
         storage = x.untyped_storage()
         try:
             for j, other in enumerate(storages):

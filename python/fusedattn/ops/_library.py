@@ -8,6 +8,7 @@ program with other tensors, so that the op's kernel checks what the public funct
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
@@ -249,6 +250,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiled = torch.autograd._profiler_enabled
 _recorded = torch._C._is_tracing  # by torch.jit.trace and what is built on it
 _transforms = torch._C._are_functorch_transforms_active
+_batched = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, "VmapMode")
 _exports_onnx = torch.onnx.is_in_onnx_export
 _is_compiling = torch.compiler.is_compiling
 has_override = torch._C._has_torch_function_variadic
@@ -269,6 +271,12 @@ def transformed() -> bool:
         # Asked last: torch imports a module to answer.
         or ((_traced() or _recorded() or _dispatch_modes() != 0) and _exports_onnx())
     )
+
+
+def differentiated(recording: bool) -> bool:
+    """Where a gradient is to be the formula, for what differentiates it in turn: forward mode, or
+    autograd, if it is `recording`, on the batched tensors of `is_grads_batched`."""
+    return forward_ad._current_level >= 0 or (recording and (_transforms() or _batched()))
 
 
 def watched() -> bool:

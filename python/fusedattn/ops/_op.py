@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import LibraryOp, transformed, watched
+from ._library import LibraryOp, differentiated, transformed, watched
 from ._registry import Backend, Choice
 
 Outputs = tuple[Any, ...]  # tensors, None where one is absent
@@ -131,7 +131,10 @@ class _Differentiable(torch.autograd.Function):
             return (None,) * len(needed)
         op, name = ctx.op, ctx.backend
         backward = op.backward
-        if _grad_enabled() and not _is_compiling():
+        recording = _grad_enabled() and not _is_compiling()
+        if backward is not None and differentiated(recording):
+            run = backward.formula
+        elif recording:
 
             def run(call: Any) -> Outputs:
                 return backward.record(call, name, backward.library)

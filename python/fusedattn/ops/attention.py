@@ -152,7 +152,7 @@ def attention(
                             x x . .                        x x x x
         window: (left, right), the keys seen to either side of the diagonal. Not supported yet.
         scale: any float; D**-0.5 by default.
-        softcap: c above 0: scores are c · tanh(scale · qkᵀ / c) + bias, as in Gemma 2.
+        softcap: c, 1e-30 to 1e30: scores are c · tanh(scale · qkᵀ / c) + bias, as in Gemma 2.
         alibi_slopes, sinks, dropout_p, seed: not supported yet.
         kv_lengths: (B,) int32 or int64, any value; keys at and past it do not exist. It moves no
             diagonal.
@@ -165,7 +165,9 @@ def attention(
     Returns:
         out (B, Hq, Sq, Dv) in the dtype of q; with `return_lse` also lse (B, Hq, Sq), natural
         logarithm, float32 (float64 for float64 inputs), differentiable. A query that may attend
-        to nothing gets out 0, lse −inf and zero gradients.
+        to nothing gets out 0, lse −inf and zero gradients. Kernels take rowsum(dout ∘ out) from the
+        rounded out (Dao et al. 2022): dq and dk of queries that see few keys err by that rounding
+        times the mean of v, which eager attention cancels.
 
     Raises:
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -152,8 +151,8 @@ def configure(
         raise ValueError(f"{op}: got window={window}, expected sides >= 0 or None")
     expected = "a float or None"
     cap = 0.0 if softcap is None else check_number(op, "softcap", softcap, expected)
-    if softcap is not None and not 0.0 < cap < math.inf:
-        raise ValueError(f"{op}: got softcap={softcap}, expected a float > 0 or None")
+    if softcap is not None and not 1e-30 <= cap <= 1e30:  # and so in float32
+        raise ValueError(f"{op}: got softcap={softcap}, expected a float of 1e-30 to 1e30 or None")
     return AttentionConfig(
         check_causal(op, causal),
         head_dim**-0.5 if scale is None else check_number(op, "scale", scale, expected),

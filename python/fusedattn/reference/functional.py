@@ -78,6 +78,14 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def sum_heads(x: Tensor, heads: int) -> Tensor:
+    """The derivative of `expand_heads`: each group's sum, (B, Hq, S, D) → (B, Hkv, S, D)."""
+    if x.shape[1] == heads:
+        return x
+    group = x.shape[1] // heads
+    return x.reshape(x.shape[0], heads, group, *x.shape[2:]).sum(2)
+
+
 def drop_absent(x: Tensor, kv_lengths: Tensor | None) -> Tensor:
     """Zero the keys (or values) that do not exist, so that nothing stored there can leak."""
     if kv_lengths is None:
@@ -159,7 +167,7 @@ def attention_backward(
     dq = scale * torch.matmul(dr, k)
     dk = scale * torch.matmul(dr.transpose(-1, -2), q)
     dv = torch.matmul(p.transpose(-1, -2), dout)
-    dk, dv = (drop_absent(x.unflatten(1, (heads_kv, -1)).sum(2), kv_lengths) for x in (dk, dv))
+    dk, dv = (drop_absent(sum_heads(x, heads_kv), kv_lengths) for x in (dk, dv))
     return dq, dk, dv, ds
 
 

@@ -243,8 +243,8 @@ def check_in_place(
             continue
         if i < written and x.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
-                f"{op}: inplace update to {names[i]}, an inference tensor, outside InferenceMode is "
-                "not allowed; clone() it first"
+                f"{op}: inplace update to {names[i]}, an inference tensor, outside InferenceMode "
+                "is not allowed; clone() it first"
             )
         storage = x.untyped_storage()
         try:

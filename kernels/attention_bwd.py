@@ -41,14 +41,13 @@ from .attention_fwd import (
     rules_of,
     scores,
     sequence_of,
-    tuning_key,
+    tuning,
     weights,
     work_item,
 )
 from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
     LOG2E,
-    Tuner,
     device_of,
     dot,
     load_tile,
@@ -58,6 +57,7 @@ from .common import (
     vector,
     view,
 )
+from .tuning import Tuner
 
 if TYPE_CHECKING:
     from fusedattn.ops.attention_config import AttentionBackwardCall
@@ -302,7 +302,6 @@ def attention_backward(
     dout, dlse, out, lse, q, k, v = call[:7]
     device = device_of(q)
     arguments = common_arguments(call)
-    key = tuning_key(call, arguments)
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
@@ -336,8 +335,12 @@ def attention_backward(
         # In fp32, and zero where no tile comes by.
         ds = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
         whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
-        launch_dkdv(_dkdv_tuner.pick(key, dkdv_tiles(*about), launch_dkdv))
-        launch_dq(_dq_tuner.pick(key, dq_tiles(*about), launch_dq))
+        for tuner, found, launch, products in (
+            (_dkdv_tuner, dkdv_tiles(*about), launch_dkdv, 4),
+            (_dq_tuner, dq_tiles(*about), launch_dq, 3),
+        ):
+            asked = tuning(call, arguments, products)
+            launch(tuner.pick(candidates=found, launch=launch, **asked))
         if dbias is not None and ds is not None:
             if not whole:
                 broadcast_bias_gradient(ds, (*views, delta), arguments, about, q)

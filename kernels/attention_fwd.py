@@ -31,7 +31,6 @@ from .common import (
     LN2,
     LOG2E,
     Device,
-    Tuner,
     block_width,
     broadcast_view,
     bucket,
@@ -46,6 +45,7 @@ from .common import (
     vector,
     view,
 )
+from .tuning import Key, Tuner
 
 if TYPE_CHECKING:
     from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
@@ -283,17 +283,23 @@ def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, A
     }
 
 
-def tuning_key(
-    call: AttentionCall | AttentionBackwardCall, arguments: dict[str, Any]
-) -> tuple[Any, ...]:
-    """What decides which tile is fastest; lengths in buckets."""
+def tuning(
+    call: AttentionCall | AttentionBackwardCall, arguments: dict[str, Any], products: int
+) -> dict[str, Any]:
+    """What `Tuner.pick` asks of a call with so many products of matrices."""
     q, k = call.q, call.k
-    return (
+    kind = (
         q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
-        arguments["PRECISION"], call.mask is None, call.bias is None,
-        call.config.softcap > 0, bucket(q.shape[2], 8192),
-        bucket(k.shape[2], 8192), bucket(q.shape[0] * q.shape[1], 256), arguments["group"],
+        arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
+        arguments["group"],
     )  # fmt: skip
+    heads, seq_q, seq_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
+    width = (arguments["D"] + arguments["DV"]) // 2
+    return {
+        "key": Key(kind, (bucket(seq_q, 8192), bucket(seq_k, 8192), bucket(heads, 256))),
+        "work": 2 * products * heads * seq_q * seq_k * width,
+        "deterministic": call.config.deterministic,
+    }
 
 
 def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
@@ -335,4 +341,5 @@ def attention_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     with torch.cuda.device_of(q):
         widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
         found = forward_tiles(device, q.dtype, widths, pair_bytes(call))
-        launch(_tuner.pick(tuning_key(call, arguments), found, launch))
+        about = tuning(call, arguments, products=2)
+        launch(_tuner.pick(candidates=found, launch=launch, **about))

@@ -1,4 +1,4 @@
-"""Shared by the kernels: tensors as views, tiles of them, the device, the choice of a launch.
+"""Shared by the kernels: tensors as views, tiles of them, the device.
 
 A tensor crosses into a kernel as a `View`, pointer and strides together; `matrix` picks one head
 of it and `load_tile` reads a block of rows. Strides are multiplied in 64 bits: a view of a small
@@ -8,7 +8,6 @@ part of a large buffer passes 2³¹ elements long before its own size does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,44 +177,3 @@ def block_width(width: int) -> int:
 def bucket(length: int, most: int) -> int:
     """Lengths that share a tuning: up to the next power of two, all alike from `most` on."""
     return min(triton.next_power_of_2(length), most)
-
-
-class Tuner:
-    """Picks a kernel's launch options: the fastest candidate, timed once per key.
-
-    Nothing is timed, and the first candidate (the best guess) taken, when there is only one, under
-    the interpreter, while a CUDA graph is captured, and under deterministic algorithms, where
-    timing noise must not decide the order of a sum. `triton.autotune` would time in all of these,
-    and needs the key among the kernel's own arguments.
-    """
-
-    def __init__(self) -> None:
-        self._fastest: dict[Hashable, triton.Config] = {}
-
-    def pick(
-        self,
-        key: Hashable,
-        candidates: Sequence[triton.Config],
-        launch: Callable[[triton.Config], None],
-    ) -> triton.Config:
-        """The candidate to launch for `key`; `launch` may run often, so it must not accumulate."""
-        if (
-            len(candidates) == 1
-            or INTERPRETED.value
-            or torch.are_deterministic_algorithms_enabled()
-        ):
-            return candidates[0]
-        found = self._fastest.get(key)
-        if found is None:
-            if torch.cuda.is_current_stream_capturing():
-                return candidates[0]
-            found = min(candidates, key=lambda config: _milliseconds(launch, config))
-            self._fastest[key] = found
-        return found
-
-
-def _milliseconds(launch: Callable[[triton.Config], None], config: triton.Config) -> float:
-    try:
-        return triton.testing.do_bench(lambda: launch(config), warmup=10, rep=40)
-    except triton.OutOfResources:
-        return float("inf")

@@ -23,9 +23,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-from fusedattn.kernels import common  # noqa: E402
 from fusedattn.kernels.attention_bwd import attention_backward  # noqa: E402
 from fusedattn.kernels.attention_fwd import attention_forward  # noqa: E402
+from fusedattn.kernels.tuning import Tuner  # noqa: E402
 
 AttentionCase = functools.partial(compare.AttentionCase, batch=1)
 DEVICE = compare.device_for("triton")
@@ -249,29 +249,6 @@ def test_offsets_past_two_billion_elements(seq: int, stride: int) -> None:
         assert_equal(launch(made | {name: compare.far_apart(made[name], stride)}), want)
 
 
-def test_the_fastest_candidate_is_taken_once_per_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = []
-    monkeypatch.setattr(common, "INTERPRETED", common.tl.constexpr(False))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    monkeypatch.setattr(
-        common, "_milliseconds", lambda launch, config: timed.append(config) or config.num_warps
-    )
-    tuner = common.Tuner()
-    slow, fast = (common.triton.Config({}, num_warps=warps) for warps in (8, 4))
-    assert tuner.pick("a", (slow,), launch) is slow
-    assert timed == []
-    for _ in range(2):
-        assert tuner.pick("a", (slow, fast), launch) is fast
-    assert timed == [slow, fast]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuner.pick("a", (slow, fast), launch) is fast
-    assert tuner.pick("b", (slow, fast), launch) is slow
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert tuner.pick("a", (slow, fast), launch) is slow
-    assert timed == [slow, fast]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP16, BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [40, 64, 128, 256])
@@ -284,7 +261,7 @@ def test_every_candidate_on_the_gpu(
     )
     for choice in range(4):
         monkeypatch.setattr(
-            common.Tuner, "pick", lambda self, key, found, launch, n=choice: found[n % len(found)]
+            Tuner, "pick", lambda self, candidates, n=choice, **_: candidates[n % len(candidates)]
         )
         check_attention(case, "triton")
 

@@ -142,7 +142,7 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
 def compile_target(name: str) -> list[dict[str, Any]]:
     """Every case for one target: a record for each compiled kernel."""
     import triton
-    from fusedattn.kernels import attention_bwd, attention_fwd, common
+    from fusedattn.kernels import attention_bwd, attention_fwd, common, tuning
     from triton.runtime.driver import driver
 
     arch, shared = TARGETS[name]
@@ -156,13 +156,13 @@ def compile_target(name: str) -> list[dict[str, Any]]:
         tile = [options.get(each) for each in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
         records.append(about | {"kernel": self.__name__, "tile": tile} | disassemble(kernel))
 
-    def pick(self: Any, key: Any, candidates: Any, launch: Any) -> Any:
+    def pick(self: Any, candidates: Any, launch: Any, **about_the_call: Any) -> Any:
         for each in candidates[1:] if about["every tile"] else ():
             launch(each)
         return candidates[0]
 
     triton.JITFunction.run = only_compile
-    common.Tuner.pick = pick
+    tuning.Tuner.pick = pick
     device = common.Device(arch, shared, l2=50 << 20, processors=132)
     attention_fwd.device_of = attention_bwd.device_of = lambda x: device
     torch.sum = lambda *args, **options: None  # nothing was computed that could be summed

@@ -12,6 +12,7 @@ from . import autograd, nn
 from .nn.replacement import Replacement, replace
 from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
+from .ops._warmup import warmup
 from .ops.attention import attention
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
@@ -37,4 +38,5 @@ __all__ = [
     "softmax",
     "strict",
     "swiglu",
+    "warmup",
 ]

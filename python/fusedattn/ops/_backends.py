@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _native
 from ._registry import Backend, Refusal
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def cpu_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
@@ -75,7 +75,7 @@ def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
 
 def triton_refuses(x: Tensor, requested: bool, what: str = "the tensors") -> Refusal | None:
     """Why Triton does not take tensors like `x`; on a CPU it is interpreted, on request."""
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
     device = x.device.type
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

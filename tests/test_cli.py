@@ -116,11 +116,13 @@ def test_env_says_why_the_cuda_module_does_not_load(monkeypatch):
     ("capability", "usable", "detail"),
     [(None, False, "built for sm_80, sm_90, but torch finds no NVIDIA GPU"),
      ((8, 6), True, "native kernels for sm_80, sm_90, on A Card"),
+     ((9, 0), False, "built by CUDA 13.0, the driver knows 12.8"),
      ((12, 0), False, "built for sm_80, sm_90, and A Card is sm_120")],
 )  # fmt: skip
 def test_env_holds_the_cuda_module_against_the_gpu(monkeypatch, capability, usable, detail):
     class Native:
         architectures = staticmethod(lambda: [80, 90])
+        versions = staticmethod(lambda: (13000, 12080 if capability == (9, 0) else 13010))
         runs_on = staticmethod(lambda capability: capability // 10 in (8, 9))
 
     monkeypatch.setattr(_native, "cuda", Native)

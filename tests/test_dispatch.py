@@ -1,5 +1,6 @@
 """How a call reaches its kernel: what is not plain goes through torch's dispatcher."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -70,10 +71,12 @@ def test_the_default_device_is_for_new_tensors(op, grad):
 @pytest.mark.parametrize("op", OPS)
 def test_a_call_on_a_gpu_compiles_whole(op, built, monkeypatch):
     """Which backend serves it is settled while dynamo traces, which cannot trace native code."""
-    module = SimpleNamespace(runs_on=sys.getrefcount)  # as native as that of the real one
+    # runs_on is as native as that of the real one.
+    module = SimpleNamespace(runs_on=sys.getrefcount, versions=lambda: (13000, 13000))
     monkeypatch.setattr(_native, "cuda", module if built else None)
-    monkeypatch.setattr(_backends, "_mismatch", _backends._mismatch.__wrapped__)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    for cached in ("_mismatch", "_capability"):
+        monkeypatch.setattr(_backends, cached, inspect.unwrap(getattr(_backends, cached)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     graphs = []
 
     def capture(graph, inputs):

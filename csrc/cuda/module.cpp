@@ -1,6 +1,7 @@
 // The Python module fusedattn._cuda: tensors in, by DLPack; kernels on the stream of the call. The
 // CUDA runtime is linked statically and looks for the driver on the first launch, so the module
 // loads where there is neither.
+#include <cuda_runtime_api.h>
 #include <pybind11/stl.h>
 
 #include "bindings/bind_all.h"
@@ -27,4 +28,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("architectures", &cuda::architectures, "Compute capabilities (80, 90, …) compiled for.");
   m.def("runs_on", &cuda::runs_on, pybind11::arg("capability"),
         "Whether a GPU of this compute capability (10 · major + minor) can run the kernels.");
+  m.def(
+      "versions",
+      [] {
+        int runtime = 0, driver = 0;
+        (void)cudaRuntimeGetVersion(&runtime);
+        (void)cudaDriverGetVersion(&driver);
+        return std::pair(runtime, driver);
+      },
+      "Releases of CUDA, 1000 · major + 10 · minor: of the runtime that is linked in, and the "
+      "latest that the driver knows, 0 without one.");
 }

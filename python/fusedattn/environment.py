@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import _native
+from .ops._backends import outdated_driver
 
 _PACKAGES = (
     "torch",
@@ -214,6 +215,8 @@ def _cuda_backend() -> dict[str, Any]:
             "run where there is one, with a CUDA build of torch (pytorch.org); if there is, check "
             "its driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
         )
+    if (outdated := outdated_driver(native)) is not None:
+        return _missing(*outdated)
     major, minor = torch.cuda.get_device_capability()
     if not native.runs_on(10 * major + minor):
         return _missing(

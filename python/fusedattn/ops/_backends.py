@@ -36,7 +36,7 @@ def cuda_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
     if x.dtype == torch.float64:
         return Refusal("dtype is torch.float64", "use float32, bfloat16 or float16")
     mismatch = _mismatch_on(x.device.index)
-    return None if mismatch is None else Refusal(mismatch, _native.CUDA_REMEDY)
+    return None if mismatch is None else Refusal(*mismatch)
 
 
 def _constant_in_graphs(function: Any) -> Any:
@@ -46,18 +46,56 @@ def _constant_in_graphs(function: Any) -> Any:
 
 
 @_constant_in_graphs  # dynamo cannot trace native code
-def _mismatch_on(index: int) -> str | None:
+def _mismatch_on(index: int) -> tuple[str, str] | None:
     return _mismatch(index)
 
 
 @functools.cache
-def _mismatch(index: int) -> str | None:
-    """What the CUDA module was built for, where a GPU cannot run that."""
-    major, minor = torch.cuda.get_device_capability(index)
-    if _native.cuda.runs_on(10 * major + minor):
+def _mismatch(index: int) -> tuple[str, str] | None:
+    """Why a GPU, or its driver, cannot run the CUDA module, and what to do about it."""
+    if (outdated := outdated_driver(_native.cuda)) is not None:
+        return outdated
+    capability = capability_of(index)
+    if _native.cuda.runs_on(capability):
         return None
     targets = ", ".join(f"sm_{each}" for each in _native.cuda.architectures())
-    return f"built for {targets}, the GPU is sm_{major}{minor}"
+    return f"built for {targets}, the GPU is sm_{capability}", _native.CUDA_REMEDY
+
+
+def outdated_driver(cuda: Any) -> tuple[str, str] | None:
+    """That the driver is older than what the module was built with, and the remedy."""
+    runtime, driver = cuda.versions()
+    if driver // 1000 >= runtime // 1000:  # within a major release older drivers serve
+        return None
+    return (
+        f"built by CUDA {_release(runtime)}, the driver knows {_release(driver)}",
+        f"update the driver, or repeat the installation with an nvcc of {_release(driver)}",
+    )
+
+
+def _release(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    try:
+        major, minor = torch.cuda.get_device_capability(index)
+    except (AssertionError, RuntimeError):  # torch has none to ask: the tensor is fake
+        return 0
+    return 10 * major + minor
+
+
+@_constant_in_graphs
+def architecture_of(index: int) -> str:
+    """The name of an AMD GPU, as gfx942."""
+    return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+
+
+@_constant_in_graphs
+def capability_of(index: int) -> int:
+    """10 · major + minor of an NVIDIA GPU, 90 of sm_90; 0 where there is none."""
+    return _capability(index)
 
 
 def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
@@ -78,6 +116,8 @@ def triton_refuses(x: Tensor, requested: bool, what: str = "the tensors") -> Ref
     if not HAS_TRITON:
         return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
     device = x.device.type
+    if device not in ("cpu", "cuda", "meta"):  # ROCm's GPUs are cuda to torch
+        return Refusal(f"tensors are on {device}", f"move {what} to a cuda device")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return Refusal("tensors are on cpu", f"move {what} to a cuda device")
     if device == "cpu" and not requested:

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from .. import _native
 from ..reference import functional as reference
-from ._backends import cpu_refuses, cuda_refuses, emulated_refuses, native_kernels, triton_refuses
+from ._backends import (
+    architecture_of,
+    capability_of,
+    cpu_refuses,
+    cuda_refuses,
+    emulated_refuses,
+    native_kernels,
+    triton_refuses,
+)
 from ._checks import HALVES
 from ._library import LibraryOp, plain
 from ._op import Outputs
@@ -108,8 +116,17 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
     return _refuse_pending(call)
 
 
+def _outrun(call: Any) -> Refusal | None:
+    """Where the product of a warpgroup is in reach of Triton's forward, and mma.sync is not it."""
+    unit = {9: "wgmma", 10: "tcgen05"}.get(capability_of(call.q.device.index) // 10)
+    if unit is None or not isinstance(call, AttentionCall) or _triton_refuses(call, False):
+        return None
+    return Refusal(f"triton's forward is faster here, by {unit}", 'ask for it with backend="cuda"')
+
+
 def _cuda_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
-    return cuda_refuses(call.q, "q, k and v") or _cuda_takes(call)
+    refusal = cuda_refuses(call.q, "q, k and v") or _cuda_takes(call)
+    return refusal or (None if requested else _outrun(call))
 
 
 def _emulated_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
@@ -141,10 +158,26 @@ def _cuda_kernels(native: Any) -> Any:
 # --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
 
 
+def _lacks_tensor_cores(q: Tensor) -> str | None:
+    """The GPU, where Triton would multiply half precision in scalar units, out of registers."""
+    if not q.is_cuda or q.dtype == torch.float32:
+        return None
+    if torch.version.hip:
+        name = architecture_of(q.device.index)
+        return None if name.startswith("gfx9") else name
+    capability = capability_of(q.device.index)
+    return f"sm_{capability}" if 0 < capability < 80 else None
+
+
 def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     refusal = triton_refuses(call.q, requested, "q, k and v")
     if refusal is not None:
         return refusal
+    if (lacking := _lacks_tensor_cores(call.q)) is not None:
+        return Refusal(
+            f"{lacking} multiplies {call.q.dtype} without tensor cores",
+            "use float32, or another GPU",
+        )
     widest = max(call.q.shape[3], call.v.shape[3])
     if widest > 512:
         return Refusal(f"head dim {widest} is above 512", "use at most 512")

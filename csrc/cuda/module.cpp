@@ -1,12 +1,15 @@
 // The Python module fusedattn._cuda: tensors in, by DLPack; kernels on the stream of the call. The
 // CUDA runtime is linked statically and looks for the driver on the first launch, so the module
 // loads where there is neither.
-#include <cuda_runtime_api.h>
 #include <pybind11/stl.h>
 
 #include "bindings/bind_all.h"
 #include "cuda/kernels.h"
 #include "cuda/targets.h"
+
+// Of the runtime, which is linked in; the compiler of this file does not have CUDA's headers.
+extern "C" int cudaRuntimeGetVersion(int*);
+extern "C" int cudaDriverGetVersion(int*);
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace fusedattn;

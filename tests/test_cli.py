@@ -168,6 +168,14 @@ def test_bench_refuses_a_gpu_that_is_not_there(capsys):
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
+def test_bench_names_a_folder_that_cannot_be(capsys, tmp_path):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "--quick", "--output", str(tmp_path / "file" / "folder")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["sing"], ["bench", "--quick", "--full"]])
 def test_wrong_arguments_exit_with_usage(capsys, arguments):
     with pytest.raises(SystemExit) as exit_:

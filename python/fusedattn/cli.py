@@ -96,7 +96,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             only=arguments.only,
         )
-    except ValueError as error:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"fusedattn bench: {error}", file=sys.stderr)
         return 2
     suite.run(plan, arguments.output)

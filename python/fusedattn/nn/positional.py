@@ -157,10 +157,10 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
 
     def __init__(
         self,
+        *,
         scale: float = 1.0,
         base: float = 10000.0,
         dropout: float = 0.0,
-        *,
         backend: str = "auto",
     ) -> None:
         super().__init__()

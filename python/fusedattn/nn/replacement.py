@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -24,7 +24,7 @@ FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 _OLD_CLASS = "_class_before_replace"
 
 
-class Replacement:
+class Replacement(Mapping[str, tuple[type, type]]):
     """What `replace` changed: a mapping of module names to (old class, new class).
 
     `undo()` gives every module its old class back; as a context manager it does so on exit. The
@@ -33,7 +33,7 @@ class Replacement:
     """
 
     def __init__(self) -> None:
-        self.changed: dict[str, tuple[type, type]] = {}
+        self._changed: dict[str, tuple[type, type]] = {}
         self._modules: dict[str, torch.nn.Module] = {}
 
     @classmethod
@@ -57,7 +57,7 @@ class Replacement:
         """
         left = {}
         for name, module in self._modules.items():
-            old, new = self.changed[name]
+            old, new = self._changed[name]
             if _OLD_CLASS not in vars(module):  # undone already
                 continue
             if type(module) is not new:
@@ -78,7 +78,7 @@ class Replacement:
 
     def _note(self, name: str, module: torch.nn.Module) -> None:
         old = vars(module)[_OLD_CLASS]
-        self.changed[name] = (old, FUSED[old])
+        self._changed[name] = (old, FUSED[old])
         self._modules[name] = module
 
     def _swap(self, name: str, module: torch.nn.Module, new: type[torch.nn.Module]) -> None:
@@ -94,17 +94,20 @@ class Replacement:
     def __exit__(self, *exc: object) -> None:
         self.undo()
 
+    def __getitem__(self, name: str) -> tuple[type, type]:
+        return self._changed[name]
+
     def __len__(self) -> int:
-        return len(self.changed)
+        return len(self._changed)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.changed)
+        return iter(self._changed)
 
     def __repr__(self) -> str:
         lines = [
             f"  {name or '(the model itself)'}: {old.__module__}.{old.__qualname__} → "
             f"fusedattn.nn.{new.__name__}"
-            for name, (old, new) in self.changed.items()
+            for name, (old, new) in self._changed.items()
         ]
         return "\n".join([f"Replacement of {len(lines)} modules", *lines])
 

@@ -52,7 +52,8 @@ _warned: set[tuple[str, ...]] = set()
 def strict(enabled: bool = True) -> Iterator[None]:
     """Within this context a fallback to the slow reference raises `UnsupportedError`.
 
-    It holds for the current thread and nests.
+    It holds for the current thread and nests. Second derivatives, forward mode and `torch.func` are
+    no fallback: they are the formula on every backend.
     """
     before = getattr(_strict, "enabled", False)
     _strict.enabled = enabled

@@ -216,7 +216,7 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/rotary.py",
-        ("sin = -sin", "sin = sin", "triton_rotary.py::TestRotary"),
+        ("sin = -sin", "sin = sin", "rotary_kernels.py::test_regimes"),
     ),
     *mutants(
         "kernels/swiglu.py",
@@ -224,7 +224,7 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/sinusoidal.py",
-        ("((quarter + 1) & 2)", "(quarter & 2)", "triton_rotary.py::TestSinusoidal"),
+        ("((quarter + 1) & 2)", "(quarter & 2)", "sinusoidal_kernels.py::test_regimes"),
     ),
     *mutants(
         "csrc/cpu/attention_decode.h",

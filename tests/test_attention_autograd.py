@@ -8,9 +8,12 @@ import weakref
 import fusedattn
 import pytest
 import torch
-from compare import AttentionCase, check, device_for, fused
+from cases.attention import AttentionCase, fused
+from compare import check, device_for
 from fusedattn.reference import functional as reference
 from torch.autograd import gradcheck, gradgradcheck
+
+pytestmark = pytest.mark.backends("fast", "cuda_emulated")
 
 OPTIONS = {
     "full": {},

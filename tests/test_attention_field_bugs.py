@@ -5,16 +5,12 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
-from compare import (
-    AttentionCase,
-    check,
-    check_attention,
-    device_for,
-    fused,
-    results,
-)
+from cases.attention import AttentionCase, check_attention, fused, results
+from compare import check, device_for
 from fusedattn.reference import functional as reference
 from processes import in_a_new_process
+
+pytestmark = pytest.mark.backends("fast", "cuda_emulated")
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 BOTH = ("out", "lse")

@@ -9,7 +9,7 @@ import fusedattn
 import pytest
 import torch
 from fusedattn.ops.attention_config import AttentionCall, AttentionConfig
-from op_calls import OP_CALLS, arguments, outputs
+from ops import OPS, arguments, outputs
 from processes import in_a_new_process
 
 ARGUMENTS = pytest.mark.parametrize(("op", "name"), list(arguments()))
@@ -20,7 +20,7 @@ class Call(torch.nn.Module):
 
     def __init__(self, op: str) -> None:
         super().__init__()
-        self.run, self.names = OP_CALLS[op].run, list(OP_CALLS[op].tensors(torch.float32))
+        self.run, self.names = OPS[op].run, list(OPS[op].tensors(torch.float32))
 
     def forward(self, *tensors: torch.Tensor):
         return self.run(**dict(zip(self.names, tensors, strict=True)))
@@ -29,7 +29,7 @@ class Call(torch.nn.Module):
 def gradients(program, op, tensors):
     """The outputs and the gradients of the sum of their squares."""
     given = {
-        name: x.clone().requires_grad_(name in OP_CALLS[op].differentiable)
+        name: x.clone().requires_grad_(name in OPS[op].differentiable)
         for name, x in tensors.items()
     }
     found = outputs(program(*given.values()))
@@ -38,9 +38,9 @@ def gradients(program, op, tensors):
     return [*found, *torch.autograd.grad(loss, wanted)]
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_an_exported_program_trains(op):
-    call = OP_CALLS[op]
+    call = OPS[op]
     made, given = call.tensors(torch.float32), call.tensors(torch.float32)
     program = torch.export.export(Call(op), tuple(made.values())).module()
     for found, want in zip(
@@ -49,11 +49,11 @@ def test_an_exported_program_trains(op):
         assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_is_saved_and_trains(op):
     """Made of tensors that require a gradient, as people make them, and checked by torch."""
-    call = OP_CALLS[op]
+    call = OPS[op]
     made = [
         x.requires_grad_(name in call.differentiable)
         for name, x in call.tensors(torch.float32).items()
@@ -77,7 +77,7 @@ def freed(x: torch.Tensor) -> torch.Tensor:
 @ARGUMENTS
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_tensor_whose_storage_was_freed(op, name, grad):
-    call = OP_CALLS[op]
+    call = OPS[op]
     tensors = call.tensors(torch.float32)
     with torch.set_grad_enabled(grad):
         if grad:
@@ -87,9 +87,9 @@ def test_a_tensor_whose_storage_was_freed(op, name, grad):
             call.run(**tensors)
 
 
-@pytest.mark.parametrize("op", [op for op in OP_CALLS if op != "add_sinusoidal"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "add_sinusoidal"])
 def test_a_gradient_whose_storage_was_freed(op):
-    call = OP_CALLS[op]
+    call = OPS[op]
     tensors = call.tensors(torch.float32)
     out = outputs(
         call.run(
@@ -103,12 +103,12 @@ def test_a_gradient_whose_storage_was_freed(op):
 @ARGUMENTS
 def test_a_tensor_that_stands_for_zeros(op, name):
     """torch's ZeroTensor, of forward mode and undefined gradients, has no memory."""
-    tensors = OP_CALLS[op].tensors(torch.float32)
+    tensors = OPS[op].tensors(torch.float32)
     zeros = torch.zeros_like(tensors[name])
     stand_in = torch._efficientzerotensor(zeros.shape, dtype=zeros.dtype)
     for found, want in zip(
-        outputs(OP_CALLS[op].run(**tensors | {name: stand_in})),
-        outputs(OP_CALLS[op].run(**tensors | {name: zeros})),
+        outputs(OPS[op].run(**tensors | {name: stand_in})),
+        outputs(OPS[op].run(**tensors | {name: zeros})),
         strict=True,
     ):
         torch.testing.assert_close(found, want)
@@ -123,10 +123,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("op", [op for op in OP_CALLS if op != "add_sinusoidal"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "add_sinusoidal"])
 def test_a_saved_tensor_comes_back_as_it_was(op, change):
     """A hook may move or compress what was saved, not hand out something else."""
-    call = OP_CALLS[op]
+    call = OPS[op]
     tensors = call.tensors(torch.float32)
     for name in call.differentiable:
         tensors[name].requires_grad_()
@@ -235,7 +235,7 @@ class EveryOp(torch.nn.Module):
     """One call of each, of all their tensors."""
 
     def forward(self, tensors: dict[str, dict[str, torch.Tensor]]):
-        return [x for op, given in tensors.items() for x in outputs(OP_CALLS[op].run(**given))]
+        return [x for op, given in tensors.items() for x in outputs(OPS[op].run(**given))]
 
 
 SAVED = Path(__file__).parent / "saved" / "every_op-0.1.0.pt2"
@@ -243,13 +243,13 @@ SAVED = Path(__file__).parent / "saved" / "every_op-0.1.0.pt2"
 
 def test_a_program_of_the_first_release_still_loads():
     """Saved by `python tests/test_library_ops.py`, once; its ops have the arguments of then."""
-    given = {op: call.tensors(torch.float32) for op, call in OP_CALLS.items()}
+    given = {op: call.tensors(torch.float32) for op, call in OPS.items()}
     found = torch.export.load(SAVED).module()(given)
     for x, want in zip(found, EveryOp()(given), strict=True):
         assert torch.equal(x, want)
 
 
 if __name__ == "__main__":
-    given = {op: call.tensors(torch.float32) for op, call in OP_CALLS.items()}
+    given = {op: call.tensors(torch.float32) for op, call in OPS.items()}
     SAVED.parent.mkdir(exist_ok=True)
     torch.export.save(torch.export.export(EveryOp(), (given,)), SAVED)

@@ -13,9 +13,9 @@ import fusedattn
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.norm import NormCase, check_norm, results
 from compare import check_sum, device_for
 from fusedattn import _native
-from norm_case import NormCase, check_norm, results
 from torch import Tensor
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -14,6 +14,7 @@ import deadline
 import on_gpu
 import pytest
 from on_gpu import Part
+from ops import OPS
 
 pytestmark = pytest.mark.slow
 
@@ -45,17 +46,17 @@ def test_the_benchmark_is_alone_and_all_fits_into_ten_minutes(tmp_path):
 
 
 def test_every_gpu_test_and_every_op_is_asked_for(tmp_path):
-    ours = [*on_gpu.CUDA_TESTS, on_gpu.LARGE_TESTS]
-    assert all((HERE.parent / name).is_file() for name in ours)
     found = on_gpu.stages(sys.executable, tmp_path, 16, "compute-sanitizer")
-    others = next(part for part in found[2] if part.name == "Triton tests").command
-    assert "tests" in others
-    assert {word.removeprefix("--ignore=") for word in others if "ignore" in word} == set(ours)
-    assert set(ours) < set(found[0][0].command)
+    parts = {part.name: part.command for stage in found for part in stage}
+    for name, words in (("CUDA C++ tests", "cuda"), ("Triton tests", "not cuda")):
+        assert parts[name][-3:] == ["-k", words, "tests"]
+    files = {*on_gpu.ATTENTION_TESTS, *on_gpu.OTHER_TESTS}
+    assert all((HERE.parent / name).is_file() for name in files)
+    covered = {op for op in OPS for name in files if op.split("_")[-1] in name}
+    assert set(OPS) - covered == {"layer_norm", "rms_norm"}  # in test_cuda_rowwise.py
     for tool in ("memcheck", "racecheck"):
-        checked = [part.command for part in found[2] if part.name.startswith(tool)]
-        asked = {word for command in checked for word in command if word in on_gpu.CUDA_TESTS}
-        assert asked == set(on_gpu.CUDA_TESTS)
+        checked = [command for name, command in parts.items() if name.startswith(tool)]
+        assert {word for command in checked for word in command if word in files} == files
         for command in checked:
             assert command[command.index("--error-exitcode") + 1] != "0"
             assert command.index("--error-exitcode") < command.index(sys.executable)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
-from compare import check, device_for
-from fusedattn.reference import functional as reference
+from cases.position import check_rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -20,28 +19,6 @@ def angles(rows: int, half: int, base: float = 10000.0) -> tuple[torch.Tensor, t
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def check_rotary(x, cos, sin, backend, **options) -> None:
-    """Output and gradient under the tolerance rule."""
-    device, dout = device_for(backend), torch.randn_like(x)
-    found = {}
-    for name, dtype in (("ref", torch.float64), ("eager", x.dtype), ("actual", x.dtype)):
-        leaf = x.detach().to(dtype).requires_grad_()
-        if name == "actual":
-            moved = {
-                key: y.to(device) if isinstance(y, torch.Tensor) else y
-                for key, y in options.items()
-            }
-            out = fusedattn.apply_rotary(
-                leaf.to(device), cos.to(device), sin.to(device), backend=backend, **moved
-            ).cpu()
-        else:
-            out = reference.apply_rotary(leaf, cos, sin, **options)
-        found[name] = out.detach(), torch.autograd.grad(out, leaf, dout.to(dtype))[0]
-    for i, what in enumerate(("out", "dx")):
-        each = (found[name][i] for name in ("actual", "ref", "eager"))
-        check(*each, what=what, gradient=i == 1, case=f"{backend} {tuple(x.shape)} {options}")
 
 
 SHAPES = {

@@ -6,7 +6,7 @@ import fusedattn
 import pytest
 import torch
 from fusedattn.reference import functional as reference
-from op_calls import OP_CALLS, OpCall, outputs
+from ops import OPS, OpCall, outputs
 from torch.autograd import gradgradcheck
 
 
@@ -23,18 +23,18 @@ def of_one_input(call: OpCall, chosen: tuple[str, ...], backend: str):
     return function, x
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_inputs_that_share_a_history(op, backend):
-    call = OP_CALLS[op]
+    call = OPS[op]
     function, x = of_one_input(call, call.differentiable, backend)
     assert gradgradcheck(function, x, fast_mode=True)
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, call in OP_CALLS.items() for name in call.differentiable]
+    ("op", "name"), [(op, name) for op, call in OPS.items() for name in call.differentiable]
 )
 def test_one_input_with_a_history(op, name, fast_backend):
-    function, x = of_one_input(OP_CALLS[op], (name,), fast_backend)
+    function, x = of_one_input(OPS[op], (name,), fast_backend)
     assert gradgradcheck(function, x, fast_mode=True)
 
 

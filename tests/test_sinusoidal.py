@@ -5,21 +5,12 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
-from compare import check, device_for, ulp
+from cases.position import check_sinusoidal
+from compare import device_for, ulp
 from fusedattn.reference import functional as reference
 from torch.autograd import gradcheck, gradgradcheck
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def check_sinusoidal(x, backend, **options) -> torch.Tensor:
-    """The output under the tolerance rule."""
-    device = device_for(backend)
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    out = fusedattn.add_sinusoidal(x.to(device), backend=backend, **moved).cpu()
-    ref, eager = (reference.add_sinusoidal(y, **options) for y in (x.double(), x))
-    check(out, ref, eager, what="out", case=f"{backend} {tuple(x.shape)} {options}")
-    return out
 
 
 SHAPES = {

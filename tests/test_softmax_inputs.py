@@ -5,9 +5,9 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
+from cases.softmax import check_softmax
 from compare import far_apart
 from processes import in_a_new_process
-from softmax_cases import check_softmax
 
 BF16, F32 = torch.bfloat16, torch.float32
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
+from cases.swiglu import ACTIVATIONS, WIDTHS, check_extremes, check_swiglu, inputs, results
 from compare import device_for, ulp
 from fusedattn.reference import functional as reference
-from swiglu_cases import ACTIVATIONS, WIDTHS, check_extremes, check_swiglu, inputs, results
 from torch.autograd import gradcheck, gradgradcheck
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

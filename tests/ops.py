@@ -99,7 +99,7 @@ def _without_bias(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: x for name, x in _norm(dtype).items() if name != "bias"}
 
 
-OP_CALLS = {
+OPS = {
     "attention": OpCall(_attention_and_lse, _attention, ("q", "k", "v", "bias")),
     "layer_norm": OpCall(_layer_norm, _norm, ("x", "weight", "bias", "residual")),
     "rms_norm": OpCall(_rms_norm, _without_bias, ("x", "weight", "residual")),
@@ -112,7 +112,7 @@ OP_CALLS = {
 
 def arguments() -> Iterator[tuple[str, str]]:
     """(op, name) of every tensor that an op takes."""
-    for op, call in OP_CALLS.items():
+    for op, call in OPS.items():
         for name in call.tensors(torch.float32):
             yield op, name
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import fusedattn
 import pytest
 import torch
-from fusedattn.ops.attention_config import AttentionCall, AttentionConfig
-from ops import OPS, arguments, outputs
+from fusedattn.ops.attention_config import AttentionCall
+from ops import OPS, arguments, outputs, raw_calls
 from processes import in_a_new_process
 
 ARGUMENTS = pytest.mark.parametrize(("op", "name"), list(arguments()))
@@ -87,19 +87,6 @@ def test_a_tensor_whose_storage_was_freed(op, name, grad):
             call.run(**tensors)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "add_sinusoidal"])
-def test_a_gradient_whose_storage_was_freed(op):
-    call = OPS[op]
-    tensors = call.tensors(torch.float32)
-    out = outputs(
-        call.run(
-            **tensors | {call.differentiable[0]: next(iter(tensors.values())).requires_grad_()}
-        )
-    )[0]
-    with pytest.raises((ValueError, RuntimeError), match=r"without data|storage"):
-        out.backward(freed(torch.ones_like(out)))
-
-
 @ARGUMENTS
 def test_a_tensor_that_stands_for_zeros(op, name):
     """torch's ZeroTensor, of forward mode and undefined gradients, has no memory."""
@@ -140,33 +127,6 @@ def test_a_saved_tensor_comes_back_as_it_was(op, change):
         out.sum().backward()
 
 
-def valid_calls():
-    """Raw library ops and arguments that they take."""
-    R = torch.randn
-    q, k, dout, lse = R(2, 2, 5, 8), R(2, 1, 6, 8), R(2, 2, 5, 8), R(2, 2, 5)
-    extras = (torch.ones(2, 1, 5, 6, dtype=torch.bool), R(1, 2, 5, 6), torch.tensor([6, 4]))
-    *inputs, config = AttentionCall(q, k, k.clone(), *extras, config=AttentionConfig(2, 0.3))
-    yield "attention_fwd", (*inputs, "cpu", *config)
-    grads = (dout, lse.clone(), dout.clone(), lse)
-    yield "attention_bwd", (*grads, *inputs, "cpu", *config, True)
-    x, w, b, rows = R(4, 3, 8), R(8), R(8), R(4, 3)
-    seed, f32 = torch.tensor([7]), torch.float32
-    for centre in (True, False):
-        norm = ("cpu", centre, 1e-5, 0.0, 0.0)
-        yield "norm_fwd", (x, x.clone(), w, b, None, 1, f32, *norm, True)
-        yield "norm_fwd", (x, None, w, b, seed, 1, f32, *norm[:-1], 0.5, True)
-        yield "norm_bwd", (x, x.clone(), x, w, rows, rows, None, 1, f32, f32, f32, f32, *norm)
-    soft = (-1, "cpu", 0, 1.0)
-    yield "softmax_fwd", (x, torch.ones(3, 8, dtype=torch.bool), R(3, 8), *soft)
-    yield "softmax_bwd", (x, x.clone(), *soft, True, True)
-    tables = (R(9, 4), R(9, 4), torch.randint(5, (2, 5)), torch.tensor([2]))
-    yield "rotary_fwd", (q, k[:, :, :5], *tables, "cpu", False, False, 0)
-    yield "rotary_", (q.clone(), k[:, :, :5].clone(), *tables, "cpu", True, True, 0)
-    yield "sinusoidal_fwd", (x, torch.randint(5, (4, 3)), torch.tensor([2]), "cpu", 1e4, 1.0, 0)
-    yield "swiglu_fwd", (x, x.clone(), "cpu", 0)
-    yield "swiglu_bwd", (x[..., :4].clone(), x, None, "cpu", 1)
-
-
 def hostile(value):
     """What may stand in place of an argument, and is wrong in most."""
     if isinstance(value, torch.Tensor):
@@ -189,7 +149,7 @@ def hostile(value):
 def call_hostile() -> int:
     """How many hostile calls were answered; for a process of its own, which they may kill."""
     count = 0
-    for name, good in valid_calls():
+    for name, good in raw_calls():
         op = getattr(torch.ops.fusedattn, name)
         op(*good)
         for i, value in enumerate(good):
@@ -211,7 +171,7 @@ def test_hostile_calls_of_raw_ops():
 
 
 def test_the_raw_op_in_place_has_no_gradient():
-    (args,) = (args for name, args in valid_calls() if name == "rotary_")
+    (args,) = (args for name, args in raw_calls() if name == "rotary_")
     x = args[0].requires_grad_().clone()
     with pytest.raises(RuntimeError, match=r"call fusedattn\.apply_rotary instead"):
         torch.ops.fusedattn.rotary_(x, *args[1:])
@@ -226,7 +186,7 @@ NOT_YET = {
 
 @pytest.mark.parametrize("name", NOT_YET)
 def test_what_no_kernel_takes_yet_is_refused(name):
-    (_, args), *_ = valid_calls()
+    (_, args), *_ = raw_calls()
     with pytest.raises(fusedattn.UnsupportedError, match="not supported yet"):
         torch.ops.fusedattn.attention_fwd(*args[:3], **{name: NOT_YET[name]})
 

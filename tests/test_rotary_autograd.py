@@ -132,15 +132,6 @@ def test_gradient_of_one_of_two(backend):
     torch.testing.assert_close(torch.autograd.grad(frozen[1].square().sum(), k)[0], 2 * k)
 
 
-def test_gradient_that_came_in_is_not_overwritten(backend):
-    """Liger-Kernel#376: one gradient passed to two backward calls."""
-    x, dout = normal(2, 2, 3, 6, requires_grad=True), normal(2, 2, 3, 6)
-    out, kept = fusedattn.apply_rotary(x, *tables(), backend=backend), dout.clone()
-    grads = [torch.autograd.grad(out, x, dout, retain_graph=True)[0] for _ in range(2)]
-    assert torch.equal(dout, kept)
-    assert torch.equal(*grads)
-
-
 def test_query_is_key(fast_backend):
     x = normal(2, 2, 3, 6, requires_grad=True)
     compiled = torch.compile(fusedattn.apply_rotary_qk, backend="aot_eager", fullgraph=True)
@@ -150,18 +141,6 @@ def test_query_is_key(fast_backend):
 
 
 # --- library ops, compile, export ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["rotary_fwd", "rotary_"])
-@pytest.mark.parametrize("pair", [False, True])
-def test_opcheck(name, pair, fast_backend):
-    op = getattr(torch.ops.fusedattn, name).default
-    k = normal(2, 1, 3, 6) if pair else None
-    cos, sin = (t[None] for t in tables())
-    positions = torch.tensor([[0, 2, 5]])
-    torch.library.opcheck(
-        op, (normal(2, 2, 3, 6), k, cos, sin, positions, None, fast_backend, True, False, 1)
-    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -197,23 +176,6 @@ def test_compiled_change_of_an_argument(fast_backend):
     change(x)
     assert torch.equal(x, want)
     assert x._version > version
-
-
-class Rotate(torch.nn.Module):
-    """One call, for export."""
-
-    def forward(self, x, cos, sin):
-        return fusedattn.apply_rotary(x, cos, sin)
-
-
-def test_export():
-    seq = torch.export.Dim("seq", min=2, max=16)
-    x = normal(2, 2, 5, 6)
-    program = torch.export.export(
-        Rotate(), (x, *tables()), dynamic_shapes=({2: seq}, None, None), strict=False
-    )
-    y = normal(2, 2, 9, 6)
-    assert torch.equal(program.module()(y, *tables()), Rotate()(y, *tables()))
 
 
 def test_meta():

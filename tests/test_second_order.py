@@ -6,11 +6,11 @@ import fusedattn
 import pytest
 import torch
 from fusedattn.reference import functional as reference
-from ops import OPS, OpCall, outputs
+from ops import OPS, Op, outputs
 from torch.autograd import gradgradcheck
 
 
-def of_one_input(call: OpCall, chosen: tuple[str, ...], backend: str):
+def of_one_input(call: Op, chosen: tuple[str, ...], backend: str):
     """x → the squares of an op's outputs, whose `chosen` tensors are functions of x; and an x."""
     tensors = call.tensors(torch.float64)
     x = torch.randn(6, dtype=torch.float64, requires_grad=True)

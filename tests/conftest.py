@@ -78,16 +78,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("backends")
-    names = [x for name in (mark.args if mark else ["fast"]) for x in _named(name)]
-    metafunc.parametrize("backend", names, indirect=True, scope="session")
+    asked = mark.args if mark else ["fast"]
+    names = [x for name in asked for x in (FAST if name == "fast" else [name])]
+    params = [_parameter(name) for name in dict.fromkeys(names)]
+    metafunc.parametrize("backend", params, indirect=True, scope="session")
 
 
-def _named(name: str) -> list:
-    if name == "fast":
-        return [x for each in FAST for x in _named(each)]
+def _parameter(name: str) -> object:
     assert name in BACKENDS
     on_gpu = name == "cuda" or (name == "triton" and HAS_GPU)
-    return [pytest.param(name, marks=pytest.mark.gpu if on_gpu else ())]
+    return pytest.param(name, marks=pytest.mark.gpu if on_gpu else ())
 
 
 def _backend(request: pytest.FixtureRequest) -> str:

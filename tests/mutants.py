@@ -156,7 +156,8 @@ MUTANTS = [
          "full = tl.maximum(start + BLOCK_N - 1 - diagonal, 0) // BLOCK_M * BLOCK_M",
          "triton_attention.py::test_regimes"),
         ("tl.where(nothing, 0.0, row)", "row",
-         "triton_attention.py::test_regimes", "triton_attention.py::test_a_row_that_sees_nothing"),
+         "triton_attention.py::test_regimes", "attention_nonfinite.py::"
+         "test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing"),
     ),
     *mutants(
         "kernels/attention_bwd.py",

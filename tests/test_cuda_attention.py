@@ -8,7 +8,6 @@ import fusedattn
 import pytest
 import torch
 from cases.attention import AttentionCase, check_attention, check_results, fused, regimes
-from compare import device_for
 from fusedattn import _native
 from test_attention import DECODE, HEAD_DIMS, KINDS, LENGTHS
 from test_cuda_attention_backward import BF16, BOTH, CASES, F16, LITTLE
@@ -66,7 +65,7 @@ def test_random_orders(case: AttentionCase) -> None:
 
     want = passes(0)[1]
     check_results(want, made, case, label=str(case))
-    for seed in range(1, 21):
+    for seed in range(1, 11):
         atomics, deterministic = passes(seed)
         for name, x in want.items():
             assert torch.equal(deterministic[name], x), f"{name}, seed {seed}"
@@ -101,14 +100,6 @@ def test_the_tests_of_attention_run_on_the_emulator() -> None:
     assert taken >= 35, f"{taken} of {len(cases)}"
 
 
-def test_heads_last(backend: str) -> None:
-    case = AttentionCase(batch=2, heads=4, kv_heads=2, seq_q=40, dim=64, dtype=BF16, causal=True)
-    made = case.inputs()
-    for name in ("q", "k", "v", "dout"):
-        made[name] = made[name].transpose(1, 2).contiguous().transpose(1, 2)
-    check_attention(case, backend, made)
-
-
 def test_row_that_sees_nothing(backend: str) -> None:
     case = AttentionCase(batch=2, seq_q=150, seq_k=30, dim=64, dtype=BF16, causal=True, grads=BOTH,
                          kv_lengths=(30, 0))  # fmt: skip
@@ -118,23 +109,6 @@ def test_row_that_sees_nothing(backend: str) -> None:
     assert (found["lse"][1] == -torch.inf).all()
     assert not found["dq"][:, :, :120].any()
     assert not any(found[name][1].any() for name in ("out", "dq", "dk", "dv"))
-
-
-def test_nothing_leaks(backend: str) -> None:
-    """Neither keys past their number, nor a NaN query into another row."""
-    case = AttentionCase(batch=2, seq_q=40, seq_k=90, dim=64, dtype=BF16, kv_lengths=(90, 33))
-    made = case.inputs(device_for(backend))
-    clean = fused(made, case, backend)
-    dirty = {name: None if x is None else x.clone() for name, x in made.items()}
-    dirty["k"][1, :, 33:] = dirty["v"][1, :, 33:] = torch.nan
-    found = fused(dirty, case, backend)
-    assert all(torch.equal(found[name], clean[name]) for name in ("out", "lse"))
-    assert all(x.isfinite().all() for x in found.values())
-    dirty["q"][0, 1, 17] = torch.nan
-    found = fused(dirty, case, backend)
-    assert found["out"][0, 1, 17].isnan().all()
-    found["out"][0, 1, 17] = clean["out"][0, 1, 17]
-    assert torch.equal(found["out"], clean["out"])
 
 
 @needs_emulator

@@ -86,11 +86,11 @@ def test_regimes(case: AttentionCase) -> None:
 @pytest.mark.parametrize("rows", [False, True], ids=["one row", "each row"])
 @pytest.mark.parametrize("cols", [False, True], ids=["one column", "each column"])
 @pytest.mark.parametrize(
-    ("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)], ids=["all", "heads", "batches", "both"]
+    ("batch", "heads"), [(1, 1), (1, 2), (2, 1), (2, 2)], ids=["all", "heads", "batches", "both"]
 )
 def test_bias_gradient(batch: int, heads: int, rows: bool, cols: bool) -> None:
     shape = (batch, heads, 37 if rows else 1, 21 if cols else 1)
-    case = case_of(batch=2, heads=3, seq_q=37, seq_k=21, bias=shape, causal=True)
+    case = case_of(batch=2, seq_q=37, seq_k=21, bias=shape, causal=True)
     check_attention(case, "triton")
 
 
@@ -141,11 +141,17 @@ def relayouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", relayouts(torch.zeros(1, 1, 1, 1)))
-def test_layouts_are_read_and_written_in_place(layout: str) -> None:
+@functools.cache
+def laid_out() -> tuple[dict, dict]:
+    """A call on contiguous tensors, and its results."""
     case = case_of(batch=2, seq_q=33, bias=(2, 1, 33, 33), mask=(1, 1, 33, 33))
     made = case.inputs(DEVICE)
-    want = launch(made, causal=2)
+    return made, launch(made, causal=2)
+
+
+@pytest.mark.parametrize("layout", relayouts(torch.zeros(1, 1, 1, 1)))
+def test_layouts_are_read_and_written_in_place(layout: str) -> None:
+    made, want = laid_out()
     moved = {
         name: x if x is None or x.dim() != 4 or x.dtype == torch.bool else relayouts(x)[layout]
         for name, x in made.items()
@@ -166,64 +172,6 @@ def test_expanded_and_absent_gradients() -> None:
     assert_equal(launch(made | {"dout": ones.expand(made["dout"].shape), "dlse": None}), want)
     want = launch(made | {"dout": torch.zeros_like(made["dout"])})
     assert_equal(launch(made | {"dout": None}), want)
-
-
-@pytest.mark.parametrize("causal", [0, 1, 2], ids=["full", "top-left", "bottom-right"])
-def test_what_lies_past_kv_lengths_never_leaks(causal: int) -> None:
-    case = case_of(batch=3, heads=1, seq_q=37, seq_k=50, kv_lengths=(0, 17, 48))
-    made = case.inputs(DEVICE)
-    absent = torch.arange(50, device=DEVICE) >= made["kv_lengths"][:, None]
-    clean, dirty = (
-        made | {name: made[name].masked_fill(absent[:, None, :, None], fill) for name in "kv"}
-        for fill in (0.0, torch.nan)
-    )
-    found = launch(dirty, causal)
-    assert_equal(found, launch(clean, causal))
-    for name in ("dk", "dv"):
-        assert found[name][absent[:, None]].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("bias", [None, (1, 1, 37, 37)], ids=["no bias", "bias"])
-def test_a_row_that_sees_nothing(bias: tuple[int, ...] | None) -> None:
-    made = case_of(seq_q=37, mask=(1, 1, 37, 37), bias=bias).inputs(DEVICE)
-    made["mask"][..., 5, :] = False
-    made["dlse"][..., 5] = -torch.inf
-    found = launch(made)
-    assert (found["lse"][:, :, 5] == -torch.inf).all()
-    for name in ("out", "dq"):
-        assert found[name][:, :, 5].count_nonzero() == 0
-    rest = torch.arange(37, device=DEVICE) != 5
-    made["dlse"][..., 5] = 0.0
-    without = {
-        name: x[:, :, rest]
-        if name in ("q", "dout", "dlse", "mask", "bias") and x is not None
-        else x
-        for name, x in made.items()
-    }
-    want = launch(without)
-    for name in ("dk", "dv"):
-        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5)
-
-
-def test_a_nan_query_stays_in_its_row() -> None:
-    made = case_of(seq_q=37, causal=True).inputs(DEVICE)
-    want = launch(made, causal=2)
-    made["q"][:, :, 5, 3] = torch.nan
-    found = launch(made, causal=2)
-    other = torch.arange(37, device=DEVICE) != 5
-    for name in ("out", "lse", "dq"):
-        assert torch.equal(found[name][:, :, other], want[name][:, :, other])
-        assert found[name][:, :, 5].isnan().all()
-
-
-@pytest.mark.parametrize("seq", [31, 32, 33, 48])
-def test_absent_keys_of_the_last_tile_do_not_overflow(seq: int) -> None:
-    """Scores below −88 everywhere: a key past the end, scored 0, would weigh exp(0 − lse) = inf."""
-    made = case_of(seq_q=seq, dim=64, dtype=BF16, mask=(1, 1, seq, seq)).inputs(DEVICE)
-    made["q"][..., 0], made["k"][..., 0] = 1.0, -120.0 * 8.0
-    made["mask"] = made["mask"].new_ones(1, 1, seq, seq).tril()
-    found = launch(made, scale=0.125)
-    assert all(x.isfinite().all() for x in found.values())
 
 
 def test_a_finite_bias_is_added_however_large() -> None:

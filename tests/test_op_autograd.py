@@ -67,6 +67,8 @@ def test_gradient_of_each_alone(op, backend):
         assert [x for x in made if alone[x] is not None] == [name]
 
 
+@pytest.mark.backends("fast", "triton", "cuda_emulated")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @each_op
 def test_without_a_gradient_there_is_no_graph(op, backend):
     made = leaves(op, torch.float32)

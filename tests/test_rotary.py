@@ -43,23 +43,6 @@ def test_shapes(dtype, shape, interleaved, instruction_set):
     check_rotary(normal(*size, dtype=dtype), cos, sin, "cpu", interleaved=interleaved, offset=3)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_backends(dtype, interleaved, any_backend):
-    x = normal(2, 3, 9, 24, dtype=dtype)
-    check_rotary(x, *angles(20, 8), any_backend, interleaved=interleaved, offset=2)
-
-
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("rows", [1, 2], ids=["shared", "batched"])
-def test_positions(rows, index, backend):
-    x, tables = normal(2, 3, 9, 16), angles(40, 8)
-    positions = torch.randint(0, 30, (rows, 9)).to(index)
-    check_rotary(x, *tables, backend, positions=positions, offset=5)
-    check_rotary(x, *tables, backend, positions=positions[0], offset=torch.tensor([5]))
-    check_rotary(x, *tables, backend, offset=torch.tensor(7, dtype=index))
-
-
 @pytest.mark.parametrize("offset", [0, 4])
 def test_batched_tables(offset, backend):
     """Liger-Kernel#477: each sample has its own angles."""

@@ -15,6 +15,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.backends("fast", "triton", "cuda_emulated", "cuda")
 @pytest.mark.parametrize("case", ROTARY.values(), ids=ROTARY)
 def test_regimes(backend: str, case: RotaryCase) -> None:
     case.check(backend)

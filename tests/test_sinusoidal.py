@@ -25,12 +25,6 @@ def test_shapes(dtype, shape, instruction_set):
     check_sinusoidal(x, "cpu", scale=1.5, offset=3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_backends(dtype, any_backend):
-    x = torch.randn(2, 5, 24).to(dtype)
-    check_sinusoidal(x, any_backend, scale=-2.0, offset=torch.tensor([4]), base=500.0)
-
-
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_positions(index, backend):
     x = torch.randn(2, 6, 40)

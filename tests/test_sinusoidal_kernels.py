@@ -33,6 +33,7 @@ def ulps(backend: str) -> float:
     return 2.5 if rounds_twice and Version(version("triton")) < Version("3.9") else 1.5
 
 
+@pytest.mark.backends("fast", "triton", "cuda_emulated", "cuda")
 @pytest.mark.parametrize("case", SINUSOIDAL.values(), ids=SINUSOIDAL)
 def test_regimes(backend: str, case: SinusoidalCase) -> None:
     check_sinusoidal(backend=backend, **case.inputs())

@@ -30,14 +30,6 @@ def test_inputs_that_share_a_history(op, backend):
     assert gradgradcheck(function, x, fast_mode=True)
 
 
-@pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, call in OPS.items() for name in call.differentiable]
-)
-def test_one_input_with_a_history(op, name, fast_backend):
-    function, x = of_one_input(OPS[op], (name,), fast_backend)
-    assert gradgradcheck(function, x, fast_mode=True)
-
-
 def test_one_tensor_in_every_place(backend):
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert gradgradcheck(

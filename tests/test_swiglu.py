@@ -129,15 +129,6 @@ def test_autocast_changes_nothing(fast_backend):
     assert torch.equal(found, fusedattn.swiglu(x, x, backend=fast_backend))
 
 
-def test_function():
-    gate, up = torch.randn(2, 3, 8)
-    config = fusedattn.autograd.SwigluConfig(3)
-    found = fusedattn.autograd.SwiGLU.apply(config, "reference", gate.requires_grad_(), up)
-    assert torch.equal(found, reference.swiglu(gate, up, activation="relu"))
-    found.sum().backward()
-    assert torch.equal(gate.grad, up.masked_fill(gate <= 0, 0.0))
-
-
 BAD = {
     "integer": ({"gate": torch.zeros(2, 4).long()}, TypeError, "gate of dtype"),
     "shape": ({"up": torch.zeros(2, 3)}, ValueError, r"up \(2, 3\)"),

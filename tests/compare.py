@@ -28,18 +28,13 @@ slack         A test may multiply what rule 1 allows, and says why.
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import hashlib
 import math
 import mmap
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-import fusedattn
-import pytest
 import torch
-from fusedattn.reference import functional as reference
 from torch import Tensor
 
 CAPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -151,6 +146,55 @@ def _ratio(error: float, allowed: float) -> str:
     return f"{error / allowed:.2f}" if allowed else f"{error:.3g}/0"
 
 
+def check_normalised(
+    actual: Tensor, ref: Tensor, z: Tensor, weight: Tensor | None, *, what: str, case: object = ""
+) -> None:
+    """Rule 4 for a layer norm over the last dimension.
+
+    z is what was normalised, in fp64; `actual` is fp16, bf16 or fp32.
+    """
+    got, want, _, _ = _finite_parts(actual, ref, ref, what, case)
+    if not want.numel():
+        return
+    sigma, mean = (x[..., None] for x in torch.std_mean(z.cpu().double(), -1, correction=0))
+    n = torch.where(sigma > 0, (z.cpu() - mean).abs() / sigma, 0.0).clamp_min(1.0)
+    gain = n if weight is None else n * weight.detach().cpu().double().abs()
+    ill = torch.where(sigma > 0, mean.abs() / sigma, 0.0)
+    info = torch.finfo(actual.dtype)
+    _, exponent = torch.frexp(want.abs().clamp_min(info.tiny))
+    unit = info.eps * torch.ldexp(torch.ones_like(want), exponent - 1)
+    allowed = 4 * 2.0**-24 * (1 + ill) * gain + unit
+    over = (got - want).abs() / allowed
+    index = tuple(int(i) for i in torch.unravel_index(over.argmax(), over.shape))
+    assert over[index] <= 1, (
+        f"{what}: error over allowed {over[index].item():.2f} at {index}: got "
+        f"{got[index].item():.9g}, expected {want[index].item():.9g}  [{case}]"
+    )
+
+
+def device_for(backend: str) -> str:
+    """CUDA C++ runs on the GPU, Triton where there is one; everything else here on the CPU."""
+    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return "cuda" if on_gpu else "cpu"
+
+
+def far_apart(x: Tensor, stride: int, dim: int = -2) -> Tensor:
+    """x with `stride` elements from one to the next along `dim`: address space, not memory.
+
+    Dimensions before `dim` have stride 0. The memory between is mapped and never touched, so that
+    it isn't torch's to fill.
+    """
+    dim %= x.dim()
+    size = (x.shape[dim] - 1) * stride + x.shape[dim:].numel()
+    if x.is_cuda:
+        space = torch.empty(size, dtype=x.dtype, device=x.device)
+    else:
+        space = torch.frombuffer(mmap.mmap(-1, size * x.element_size()), dtype=x.dtype)
+    inner = x[(0,) * (dim + 1)].contiguous().stride()
+    strides = (*[0] * dim, stride, *inner)
+    return space.as_strided(x.shape, strides).copy_(x)
+
+
 # --- oracles, once a session ---------------------------------------------------------------------
 
 MOST_KEPT = 1 << 28  # bytes; of more the longest unused go
@@ -193,241 +237,3 @@ def _identity(x: Tensor | None) -> Hashable:
     flat = x.detach().cpu().resolve_neg().reshape(-1).contiguous()
     digest = hashlib.blake2b(flat.view(torch.uint8).numpy()).digest()
     return x.dtype, x.shape, x.stride(), digest
-
-
-# --- attention -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionCase:
-    """One call of attention; `mask` and `bias` are the shapes they are given in.
-
-    `grads` are the outputs that receive a gradient: "out", "lse" or both. `large`: v and the
-    gradients are such that ds exceeds what fp16 holds.
-    """
-
-    batch: int = 2
-    heads: int = 2
-    kv_heads: int | None = None
-    seq_q: int = 32
-    seq_k: int | None = None
-    dim: int = 32
-    dim_v: int | None = None
-    dtype: torch.dtype = torch.float32
-    causal: bool | str = False
-    scale: float | None = None
-    softcap: float | None = None
-    mask: tuple[int, ...] | None = None
-    bias: tuple[int, ...] | None = None
-    bias_dtype: torch.dtype | None = None
-    kv_lengths: tuple[int, ...] | None = None
-    grads: tuple[str, ...] = ("out",)
-    large: bool = False
-
-    def inputs(self, device: str = "cpu") -> dict[str, Tensor | None]:
-        """Random q, k, v, mask, bias, kv_lengths, dout and dlse; the same for the same case."""
-        source = torch.Generator().manual_seed(1)
-
-        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.randn(shape, generator=source, dtype=torch.float64).to(device, dtype)
-
-        seq_k = self.seq_q if self.seq_k is None else self.seq_k
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        dim_v = self.dim if self.dim_v is None else self.dim_v
-        made: dict[str, Tensor | None] = {
-            "q": normal(self.batch, self.heads, self.seq_q, self.dim),
-            "k": normal(self.batch, kv_heads, seq_k, self.dim),
-            "v": normal(self.batch, kv_heads, seq_k, dim_v),
-            "dout": normal(self.batch, self.heads, self.seq_q, dim_v),
-            "mask": None,
-            "bias": None,
-            "kv_lengths": None,
-        }
-        made["dlse"] = normal(self.batch, self.heads, self.seq_q, dtype=lse_dtype(self.dtype))
-        for name, factor in {"v": 1e3, "dout": 1e3, "dlse": 1e6}.items() if self.large else ():
-            made[name] = made[name] * factor
-        if self.mask is not None:
-            made["mask"] = (torch.rand(self.mask, generator=source) < 0.7).to(device)
-        if self.bias is not None:
-            # Representable in q's dtype, so that eager, which casts it there, loses nothing.
-            made["bias"] = normal(*self.bias).to(self.bias_dtype or self.dtype)
-        if self.kv_lengths is not None:
-            made["kv_lengths"] = torch.tensor(self.kv_lengths, dtype=torch.int32, device=device)
-        return made
-
-    def options(self) -> dict[str, object]:
-        """What is no tensor, as attention and the oracle take it."""
-        return {"causal": self.causal, "scale": self.scale, "softcap": self.softcap}
-
-    def __str__(self) -> str:
-        """Only what differs from the defaults."""
-        changed = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                changed.append(f"{field.name}={str(value).removeprefix('torch.')}")
-        return " ".join(changed).replace("(", "").replace(")", "")
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The log-sum-exp is fp64 for fp64 inputs and fp32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def device_for(backend: str) -> str:
-    """CUDA C++ runs on the GPU, Triton where there is one; everything else here on the CPU."""
-    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
-    return "cuda" if on_gpu else "cpu"
-
-
-def far_apart(x: Tensor, stride: int, dim: int = -2) -> Tensor:
-    """x with `stride` elements from one to the next along `dim`: address space, not memory.
-
-    Dimensions before `dim` have stride 0. The memory between is mapped and never touched, so that
-    it isn't torch's to fill.
-    """
-    dim %= x.dim()
-    size = (x.shape[dim] - 1) * stride + x.shape[dim:].numel()
-    if x.is_cuda:
-        space = torch.empty(size, dtype=x.dtype, device=x.device)
-    else:
-        space = torch.frombuffer(mmap.mmap(-1, size * x.element_size()), dtype=x.dtype)
-    inner = x[(0,) * (dim + 1)].contiguous().stride()
-    strides = (*[0] * dim, stride, *inner)
-    return space.as_strided(x.shape, strides).copy_(x)
-
-
-def results(
-    made: dict, case: AttentionCase, forward: Callable, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """out, lse and the gradients of `forward(q, k, v, mask=…, …)`, inputs cast to `dtype`."""
-    leaves = {
-        name: made[name].detach().to(dtype or made[name].dtype).requires_grad_()
-        for name in ("q", "k", "v", "bias")
-        if made[name] is not None
-    }
-    options = {name: made[name] for name in ("mask", "kv_lengths")}
-    options.update(bias=leaves.get("bias"), **case.options())
-    out, lse = forward(leaves["q"], leaves["k"], leaves["v"], **options)
-    cotangents = {"out": made["dout"], "lse": made["dlse"]}
-    outputs = {"out": out, "lse": lse}
-    grads = torch.autograd.grad(
-        [outputs[name] for name in case.grads],
-        list(leaves.values()),
-        [cotangents[name].to(outputs[name].dtype) for name in case.grads],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    found = {"out": out.detach(), "lse": lse.detach()}
-    return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
-def fused(made: dict, case: AttentionCase, backend: str) -> dict[str, Tensor]:
-    """out, lse and gradients of `fusedattn.attention` on `backend`, inputs as they were made.
-
-    Skips the running test where the emulated GPU would take seconds.
-    """
-    batch, heads, seq_q, dim = made["q"].shape
-    products = batch * heads * (seq_q + 127) // 128 * 128 * made["k"].shape[2] * dim
-    if backend == "cuda_emulated" and products > 1 << 24:
-        pytest.skip("too much for the emulated GPU")
-    # What a user gets by default, also under the flag that fills fresh memory.
-    forward = functools.partial(
-        fusedattn.attention, return_lse=True, backend=backend, deterministic=False
-    )
-    return results(made, case, forward)
-
-
-def check_attention(
-    case: AttentionCase, backend: str, made: dict | None = None, slack: float = 1.0
-) -> dict[str, Tensor]:
-    """Hold out, lse, dq, dk, dv and dbias of `backend` to the rule; returns what it computed.
-
-    The inputs are those of the case, or `made` where a test has changed them.
-    """
-    made = made or case.inputs(device_for(backend))
-    actual = fused(made, case, backend)
-    check_results(actual, made, case, label=f"{backend} {case}", slack=slack)
-    return actual
-
-
-def oracle(made: dict, case: AttentionCase) -> dict[str, Tensor]:
-    """The results in fp64; dbias for each score, not yet summed."""
-
-    def compute() -> dict[str, Tensor]:
-        full = dict(made)
-        if made["bias"] is not None:
-            scores = (*made["q"].shape[:3], made["k"].shape[2])
-            full["bias"] = made["bias"].expand(scores)
-        return results(full, case, reference.attention, torch.float64)
-
-    return once(("oracle", case), made, compute)
-
-
-def eager_results(made: dict, case: AttentionCase) -> dict[str, Tensor]:
-    """The results of plain PyTorch in the dtype of the case."""
-
-    def compute() -> dict[str, Tensor]:
-        found = results(made, case, reference.attention, case.dtype)
-        # The log-sum-exp is a statistic in fp32, so it is held to eager in fp32, not in half.
-        if case.dtype != lse_dtype(case.dtype):
-            exact = results(made, case, reference.attention, lse_dtype(case.dtype))
-            found["lse"] = exact["lse"]
-        return found
-
-    return once(("eager", case), made, compute)
-
-
-def check_results(
-    actual: dict, made: dict, case: AttentionCase, *, label: str, slack: float = 1.0
-) -> None:
-    """Hold results, however computed, to the rule for `case` on the inputs `made`."""
-    made = {name: None if x is None else x.cpu() for name, x in made.items()}
-    ref, eager = oracle(made, case), eager_results(made, case)
-    rule = {"case": label, "slack": slack}
-    for name in ("out", "lse", "dq", "dk", "dv"):
-        floor = LSE_FLOORS.get(case.dtype, 0.0) if name == "lse" else 0.0
-        x = (actual[name], ref[name], eager[name])
-        check(*x, what=name, gradient=name.startswith("d"), floor=floor, **rule)
-    if made["bias"] is None:
-        return
-    summand = ref["dbias"]
-    total = summand.sum_to_size(made["bias"].shape)
-    rows = summand.numel() // max(1, total.numel())
-    x = (actual["dbias"], total)
-    if rows > 1 and actual["dbias"].dtype == torch.float32 == case.dtype:
-        largest = summand.abs().max().item()
-        check_sum(*x, rows=rows, largest_summand=largest, what="dbias", case=label)
-    else:
-        # In the dtype of q: a float32 bias of half queries gets its gradient through half results.
-        rule |= {"gradient": True, "tested": case.dtype, "rows": rows}
-        check(*x, eager["dbias"], what="dbias", **rule)
-
-
-# --- layer norm and RMS norm ----------------------------------------------------------------------
-
-
-def check_normalised(
-    actual: Tensor, ref: Tensor, z: Tensor, weight: Tensor | None, *, what: str, case: object = ""
-) -> None:
-    """Rule 4 for a layer norm over the last dimension.
-
-    z is what was normalised, in fp64; `actual` is fp16, bf16 or fp32.
-    """
-    got, want, _, _ = _finite_parts(actual, ref, ref, what, case)
-    if not want.numel():
-        return
-    sigma, mean = (x[..., None] for x in torch.std_mean(z.cpu().double(), -1, correction=0))
-    n = torch.where(sigma > 0, (z.cpu() - mean).abs() / sigma, 0.0).clamp_min(1.0)
-    gain = n if weight is None else n * weight.detach().cpu().double().abs()
-    ill = torch.where(sigma > 0, mean.abs() / sigma, 0.0)
-    info = torch.finfo(actual.dtype)
-    _, exponent = torch.frexp(want.abs().clamp_min(info.tiny))
-    unit = info.eps * torch.ldexp(torch.ones_like(want), exponent - 1)
-    allowed = 4 * 2.0**-24 * (1 + ill) * gain + unit
-    over = (got - want).abs() / allowed
-    index = tuple(int(i) for i in torch.unravel_index(over.argmax(), over.shape))
-    assert over[index] <= 1, (
-        f"{what}: error over allowed {over[index].item():.2f} at {index}: got "
-        f"{got[index].item():.9g}, expected {want[index].item():.9g}  [{case}]"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -63,29 +64,69 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+# --- backends ------------------------------------------------------------------------------------
+
+BACKENDS = ("cpu", "reference", "triton", "cuda_emulated", "cuda")
+FAST = [*(["cpu"] if _native.cpu else []), "reference", *(["triton"] if HAS_GPU else [])]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The backends of `backend`; those of attention's tests and of no others are one more."""
-    own = hasattr(metafunc.module, "backend") or any(
-        "backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
-    )
-    if "backend" not in metafunc.fixturenames or own:
+    """`backend` is each that runs here at full speed, or those that @pytest.mark.backends names.
+
+    "fast" stands for the former: what an emulated GPU does not take of their tests is skipped.
+    """
+    if "backend" not in metafunc.fixturenames:
         return
-    of_attention = metafunc.module.__name__.startswith("test_attention")
-    emulated = ["cuda_emulated"] if of_attention and _native.cuda_emulated() else []
-    metafunc.parametrize("backend", [*_backends(), *emulated], indirect=True, scope="session")
+    mark = metafunc.definition.get_closest_marker("backends")
+    asked = mark.args if mark else ["fast"]
+    names = [x for name in asked for x in (FAST if name == "fast" else [name])]
+    params = [_parameter(name) for name in dict.fromkeys(names)]
+    metafunc.parametrize("backend", params, indirect=True, scope="session")
+
+
+def _parameter(name: str) -> object:
+    assert name in BACKENDS
+    on_gpu = name == "cuda" or (name == "triton" and HAS_GPU)
+    return pytest.param(name, marks=pytest.mark.gpu if on_gpu else ())
+
+
+def _backend(request: pytest.FixtureRequest) -> str:
+    """`compare.device_for` says on which device."""
+    there = {"cpu": _native.cpu, "cuda_emulated": _native.cuda_emulated()}
+    if there.get(request.param, True) is None:
+        pytest.skip(f"{request.param} is not built")
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+# By pytest_generate_tests.
+backend = pytest.fixture(scope="session", name="backend")(_backend)
+# The one that a CPU tensor gets by default: native where built, else the reference.
+fast_backend = pytest.fixture(params=FAST[:1], scope="session", name="fast_backend")(_backend)
+# Each that runs anywhere, Triton interpreted where there is no GPU: for a few small cases.
+any_backend = pytest.fixture(params=BACKENDS[:3], name="any_backend")(_backend)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """What the emulated GPU does not take is skipped for the reason that it gives."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    if params.get("backend") != "cuda_emulated":
+    """The emulated GPU runs the threads of each test in another order, the same each time."""
+    emulated = _native.cuda_emulated()
+    if emulated is None:
         return (yield)
-    _native.cuda_emulated().seed(0)
+    emulated.seed(zlib.crc32(item.nodeid.encode()))
     try:
         return (yield)
     except fusedattn.UnsupportedError as refused:
-        pytest.skip(next(line for line in str(refused).splitlines() if "cuda_emulated:" in line))
+        mark = item.get_closest_marker("backends")
+        if mark is None or not {"fast", "cuda_emulated"} <= set(mark.args):
+            raise
+        reasons = [line for line in str(refused).splitlines() if "cuda_emulated:" in line]
+        if not reasons:
+            raise
+        pytest.skip(reasons[0])
+    finally:
+        emulated.device()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -129,37 +170,6 @@ def fresh_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def _backends() -> list:
-    native = [] if _native.cpu is None else ["cpu"]
-    on_gpu = [pytest.param("triton", marks=pytest.mark.gpu)] if HAS_GPU else []
-    return [*native, "reference", *on_gpu]
-
-
-@pytest.fixture(scope="session")
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs here at full speed, by pytest_generate_tests.
-
-    `compare.device_for` says on which device.
-    """
-    return request.param
-
-
-@pytest.fixture(params=_backends()[:1], scope="session")
-def fast_backend(request: pytest.FixtureRequest) -> str:
-    """The backend that a CPU tensor gets by default: native where built, else the reference."""
-    return request.param
-
-
-@pytest.fixture(params=["cpu", "reference", "triton"])
-def any_backend(request: pytest.FixtureRequest) -> str:
-    """Every backend, Triton interpreted where there is no GPU: for a few small cases."""
-    if request.param == "cpu" and _native.cpu is None:
-        pytest.skip("the native CPU module is not built")
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
 
 
 def _instruction_sets() -> list:

@@ -62,7 +62,7 @@ MUTANTS = [
         ("exists[:, None, :, None], x,", "exists[:, None, :, None] | True, x,",
          "attention_nonfinite.py::test_nothing_leaks_from_past_the_lengths"),
         ("total = total - g.mean(-1, keepdim=True)", "total = total",
-         "norm_autograd.py::test_as_torch", "norm.py::test_weight_and_bias_are_optional"),
+         "norm_inputs.py::test_as_torch", "norm.py::test_weight_and_bias_are_optional"),
         ("0x9E3779B9", "0x9E3779B8", "norm_dropout.py::test_philox"),
         ("return ds * scale, ds", "return ds, ds", "softmax.py::test_scale"),
         ('found.masked_fill(absent[..., None], float("nan"))', "found",
@@ -97,7 +97,7 @@ MUTANTS = [
     ),
     *mutants(
         "python/fusedattn/ops/_library.py",
-        ("or x.is_neg()", "", "negative_views.py"),
+        ("or x.is_neg()", "", "dispatch.py::test_negative_views"),
         ("call = self._check(call)", "pass", "library_ops.py::test_hostile_calls_of_raw_ops"),
         ("elif x.numel() != 0 and x.data_ptr() == 0:", "elif x.numel() < 0:",
          "library_ops.py::test_a_tensor_whose_storage_was_freed"),
@@ -125,7 +125,7 @@ MUTANTS = [
     *mutants(
         "python/fusedattn/ops/sinusoidal.py",
         ("return scale * dout, None, None", "return dout, None, None",
-         "sinusoidal.py::test_gradients"),
+         "op_autograd.py::test_derivatives"),
     ),
     *mutants(
         "python/fusedattn/nn/attention.py",
@@ -156,7 +156,8 @@ MUTANTS = [
          "full = tl.maximum(start + BLOCK_N - 1 - diagonal, 0) // BLOCK_M * BLOCK_M",
          "triton_attention.py::test_regimes"),
         ("tl.where(nothing, 0.0, row)", "row",
-         "triton_attention.py::test_regimes", "triton_attention.py::test_a_row_that_sees_nothing"),
+         "triton_attention.py::test_regimes", "attention_nonfinite.py::"
+         "test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing"),
     ),
     *mutants(
         "kernels/attention_bwd.py",
@@ -168,7 +169,7 @@ MUTANTS = [
         "kernels/attention_ds_scale.py",
         ("tl.where(exponent > 141, 268 - exponent, 127)", "tl.where(exponent > 141, 127, 127)",
          "attention_fp16_range.py::test_large"),
-        ("existing_keys(kv_lengths, batch, seq_k)", "seq_k",
+        ("seq_k, 0, kv_lengths)", "seq_k, 0, None)",
          "attention_fp16_range.py::test_what_does_not_count"),
         (' != float("-inf")', ' != float("inf")',
          "attention_fp16_range.py::test_what_does_not_count"),
@@ -216,7 +217,7 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/rotary.py",
-        ("sin = -sin", "sin = sin", "triton_rotary.py::TestRotary"),
+        ("sin = -sin", "sin = sin", "rotary_kernels.py::test_regimes"),
     ),
     *mutants(
         "kernels/swiglu.py",
@@ -224,7 +225,7 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/sinusoidal.py",
-        ("((quarter + 1) & 2)", "(quarter & 2)", "triton_rotary.py::TestSinusoidal"),
+        ("((quarter + 1) & 2)", "(quarter & 2)", "sinusoidal_kernels.py::test_regimes"),
     ),
     *mutants(
         "csrc/cpu/attention_decode.h",

@@ -70,9 +70,11 @@ class Outcome:
 
 # --- what is run ---------------------------------------------------------------------------------
 
-OPS = ("attention", "rotary", "rowwise", "softmax", "swiglu")
-CUDA_TESTS = [f"tests/test_cuda_{name}.py" for name in OPS]
-LARGE_TESTS = "tests/test_cuda_attention_large.py"  # too large for a sanitizer
+# The tests of kernels in CUDA C++ have "cuda" in their names, by their file or by their backend.
+# These are looked at by compute-sanitizer; those of `test_cuda_attention_large.py` are too large.
+ATTENTION_TESTS = ["tests/test_cuda_attention.py"]
+OTHER_TESTS = [f"tests/test_{op}_kernels.py" for op in ("rotary", "sinusoidal")]
+OTHER_TESTS += [f"tests/test_cuda_{op}.py" for op in ("rowwise", "softmax", "swiglu")]
 # Calls that torch makes and expects to fail are no errors. Our kernels alone are looked at: torch's
 # have hazards of their own; but initcheck has to see who wrote what they read.
 OPTIONS = ["--error-exitcode", "99", "--report-api-errors", "no"]
@@ -99,12 +101,12 @@ def sanitizer_parts(python: str, sanitizer: str | None, seconds: float) -> list[
         return [Part("compute-sanitizer", [python, "-c", missing], seconds)]
     parts = []
     for tool, shown in TOOLS.items():
-        groups = {"attention": CUDA_TESTS[:1]}
+        groups = {"attention": ATTENTION_TESTS}
         if tool in ("memcheck", "racecheck"):
-            groups["other ops"] = CUDA_TESTS[1:]
+            groups["other ops"] = OTHER_TESTS
         for name, files in groups.items():
             checked = [sanitizer, "--tool", tool, *OPTIONS, *shown]
-            command = [*checked, *pytest_command(python, "-x", *files)]
+            command = [*checked, *pytest_command(python, "-x", "-k", "cuda", *files)]
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             part = Part(f"{tool}, {name}", command, seconds, spare=60.0, environment=alone)
             parts.append(part)
@@ -115,10 +117,10 @@ def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) 
     """Right before fast, and what compiles for long last: it may find the time to be over."""
     ahead = [python, "-m", "fusedattn.benchmarks.ahead"]
     bench = [python, "-m", "fusedattn.cli", "bench", "--device", "cuda", "--output", str(output)]
-    ours = pytest_command(python, *CUDA_TESTS, LARGE_TESTS, workers=4)
-    others = [f"--ignore={name}" for name in (*CUDA_TESTS, LARGE_TESTS)]
+    ours = pytest_command(python, "-k", "cuda", "tests", workers=4)
     # The Triton kernels take their first tile instead of timing all: one to compile for each test.
-    triton = pytest_command(python, "--deterministic", "tests", *others, workers=cores // 2)
+    others = ("--deterministic", "-k", "not cuda", "tests")
+    triton = pytest_command(python, *others, workers=cores // 2)
     return [
         [
             Part("CUDA C++ tests", ours, 100.0, spare=25.0),

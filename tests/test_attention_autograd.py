@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import fusedattn
 import pytest
 import torch
-from compare import AttentionCase, check, device_for, fused
+from cases.attention import AttentionCase
+from compare import check, device_for
 from fusedattn.reference import functional as reference
-from torch.autograd import gradcheck, gradgradcheck
 
-OPTIONS = {
-    "full": {},
-    "causal, cross": {"causal": True},
-    "top-left": {"causal": "top_left"},
-    "rows that see nothing": {"mask": torch.tensor([[True], [False], [True]])},
-    "lengths": {"kv_lengths": torch.tensor([4, 1], dtype=torch.int32)},
-    "scale": {"scale": -0.7},
-}
+pytestmark = pytest.mark.backends("fast", "cuda_emulated")
 
 
 def leaves(
     *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> list:
     return [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
-
-
-def finite_outputs(backend: str, **options):
-    """attention as a function of tensors, for numerical derivatives: −inf has none."""
-
-    def function(q, k, v, bias):
-        out, lse = fusedattn.attention(
-            q, k, v, bias=bias, return_lse=True, backend=backend, **options
-        )
-        return out, lse.masked_fill(lse.isinf(), 0.0)
-
-    return function
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gradcheck(options, fast_backend):
-    inputs = leaves((2, 2, 3, 3), (2, 1, 4, 3), (2, 1, 4, 2), (1, 2, 3, 4))
-    assert gradcheck(finite_outputs(fast_backend, **options), inputs)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 3, 4), (2, 1, 1, 4), (3, 1), ()], ids=str)
-def test_gradcheck_of_broadcast_bias(shape, fast_backend):
-    inputs = leaves((2, 2, 3, 3), (2, 2, 4, 3), (2, 2, 4, 2), shape)
-    assert gradcheck(finite_outputs(fast_backend, causal=True), inputs)
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gradgradcheck(options, fast_backend):
-    inputs = leaves((2, 2, 3, 2), (2, 1, 4, 2), (2, 1, 4, 2), (2, 1, 4))
-    assert gradgradcheck(finite_outputs(fast_backend, **options), inputs)
 
 
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32])
@@ -86,85 +46,6 @@ def test_gradient_penalty(dtype, bias_dtype, backend):
         assert grads[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "bias"])
-def test_gradient_only_for_what_requires_it(wanted, backend):
-    device = device_for(backend)
-    shapes = {"q": (2, 4, 9, 8), "k": (2, 2, 11, 8), "v": (2, 2, 11, 6), "bias": (4, 9, 11)}
-    x = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
-
-    def grads(names):
-        for name in x:
-            x[name] = x[name].detach().requires_grad_(name in names)
-        fusedattn.attention(**x, causal=True, backend=backend).square().sum().backward()
-        return {name: leaf.grad for name, leaf in x.items()}
-
-    every, one = grads(tuple(x)), grads((wanted,))
-    assert torch.equal(one[wanted], every[wanted])
-    assert [name for name in x if one[name] is not None] == [wanted]
-
-
-def test_no_gradient_needed_leaves_no_graph(backend):
-    q, k, v = leaves(*[(1, 2, 5, 4)] * 3, dtype=torch.float32, device=device_for(backend))
-    with torch.no_grad():
-        out, lse = fusedattn.attention(q, k, v, return_lse=True, backend=backend)
-    assert not out.requires_grad
-    assert not lse.requires_grad
-    with torch.inference_mode():
-        assert torch.equal(fusedattn.attention(q, k, v, backend=backend), out)
-
-
-def test_repeated_backward_is_bitwise_equal(backend):
-    """flash-attention#359: with retain_graph, gradients do not drift."""
-    device = device_for(backend)
-    q, k, v = leaves(
-        (2, 4, 70, 16), (2, 2, 90, 16), (2, 2, 90, 16), dtype=torch.float32, device=device
-    )
-    out = fusedattn.attention(q, k, v, causal=True, backend=backend)
-    dout = torch.randn_like(out)
-    kept = dout.clone()
-    first = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-    for _ in range(20):
-        again = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert torch.equal(dout, kept)
-
-
-def test_forward_without_backward_frees_everything(backend):
-    """pytorch#25340: an output kept on the context is a cycle that only the collector ends."""
-    q, k, v = leaves(*[(1, 2, 5, 4)] * 3, dtype=torch.float32, device=device_for(backend))
-    gc.collect()
-    gc.disable()
-    try:
-        watched = []
-        for _ in range(50):
-            out, lse = fusedattn.attention(q, k, v, return_lse=True, backend=backend)
-            watched += [weakref.ref(out), weakref.ref(lse), weakref.ref(out.grad_fn)]
-            del out, lse
-        assert not any(ref() is not None for ref in watched)
-    finally:
-        gc.enable()
-
-
-def test_saved_tensors_pass_through_hooks(backend):
-    """Everything that is kept can be moved elsewhere (save_on_cpu), and nothing else is kept."""
-    case = AttentionCase(seq_q=20, seq_k=43, bias=(2, 20, 43), mask=(20, 43), kv_lengths=(43, 9))
-    made = case.inputs(device_for(backend))
-    plain = fused(made, case, backend)
-    packed = []
-
-    def pack(x):
-        packed.append(tuple(x.shape))
-        return x.clone()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.clone()):
-        hooked = fused(made, case, backend)
-    assert all(torch.equal(plain[name], hooked[name]) for name in plain)
-    for name in ("q", "k", "v", "kv_lengths"):
-        assert tuple(made[name].shape) in packed
-    assert tuple(plain["out"].shape) in packed
-    assert tuple(plain["lse"].shape) in packed
-
-
 @pytest.mark.parametrize("changed", ["q", "v", "bias", "mask", "out"])
 def test_saved_tensor_modified_in_place(changed, backend):
     """fusedattn must not compute a gradient from what is no longer there."""
@@ -177,30 +58,6 @@ def test_saved_tensor_modified_in_place(changed, backend):
     x[changed].detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.new_ones(()).expand_as(x),
-        lambda x: torch.randn(x.shape[:-1], device=x.device)[..., None].expand_as(x),
-        lambda x: torch.randn(*x.shape[:-1], 2 * x.shape[-1], device=x.device)[..., ::2],
-        lambda x: torch.randn_like(x.transpose(1, 3)).transpose(1, 3),
-        lambda x: torch.randn(1, *x.shape[1:], device=x.device).expand_as(x),
-    ],
-    ids=["one number", "rows", "stride 2", "transposed", "batch"],
-)
-def test_strides_of_the_output_gradient(view, backend):
-    """flash-attention#355: out.sum() sends an expanded gradient."""
-    device = device_for(backend)
-    q, k, v = leaves(
-        (2, 4, 33, 8), (2, 2, 33, 8), (2, 2, 33, 12), dtype=torch.float32, device=device
-    )
-    out = fusedattn.attention(q, k, v, causal=True, backend=backend)
-    dout = view(out.detach())
-    found = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-    want = torch.autograd.grad(out, (q, k, v), dout.contiguous())
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_lse_gradient_strides_and_unused_outputs(backend):
@@ -221,3 +78,67 @@ def test_public_function(fast_backend):
     out, _ = fusedattn.autograd.Attention.apply(config, fast_backend, q, k, v)
     want = fusedattn.attention(q, k, v, causal=True, scale=0.5, backend=fast_backend)
     assert torch.equal(out, want)
+
+
+# --- torch.func ---------------------------------------------------------------------------------
+
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def inputs(*lead: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    shapes = ((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 4))
+    return tuple(torch.randn(*lead, *shape, dtype=dtype) for shape in shapes)
+
+
+def attend(q, k, v, **options):
+    return fusedattn.attention(q, k, v, causal=True, **options)
+
+
+def formula(q, k, v, **options):
+    return reference.attention(q, k, v, causal=True, **options)[0]
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0), (0, None, None), (None, 0, 0), (2, 0, None)], ids=str
+)
+def test_vmap(in_dims):
+    x = tuple(
+        y if d == 0 else y[0] if d is None else y.movedim(0, d)
+        for y, d in zip(inputs(3), in_dims, strict=True)
+    )
+    found = torch.vmap(attend, in_dims)(*x)
+    rows = [
+        attend(*(y if d is None else y.select(d, i) for y, d in zip(x, in_dims, strict=True)))
+        for i in range(3)
+    ]
+    torch.testing.assert_close(found, torch.stack(rows), **CLOSE)
+
+
+def test_vmap_over_mask_and_bias():
+    q, k, v = inputs()
+    mask, bias = torch.rand(3, 5, 6) < 0.7, torch.randn(3, 4, 1, 6, dtype=torch.float64)
+    found = torch.vmap(lambda m, b: attend(q, k, v, mask=m, bias=b))(mask, bias)
+    rows = [attend(q, k, v, mask=m, bias=b) for m, b in zip(mask, bias, strict=True)]
+    torch.testing.assert_close(found, torch.stack(rows), **CLOSE)
+
+
+def test_hessian():
+    x = tuple(y[:1, :2, :2, :2].contiguous() for y in inputs())
+
+    def second(function):
+        return torch.func.hessian(lambda q: function(q, *x[1:]).square().sum())(x[0])
+
+    found = second(fusedattn.attention)
+    torch.testing.assert_close(found, second(lambda *x: reference.attention(*x)[0]), **CLOSE)
+    assert found.abs().max() > 0
+
+
+def test_half_with_float32_bias():
+    q, k, v = inputs(dtype=torch.bfloat16)
+    bias = torch.randn(4, 5, 6)
+    grad = torch.func.grad(lambda b: attend(q, k, v, bias=b).float().square().sum())(bias)
+    assert grad.dtype == torch.float32
+    leaf = bias.clone().requires_grad_()
+    attend(q, k, v, bias=leaf).float().square().sum().backward()
+    torch.testing.assert_close(grad, leaf.grad, rtol=0.02, atol=0.02)

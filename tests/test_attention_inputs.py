@@ -10,6 +10,8 @@ import torch
 from compare import device_for
 from processes import in_a_new_process
 
+pytestmark = pytest.mark.backends("fast", "cuda_emulated")
+
 Q, K, V = (2, 4, 6, 8), (2, 2, 10, 8), (2, 2, 10, 5)
 
 

@@ -8,11 +8,10 @@ import fusedattn
 import pytest
 import torch
 from compare import device_for, far_apart
-from fusedattn import _native
 
-# Triton interpreted where there is no GPU, for a few small cases.
-EVERY = ["reference", "triton", *(["cpu"] if _native.cpu else [])]
-EVERY += ["cuda_emulated"] if _native.cuda_emulated() else []
+pytestmark = pytest.mark.backends("fast", "cuda_emulated")
+
+every = pytest.mark.backends("cpu", "reference", "triton", "cuda_emulated")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -202,7 +201,7 @@ def test_one_tensor_as_query_key_and_value(backend):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("backend", EVERY)
+@every
 def test_lengths_of_any_value_and_stride(backend, dtype):
     """Those of 2³¹ and more are no limit, negative ones no key; they may lie apart."""
     narrow, wide = [4, -1, 2**31 - 1, -(2**31)], [2**31, 2**32 + 3, -(2**63)]
@@ -216,7 +215,7 @@ def test_lengths_of_any_value_and_stride(backend, dtype):
         assert torch.equal(found[name], want[name]), name
 
 
-@pytest.mark.parametrize("backend", EVERY)
+@every
 def test_saved_tensors_of_any_stride(backend):
     """Hooks may give back what the backward needs, lse above all, in other strides."""
     x = {n: torch.randn(1, 1, 9, 8, device=device_for(backend)).half() for n in ("q", "k", "v")}

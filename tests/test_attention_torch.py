@@ -80,16 +80,6 @@ def test_fake_has_the_strides_of_the_real(op, args, name, fast_backend):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
-def test_meta_device():
-    q = torch.empty(2, 4, 9, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.empty(2, 2, 30, d, device="meta", dtype=torch.bfloat16) for d in (16, 24))
-    out, lse = fusedattn.attention(q, k, v, causal=True, return_lse=True)
-    assert (out.shape, out.dtype, out.device.type) == ((2, 4, 9, 24), torch.bfloat16, "meta")
-    assert (lse.shape, lse.dtype) == ((2, 4, 9), torch.float32)
-    out.sum().backward()
-    assert q.grad.shape == q.shape
-
-
 def mixed() -> dict[str, torch.Tensor]:
     """TransformerEngine's and diffusers' case: q and k in float32 after their norm, v in bf16."""
     x = {name: torch.randn(2, 2, 20, 16) for name in ("q", "k", "v")}

@@ -187,9 +187,9 @@ def test_number_that_is_none(function, parameter):
             assert torch.equal(x.isnan(), y.isnan()), name
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("asked", ["auto", "reference"])
 @pytest.mark.parametrize("function", CALLS)
-def test_results_have_memory_of_their_own(function, backend):
+def test_results_have_memory_of_their_own(function, asked):
     """No output is an input, and no gradient another one or what came from behind."""
     given = {x: y.clone() if isinstance(y, Tensor) else y for x, y in CALLS[function].items()}
     tensors = {x: y for x, y in given.items() if isinstance(y, Tensor)}
@@ -198,7 +198,7 @@ def test_results_have_memory_of_their_own(function, backend):
         for x, y in tensors.items()
         if y.is_floating_point() and x not in ("cos", "sin")
     ]
-    found = FUNCTIONS[function](**given, backend=backend)
+    found = FUNCTIONS[function](**given, backend=asked)
     found = found if isinstance(found, tuple) else (found,)
     behind = [torch.ones_like(x) for x in found]
     torch.autograd.backward(found, behind)

@@ -7,29 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.nn.functional as F
 from fusedattn.benchmarks import figures, rowwise_cases, rowwise_peers
-from fusedattn.benchmarks.rowwise_cases import Case, make_problem
-from fusedattn.benchmarks.rowwise_peers import OPS
+from fusedattn.benchmarks.rowwise_cases import make_problem
 from fusedattn.benchmarks.run import ROWWISE, run_case, run_cases
 from fusedattn.benchmarks.versions import OURS, Unavailable, ours_on
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SHAPES = {"rotary": (1, 2, 12, 8), "sinusoidal": (2, 12, 16)}
-KINDS = [(op, False, False) for op in OPS]
-KINDS += [(op, True, False) for op in OPS if op != "sinusoidal"]
-KINDS += [(op, backward, True) for op in rowwise_cases.NORMS for backward in (False, True)]
-
-
-def tiny(op, dtype="fp32", backward=False, residual=False):
-    return Case(op, SHAPES.get(op, (24, 40)), dtype, backward, residual)
-
-
-def named(kind):
-    op, backward, residual = kind
-    return f"{'add_' * residual}{op}-{'bwd' if backward else 'fwd'}"
-
+from test_benchmark_rowwise import CPU, GPU, KINDS, named, tiny
 
 # --- rows ----------------------------------------------------------------------------------------
 
@@ -138,7 +121,7 @@ def test_liger_says_why_it_is_absent(monkeypatch):
     with pytest.raises(Unavailable, match="pip install liger-kernel"):
         rowwise_peers.liger(SimpleNamespace(device=GPU))
     with pytest.raises(Unavailable, match="no sinusoidal"):
-        OPS["sinusoidal"].liger(())
+        rowwise_peers.OPS["sinusoidal"].liger(())
 
 
 def test_liger_says_what_its_version_lacks(monkeypatch):

@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
         seconds=0.5,
         rowwise_seconds=0.3,
         limit_seconds=0.1,
-        limit_scale=0.05,
+        limit_scale=0.01,
     )
     printed = io.StringIO()
     results = suite.run(plan, folder, Console(file=printed, width=200))

@@ -175,7 +175,7 @@ def test_peak_memory_sees_a_buffer_that_is_freed_again():
 
 @pytest.mark.slow
 def test_limits_are_measured_for_every_dtype():
-    limits = harness.measure_limits(CPU, budget=0.1, scale=0.05)
+    limits = harness.measure_limits(CPU, budget=0.1, scale=0.01)
     rates = limits.flops_per_second
     assert set(rates) == set(DTYPES)
     assert rates["fp32"] == min(rates.values()) > 1e6

@@ -9,7 +9,8 @@ import math
 import compare
 import pytest
 import torch
-from compare import AttentionCase, check, check_results, check_sum, results, ulp
+from cases.attention import AttentionCase, check_results, results
+from compare import check, check_sum, ulp
 from fusedattn.reference import functional as reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import AttentionCase, check_results, results
+from cases.attention import AttentionCase, check_results, regimes, results
 from fusedattn import _native
 from fusedattn.ops.attention_config import AttentionBackwardCall, configure
 from fusedattn.reference import functional as reference
@@ -18,13 +18,6 @@ LITTLE = 99 * 1024  # shared memory of sm_86, sm_89 and sm_120
 
 emulated = _native.cuda_emulated()
 pytestmark = pytest.mark.skipif(emulated is None, reason="needs setup.py build_emulator")
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    emulated.seed(0)
-    yield
-    emulated.device()
 
 
 def backward(made: dict, case: AttentionCase, deterministic: bool = False) -> dict:
@@ -39,17 +32,6 @@ def backward(made: dict, case: AttentionCase, deterministic: bool = False) -> di
     call = AttentionBackwardCall(dout, dlse, out, lse, q, k, v, kv_lengths=lengths, config=config)
     emulated.attention_backward(call, dq, dk, dv, None)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-
-
-def check_backward(case: AttentionCase, deterministic: bool = False) -> dict:
-    made = case.inputs()
-    found = backward(made, case, deterministic)
-    check_results(found, made, case, label=f"deterministic={deterministic} {case}")
-    return found
-
-
-def regimes(*rows: tuple[str, dict]) -> list:
-    return [pytest.param(AttentionCase(**{"dtype": BF16, "batch": 1, **x}), id=i) for i, x in rows]
 
 
 CASES = regimes(
@@ -85,6 +67,7 @@ CASES = regimes(
     ("dim_192_128", {"seq_q": 70, "dim": 192, "dim_v": 128, "heads": 1, "causal": True}),
     ("dim_136_168_f16", {"seq_q": 40, "dim": 136, "dim_v": 168, "heads": 1, "dtype": F16}),
     ("dim_256", {"seq_q": 70, "dim": 256, "heads": 1, "causal": True, "grads": BOTH}),
+    dtype=BF16, batch=1,
 )  # fmt: skip
 
 
@@ -93,4 +76,6 @@ CASES = regimes(
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case: AttentionCase, shared: int, deterministic: bool) -> None:
     emulated.device(max_shared_bytes=shared)
-    check_backward(case, deterministic)
+    made = case.inputs()
+    found = backward(made, case, deterministic)
+    check_results(found, made, case, label=f"deterministic={deterministic} {case}")

@@ -15,7 +15,8 @@ from pathlib import Path
 import fusedattn
 import pytest
 import torch
-from compare import AttentionCase, check, results
+from cases.attention import AttentionCase, results
+from compare import check
 from fusedattn import _native
 from fusedattn.ops.attention_config import AttentionBackwardCall, configure
 from fusedattn.reference import functional as reference

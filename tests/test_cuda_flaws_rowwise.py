@@ -13,13 +13,17 @@ from pathlib import Path
 import fusedattn
 import pytest
 import torch
+from cases import BF16, F16, F32
+from cases.norm import NormCase
+from cases.norm import results as norm_results
+from cases.position import RotaryCase, launch_rotary
+from cases.softmax import SoftmaxCase
+from cases.softmax import results as softmax_results
+from cases.swiglu import inputs, results
 from fusedattn import _native
 from fusedattn.ops.rotary_config import RotaryConfig
-from position_cases import RotaryCase, launch_rotary
-from swiglu_cases import inputs, results
 from test_cuda_flaws import Run, hunt
-from test_cuda_rowwise import BF16, F16, F32, Norm, norm_results
-from test_cuda_softmax import softmax_results
+from test_cuda_rowwise import layer
 from torch import Tensor
 
 emulated = _native.cuda_emulated()
@@ -50,32 +54,28 @@ class Repeated(Run):
             torch.testing.assert_close(x, self.expected[name], equal_nan=True)
 
 
-def norm(case: Norm, *kernels: str, **device: int) -> Repeated:
-    made = case.inputs("cuda_emulated")
-    rows = torch.randn(2, case.rows, case.width)
-    douts = (rows[0].to(case.x), rows[1].to(case.z or case.residual or case.x))
-    more = {"residual_dtype": case.z} if case.z else {}
-
-    def call() -> dict[str, Tensor]:
-        return norm_results(case, fusedattn, made, douts, backend="cuda_emulated", **more)
-
-    return Repeated(call, *(f"norm_{name}" for name in kernels), "norm_backward_columns", **device)
+def norm(case: NormCase, *kernels: str, **device: int) -> Repeated:
+    made = case.inputs()
+    names = (*(f"norm_{name}" for name in kernels), "norm_backward_columns")
+    return Repeated(
+        lambda: norm_results(made, case, fusedattn, backend="cuda_emulated"), *names, **device
+    )
 
 
 def norms() -> list[Repeated]:
     once, again = "backward_rows", ("backward_sums", "backward_strips")
     common = {"weight": F16, "bias": F16, "residual": F16}
     return [
-        norm(Norm(9, 20), "forward_rows", once),
-        norm(Norm(5, 1500), "forward_rows", once),
-        norm(Norm(70, 24), "forward_rows", once),
-        norm(Norm(5, 264, F16, **common, dropout_p=0.3), "forward_rows", once),
-        norm(Norm(5, 264, F16, weight=F32, bias=F16, residual=F32), "forward_rows", once),
-        norm(Norm(20, 37), "forward_rows", *again),
-        norm(Norm(3, 299, BF16, residual=F32, dropout_p=0.3), "forward_rows", *again),
-        norm(Norm(2, 2101, residual=F32), "forward_wide", *again, **CLUSTER),
-        norm(Norm(2, 2101, residual=F32), "forward_wide", *again, **AGAIN),
-        norm(Norm(2, 8200), "forward_wide", once, **CLUSTER),
+        norm(layer(9, 20), "forward_rows", once),
+        norm(layer(5, 1500), "forward_rows", once),
+        norm(layer(70, 24), "forward_rows", once),
+        norm(layer(5, 264, F16, **common, dropout_p=0.3), "forward_rows", once),
+        norm(layer(5, 264, F16, bias=F16, residual=F32), "forward_rows", once),
+        norm(layer(20, 37), "forward_rows", *again),
+        norm(layer(3, 299, BF16, residual=F32, dropout_p=0.3), "forward_rows", *again),
+        norm(layer(2, 2101, residual=F32), "forward_wide", *again, **CLUSTER),
+        norm(layer(2, 2101, residual=F32), "forward_wide", *again, **AGAIN),
+        norm(layer(2, 8200), "forward_wide", once, **CLUSTER),
     ]
 
 
@@ -88,19 +88,15 @@ def softmax(
     **device: int,
 ) -> Repeated:
     """`ramp`: scores rise by so much in a row or fall, so that only its largest will do."""
-    x = torch.randn(shape) + torch.linspace(0, ramp, shape[-1])
+    given = (shape, (1, shape[-1])) if extras else ()
+    made = SoftmaxCase(shape, F32, *given).inputs()
+    x = made.pop("x") / 3 + torch.linspace(0, ramp, shape[-1])
     x[0] = x[0].flip(-1)
-    made, dout = {"x": x.to(dtype)}, torch.randn(shape).to(dtype)
-    if extras:
-        made["bias"] = torch.randn(1, shape[-1]).to(dtype)
-        made["mask"] = torch.randn(shape) > -0.5
-
-    def call() -> dict[str, Tensor]:
-        return softmax_results(
-            made, dout, fusedattn.softmax, backend="cuda_emulated", causal=causal
-        )
-
-    return Repeated(call, "softmax_forward", "softmax_backward", **device)
+    made = {n: y if y.dtype == torch.bool else y.to(dtype) for n, y in {"x": x, **made}.items()}
+    made |= {"dim": -1, "causal": causal, "softmax": fusedattn.softmax, "backend": "cuda_emulated"}
+    return Repeated(
+        lambda: softmax_results(**made), "softmax_forward", "softmax_backward", **device
+    )
 
 
 def softmaxes() -> list[Repeated]:
@@ -123,7 +119,7 @@ def softmaxes() -> list[Repeated]:
 
 
 def rotary(case: RotaryCase, interleaved: bool) -> Repeated:
-    made = case.inputs("cpu")
+    made = case.inputs()
     made["positions"][:, 3] = 24  # which the tables have not
 
     def call() -> dict[str, Tensor]:

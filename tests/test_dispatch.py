@@ -11,18 +11,22 @@ import pytest
 import torch
 from fusedattn import _native
 from fusedattn.ops import _backends
+from ops import OPS, arguments, few, outputs
 from processes import in_a_new_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-OPS = {
-    "attention": lambda x: fusedattn.attention(x, x, x),
-    "layer_norm": lambda x: fusedattn.layer_norm(x, 8),
-    "rms_norm": lambda x: fusedattn.rms_norm(x, 8, residual=x)[0],
-    "softmax": lambda x: fusedattn.softmax(x),
-    "apply_rotary": lambda x: fusedattn.apply_rotary(x, x.new_ones(5, 4), x.new_ones(5, 4)),
-    "add_sinusoidal": lambda x: fusedattn.add_sinusoidal(x),
-    "swiglu": lambda x: fusedattn.swiglu(x, x),
-}
+
+def of_first(op, **rest):
+    """The op as a function of the first of the tensors that it needs."""
+    first = OPS[op].needed[0]
+    return lambda x: outputs(OPS[op].run(**few(op) | rest | {first: x}))[0]
+
+
+def call_of(op):
+    """The op as a function of that tensor, and the tensor."""
+    made = few(op)
+    x = made.pop(OPS[op].needed[0])
+    return of_first(op, **made), x
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -35,34 +39,25 @@ def test_what_a_transform_leaves_behind(op, grad):
         kept.append(x * 2)
         return kept[0].sum()
 
-    x = torch.randn(1, 2, 5, 8)
+    run, x = call_of(op)
     torch.func.grad(loss)(x)
     (left,) = kept
     given = (x * 2).requires_grad_()
     with torch.set_grad_enabled(grad):
-        found, want = OPS[op](left), OPS[op](given)
+        found, want = run(left), run(given)
     torch.testing.assert_close(found.detach(), want.detach())
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_empty_tensors(op):
-    x = torch.randn(0, 2, 5, 8, requires_grad=True)
-    out = OPS[op](x)
-    out.sum().backward()
-    assert out.shape == x.shape
-    assert x.grad is not None
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_the_default_device_is_for_new_tensors(op, grad):
     """What an op allocates lies where its inputs do."""
-    found = []
+    (run, x), found = call_of(op), []
     for device in ("cpu", "meta"):
-        x = torch.linspace(-1, 1, 80, device="cpu").view(1, 2, 5, 8).requires_grad_(grad)
+        x = x.detach().requires_grad_(grad)
         with torch.device(device):
-            out = OPS[op](x)
-            found.append((out, *torch.autograd.grad(out, x, x.detach())) if grad else (out,))
+            out = run(x)
+            found.append((out, *torch.autograd.grad(out, x, out.detach())) if grad else (out,))
     for with_cpu, with_meta in zip(*found, strict=True):
         assert torch.equal(with_cpu, with_meta)
 
@@ -85,40 +80,64 @@ def test_a_call_on_a_gpu_compiles_whole(op, built, monkeypatch):
 
     torch._dynamo.reset()
     with FakeTensorMode():
-        x = torch.empty(1, 2, 5, 8, dtype=torch.bfloat16, device="cuda")
-        out = torch.compile(OPS[op], fullgraph=True, backend=capture)(x)
+        like = {"dtype": torch.bfloat16, "device": "cuda"}
+        given = {name: torch.empty(x.shape, **like) for name, x in few(op).items()}
+        out = outputs(torch.compile(OPS[op].run, fullgraph=True, backend=capture)(**given))[0]
     assert out.is_cuda
     (graph,) = graphs
     (call,) = (node for node in graph.graph.nodes if "fusedattn." in str(node.target))
     assert ("cuda" if built else "triton") in call.args
 
 
-def _rotary_in_place(x):
-    angles = torch.arange(20.0).view(5, 4)
-    return fusedattn.apply_rotary(x * 2, angles.cos(), angles.sin(), inplace=True)
-
-
-TRACED = [(name, op, grad) for name, op in OPS.items() for grad in (False, True)]
-TRACED += [("in place", _rotary_in_place, False)]  # torch's trace takes no differentiable one
-
-
-@pytest.mark.parametrize(("name", "op", "grad"), TRACED)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_jit_trace_holds_the_op(name, op, grad):
-    """Not the result of the inputs with which it was made."""
+def test_a_jit_trace_of_an_op_in_place():
+    """Holds the op, not the result of the inputs with which it was made."""
     x, y = torch.randn(2, 1, 2, 5, 8)
-    traced = torch.jit.trace(op, (x.requires_grad_(grad),), check_trace=False)
-    assert torch.equal(traced(y), op(y))
+    tables = torch.randn(2, 5, 4).unbind()
+
+    def rotate(x):
+        return fusedattn.apply_rotary(x * 2, *tables, inplace=True)
+
+    traced = torch.jit.trace(rotate, (x,), check_trace=False)
+    assert torch.equal(traced(y), rotate(y))
 
 
-@pytest.mark.parametrize(
-    "name", ["Attention", "LayerNorm", "RMSNorm", "Rotary", "Sinusoidal", "Softmax", "SwiGLU"]
-)
-def test_functions_refuse_transforms(name):
-    """They have no rule for torch.func; its `apply` says so, and is theirs in public."""
-    function = getattr(fusedattn.autograd, name)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: function.apply(x).sum())(torch.randn(3))
+def lazily_negated(like):
+    """A tensor that stands for the negative of its memory, as z.conj().imag does."""
+    x = torch.randn(like.shape, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    return x
+
+
+@pytest.mark.parametrize(("op", "name"), list(arguments()))
+def test_negative_views(op, name):
+    """Each argument in turn, and the gradient."""
+    made = OPS[op].tensors(torch.float32)
+    if not made[name].is_floating_point():
+        return
+    negative = lazily_negated(made[name])
+    wanted, found = name in OPS[op].differentiable, []
+    dense = negative.resolve_neg().clone()
+    for x in (negative, dense):
+        out = outputs(OPS[op].run(**made | {name: x.detach().requires_grad_(wanted)}))[0]
+        found.append(out)
+    assert torch.equal(*found)
+    if wanted:
+        for x in (negative, dense):
+            x.requires_grad_()
+        dout = lazily_negated(out)
+        grads = [
+            torch.autograd.grad(outputs(OPS[op].run(**made | {name: x}))[0], x, dy)[0]
+            for x, dy in ((negative, dout), (dense, dout.resolve_neg().clone()))
+        ]
+        assert torch.equal(*grads)
+
+
+def test_negative_views_are_rotated_in_place():
+    x, tables = lazily_negated(torch.empty(1, 2, 6, 8)), torch.randn(2, 6, 4).unbind()
+    want = fusedattn.apply_rotary(x, *tables)
+    assert torch.equal(fusedattn.apply_rotary(x, *tables, inplace=True), want)
+    assert torch.equal(x, want)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

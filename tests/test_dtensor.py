@@ -19,8 +19,8 @@ import fusedattn
 import pytest
 import torch
 import torch.distributed as dist
-from dtensor_cases import S0, S1, S2, Case, P, R, cases, normal
-from op_calls import OP_CALLS, arguments, outputs
+from cases.dtensor import S0, S1, S2, Case, P, R, cases, normal
+from ops import OPS, arguments, outputs
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
@@ -113,7 +113,7 @@ def statistics_in_one_dimension() -> None:
 
 def mixed(op: str, name: str) -> None:
     """One DTensor among tensors, and one tensor among DTensors, with and without gradients."""
-    call = OP_CALLS[op]
+    call = OPS[op]
     tensors = call.tensors(torch.float32)
     parts = {n: spread(x, R) for n, x in tensors.items()}
     for given in (tensors | {name: parts[name]}, parts | {name: tensors[name]}):

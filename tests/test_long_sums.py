@@ -5,10 +5,10 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
+from cases.norm import NormCase, check_norm
 from compare import check
 from fusedattn import _native
 from fusedattn.reference import functional as reference
-from norm_case import NormCase, check_norm
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason="needs fusedattn._cpu")
 

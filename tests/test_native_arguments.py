@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_type_hints
 
-import fusedattn
 import pytest
 import torch
 from fusedattn import _native
@@ -24,6 +23,7 @@ from fusedattn.ops import (
     softmax_kernels,
     swiglu,
 )
+from ops import OPS, few, outputs
 from processes import Call, wrong_in_a_fork
 from torch import Tensor
 
@@ -290,44 +290,24 @@ def test_an_option_that_no_kernel_takes_is_refused(native):
 # --- storages that were freed, through the public functions ---------------------------------------
 
 
-def _public(backend: str) -> Iterator[tuple[str, Callable[..., Tensor], dict[str, Tensor]]]:
-    x, row, w = torch.randn(3, 16), torch.randn(3, 16), torch.randn(16)
-    mask = x > 0
-    yield "softmax", fusedattn.softmax, {"x": x}
-    yield "masked softmax", fusedattn.softmax, {"x": x, "mask": mask, "bias": row}
-    norms = (("layer_norm", {"weight": w, "bias": w}), ("rms_norm", {"weight": w}))
-    for name, weights in norms:
-        norm = functools.partial(getattr(fusedattn, name), normalized_shape=16)
-        yield name, norm, {"x": x, **weights}
-        yield f"{name} of a sum", lambda norm=norm, **t: norm(**t)[0], {"x": x, "residual": row}
-    dtype = HALF if backend == "cuda_emulated" else FLOAT
-    q, k, v = torch.randn(3, 1, 2, 4, 8).to(dtype).unbind()
-    extras = {"mask": torch.ones(4, 4, dtype=torch.bool), "bias": torch.randn(4, 4)}
-    lengths = {"kv_lengths": torch.tensor([3]), **({} if dtype == HALF else extras)}
-    yield "attention", fusedattn.attention, {"q": q, "k": k, "v": v, **lengths}
-    tables = {"cos": torch.randn(4, 4), "sin": torch.randn(4, 4)}
-    yield "apply_rotary", fusedattn.apply_rotary, {"x": q, **tables}
-    positions = {"positions": torch.arange(4), "offset": torch.tensor(1)}
-    yield "add_sinusoidal", fusedattn.add_sinusoidal, {"x": q[0], **positions}
-    yield "swiglu", fusedattn.swiglu, {"gate": x, "up": row}
-    yield "swiglu of both", fusedattn.swiglu, {"gate": x}
-
-
 def calls_on_freed(backend: str) -> Iterator[Call]:
-    for name, function, tensors in _public(backend):
-        for each, x in tensors.items():
+    for op, call in OPS.items():
+        for tensors in (few(op, HALF), call.tensors(HALF)):
+            if backend == "cuda_emulated" and op == "attention":  # which takes neither
+                tensors = {n: x for n, x in tensors.items() if n not in ("mask", "bias")}
+            run = functools.partial(call.run, backend=backend)
+            for name, x in tensors.items():
+                for free in (freed, freed_behind):
+                    given = tensors | {name: free(x.clone())}
+                    what = f"{op}, {name} {free.__name__}"
+                    yield what, functools.partial(run, **given), False
+            if op == "add_sinusoidal":  # its gradient is no kernel
+                continue
+            first = call.needed[0]
+            out = outputs(run(**tensors | {first: tensors[first].clone().requires_grad_()}))[0]
             for free in (freed, freed_behind):
-                arguments = tensors | {each: free(x.clone())}
-                call = functools.partial(function, **arguments, backend=backend)
-                yield f"{name}, {each} {free.__name__}", call, False
-        if name == "add_sinusoidal":  # its gradient is no kernel
-            continue
-        for free in (freed, freed_behind):
-            first, *rest = tensors.items()
-            leaf = first[1].clone().requires_grad_()
-            out = function(**{first[0]: leaf}, **dict(rest), backend=backend)
-            call = functools.partial(out.backward, free(out.detach().clone()))
-            yield f"{name}, gradient {free.__name__}", call, False
+                backward = functools.partial(out.backward, free(out.detach().clone()))
+                yield f"{op}, gradient {free.__name__}", backward, False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted here")

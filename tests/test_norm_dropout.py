@@ -5,9 +5,9 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
+from cases.norm import NormCase, check_norm
 from compare import device_for
 from fusedattn.reference import functional as reference
-from norm_case import NormCase, check_norm
 
 
 def kept(shape: tuple[int, int], p: float, seed: int, backend: str) -> torch.Tensor:

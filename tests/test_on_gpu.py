@@ -14,6 +14,7 @@ import deadline
 import on_gpu
 import pytest
 from on_gpu import Part
+from ops import OPS
 
 pytestmark = pytest.mark.slow
 
@@ -45,17 +46,17 @@ def test_the_benchmark_is_alone_and_all_fits_into_ten_minutes(tmp_path):
 
 
 def test_every_gpu_test_and_every_op_is_asked_for(tmp_path):
-    ours = [*on_gpu.CUDA_TESTS, on_gpu.LARGE_TESTS]
-    assert all((HERE.parent / name).is_file() for name in ours)
     found = on_gpu.stages(sys.executable, tmp_path, 16, "compute-sanitizer")
-    others = next(part for part in found[2] if part.name == "Triton tests").command
-    assert "tests" in others
-    assert {word.removeprefix("--ignore=") for word in others if "ignore" in word} == set(ours)
-    assert set(ours) < set(found[0][0].command)
+    parts = {part.name: part.command for stage in found for part in stage}
+    for name, words in (("CUDA C++ tests", "cuda"), ("Triton tests", "not cuda")):
+        assert parts[name][-3:] == ["-k", words, "tests"]
+    files = {*on_gpu.ATTENTION_TESTS, *on_gpu.OTHER_TESTS}
+    assert all((HERE.parent / name).is_file() for name in files)
+    covered = {op for op in OPS for name in files if op.split("_")[-1] in name}
+    assert set(OPS) - covered == {"layer_norm", "rms_norm"}  # in test_cuda_rowwise.py
     for tool in ("memcheck", "racecheck"):
-        checked = [part.command for part in found[2] if part.name.startswith(tool)]
-        asked = {word for command in checked for word in command if word in on_gpu.CUDA_TESTS}
-        assert asked == set(on_gpu.CUDA_TESTS)
+        checked = [command for name, command in parts.items() if name.startswith(tool)]
+        assert {word for command in checked for word in command if word in files} == files
         for command in checked:
             assert command[command.index("--error-exitcode") + 1] != "0"
             assert command.index("--error-exitcode") < command.index(sys.executable)
@@ -93,6 +94,13 @@ def test_a_part_whose_failure_is_none_of_the_whole():
     assert not outcome.failed
 
 
+@pytest.fixture
+def no_least(monkeypatch):
+    """Parts of a few seconds are begun."""
+    monkeypatch.setattr(on_gpu, "LEAST", 0.0)
+
+
+@pytest.mark.usefixtures("no_least")
 def test_a_part_is_interrupted_with_time_to_write_what_it_has(tmp_path):
     code = f"""
         import pathlib, time
@@ -105,16 +113,17 @@ def test_a_part_is_interrupted_with_time_to_write_what_it_has(tmp_path):
     # As on_gpu.py does: jobs in a shell's background ignore the signal, and hand that on.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        (outcome,) = run(python("long", code, 16.0, grace=10.0))
+        (outcome,) = run(python("long", code, 8.0, grace=5.0))
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.status == "ended: its time was over"
     assert outcome.failed
     assert outcome.text.startswith("begun")
     assert (tmp_path / "kept").exists()
-    assert outcome.seconds < 16
+    assert outcome.seconds < 8
 
 
+@pytest.mark.usefixtures("no_least")
 def test_a_part_that_does_not_listen_is_ended_with_its_children():
     code = """
         import signal, subprocess, sys, time
@@ -123,7 +132,7 @@ def test_a_part_that_does_not_listen_is_ended_with_its_children():
         print(child.pid, flush=True)
         time.sleep(600)
     """
-    (outcome,) = run(python("deaf", code, 16.0, grace=1.0))
+    (outcome,) = run(python("deaf", code, 5.0, grace=1.0))
     assert outcome.status == "ended: its time was over"
     child = Path(f"/proc/{outcome.text}/status")
     end = time.time() + 10
@@ -243,7 +252,7 @@ def test_some(n): pass
 
 @pytest.mark.parametrize(
     ("left", "says", "workers"),
-    [(-1.0, "4 skipped", 0), (-1.0, "4 skipped", 2), (600.0, "4 passed", 0)],
+    [(-1.0, "4 skipped", 2), (600.0, "4 passed", 0)],
 )
 def test_after_the_deadline_tests_are_skipped(tmp_path, left, says, workers):
     (tmp_path / "test_some.py").write_text(SUITE)

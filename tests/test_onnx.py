@@ -8,7 +8,7 @@ from typing import Any
 import fusedattn
 import pytest
 import torch
-from op_calls import OP_CALLS, outputs
+from ops import OPS, outputs
 from test_library_ops import Call
 
 onnx = pytest.importorskip("onnx")
@@ -41,11 +41,11 @@ def check(found: list[Any], want: Any) -> None:
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_an_op(op, dynamo, tmp_path):
-    tensors = OP_CALLS[op].tensors(torch.float32)
+    tensors = OPS[op].tensors(torch.float32)
     program = exported(Call(op), tensors, tmp_path / "op.onnx", dynamo=dynamo)
-    given = OP_CALLS[op].tensors(torch.float32)
+    given = OPS[op].tensors(torch.float32)
     check(program(given), Call(op)(*given.values()))
 
 

@@ -160,8 +160,7 @@ def test_tables_grow_and_are_kept():
     assert next(iter(module._tables.values()))[0].shape == (32, 4)
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "warm"), [(False, False), (True, True)])
 def test_rotary_compiled(dynamic, warm):
     torch._dynamo.reset()
     module = RotaryEmbedding(8, max_position_embeddings=16)

@@ -11,7 +11,7 @@ import torch
 from fusedattn import _native
 from fusedattn.ops import _registry
 from fusedattn.ops._registry import Backend, Choice, Refusal
-from op_calls import OP_CALLS
+from ops import OPS
 
 
 def never(call, requested):
@@ -187,10 +187,10 @@ def test_explaining_does_not_use_up_the_warning():
         op.choose("auto", 50)
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_explains_itself(op):
     """Nothing is run, and the fallback's warning is not used up."""
-    call = OP_CALLS[op]
+    call = OPS[op]
     given = call.tensors(torch.float64)
     with fusedattn.strict():
         lines = fusedattn.explain(call.run, **given).splitlines()

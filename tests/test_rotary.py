@@ -5,8 +5,7 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
-from compare import check, device_for
-from fusedattn.reference import functional as reference
+from cases.position import check_rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -20,28 +19,6 @@ def angles(rows: int, half: int, base: float = 10000.0) -> tuple[torch.Tensor, t
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def check_rotary(x, cos, sin, backend, **options) -> None:
-    """Output and gradient under the tolerance rule."""
-    device, dout = device_for(backend), torch.randn_like(x)
-    found = {}
-    for name, dtype in (("ref", torch.float64), ("eager", x.dtype), ("actual", x.dtype)):
-        leaf = x.detach().to(dtype).requires_grad_()
-        if name == "actual":
-            moved = {
-                key: y.to(device) if isinstance(y, torch.Tensor) else y
-                for key, y in options.items()
-            }
-            out = fusedattn.apply_rotary(
-                leaf.to(device), cos.to(device), sin.to(device), backend=backend, **moved
-            ).cpu()
-        else:
-            out = reference.apply_rotary(leaf, cos, sin, **options)
-        found[name] = out.detach(), torch.autograd.grad(out, leaf, dout.to(dtype))[0]
-    for i, what in enumerate(("out", "dx")):
-        each = (found[name][i] for name in ("actual", "ref", "eager"))
-        check(*each, what=what, gradient=i == 1, case=f"{backend} {tuple(x.shape)} {options}")
 
 
 SHAPES = {
@@ -64,23 +41,6 @@ def test_shapes(dtype, shape, interleaved, instruction_set):
     size, half = SHAPES[shape]
     cos, sin = angles(size[-2] + 3, half)
     check_rotary(normal(*size, dtype=dtype), cos, sin, "cpu", interleaved=interleaved, offset=3)
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_backends(dtype, interleaved, any_backend):
-    x = normal(2, 3, 9, 24, dtype=dtype)
-    check_rotary(x, *angles(20, 8), any_backend, interleaved=interleaved, offset=2)
-
-
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("rows", [1, 2], ids=["shared", "batched"])
-def test_positions(rows, index, backend):
-    x, tables = normal(2, 3, 9, 16), angles(40, 8)
-    positions = torch.randint(0, 30, (rows, 9)).to(index)
-    check_rotary(x, *tables, backend, positions=positions, offset=5)
-    check_rotary(x, *tables, backend, positions=positions[0], offset=torch.tensor([5]))
-    check_rotary(x, *tables, backend, offset=torch.tensor(7, dtype=index))
 
 
 @pytest.mark.parametrize("offset", [0, 4])

@@ -6,12 +6,12 @@ import fusedattn
 import pytest
 import torch
 from fusedattn.reference import functional as reference
-from op_calls import OP_CALLS, OpCall, outputs
+from ops import OPS, Op, outputs
 from torch.autograd import forward_ad, gradgradcheck
 from torch.autograd.functional import jacobian
 
 
-def of_one_input(call: OpCall, chosen: tuple[str, ...], backend: str):
+def of_one_input(call: Op, chosen: tuple[str, ...], backend: str):
     """x → the squares of an op's outputs, whose `chosen` tensors are functions of x; and an x."""
     tensors = call.tensors(torch.float64)
     x = torch.randn(6, dtype=torch.float64, requires_grad=True)
@@ -24,24 +24,16 @@ def of_one_input(call: OpCall, chosen: tuple[str, ...], backend: str):
     return function, x
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_inputs_that_share_a_history(op, backend):
-    call = OP_CALLS[op]
+    call = OPS[op]
     function, x = of_one_input(call, call.differentiable, backend)
     assert gradgradcheck(function, x, fast_mode=True)
 
 
-@pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, call in OP_CALLS.items() for name in call.differentiable]
-)
-def test_one_input_with_a_history(op, name, fast_backend):
-    function, x = of_one_input(OP_CALLS[op], (name,), fast_backend)
-    assert gradgradcheck(function, x, fast_mode=True)
-
-
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_batch_of_gradients_stays_in_the_graph(op, fast_backend):
-    call = OP_CALLS[op]
+    call = OPS[op]
     function, x = of_one_input(call, call.differentiable, fast_backend)
 
     def penalty(vectorize: bool) -> torch.Tensor:
@@ -53,10 +45,10 @@ def test_a_batch_of_gradients_stays_in_the_graph(op, fast_backend):
     torch.testing.assert_close(penalty(True), penalty(False), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", OP_CALLS)
+@pytest.mark.parametrize("op", OPS)
 def test_forward_mode_over_an_eager_graph(op, fast_backend):
     """A gradient is linear in the cotangent."""
-    call = OP_CALLS[op]
+    call = OPS[op]
     function, x = of_one_input(call, call.differentiable, fast_backend)
     out = function(x)[0]
     dout, tangent = torch.randn_like(out), torch.randn_like(out)

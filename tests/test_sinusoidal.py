@@ -5,21 +5,11 @@ from __future__ import annotations
 import fusedattn
 import pytest
 import torch
-from compare import check, device_for, ulp
+from cases.position import check_sinusoidal
+from compare import device_for, ulp
 from fusedattn.reference import functional as reference
-from torch.autograd import gradcheck, gradgradcheck
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def check_sinusoidal(x, backend, **options) -> torch.Tensor:
-    """The output under the tolerance rule."""
-    device = device_for(backend)
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    out = fusedattn.add_sinusoidal(x.to(device), backend=backend, **moved).cpu()
-    ref, eager = (reference.add_sinusoidal(y, **options) for y in (x.double(), x))
-    check(out, ref, eager, what="out", case=f"{backend} {tuple(x.shape)} {options}")
-    return out
 
 
 SHAPES = {
@@ -33,12 +23,6 @@ SHAPES = {
 def test_shapes(dtype, shape, instruction_set):
     x = torch.randn(SHAPES[shape], dtype=torch.float64).to(dtype)
     check_sinusoidal(x, "cpu", scale=1.5, offset=3)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_backends(dtype, any_backend):
-    x = torch.randn(2, 5, 24).to(dtype)
-    check_sinusoidal(x, any_backend, scale=-2.0, offset=torch.tensor([4]), base=500.0)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -85,47 +69,6 @@ def test_strides(instruction_set):
 def test_empty(backend):
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         assert fusedattn.add_sinusoidal(torch.empty(shape), backend=backend).shape == shape
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_gradients(scale, fast_backend):
-    def function(x):
-        return fusedattn.add_sinusoidal(x, scale=scale, backend=fast_backend)
-
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(function, (x,))
-    assert gradgradcheck(function, (x,))
-    torch.testing.assert_close(
-        torch.func.jvp(function, (x.detach(),), (x.detach(),))[1], scale * x.detach()
-    )
-    torch.testing.assert_close(torch.vmap(function)(x[None])[0], function(x))
-
-
-def test_opcheck(fast_backend):
-    torch.library.opcheck(
-        torch.ops.fusedattn.sinusoidal_fwd.default,
-        (torch.randn(2, 3, 8), torch.tensor([[1, 2, 9]]), None, fast_backend, 100.0, 2.0, 1),
-    )
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic, fast_backend):
-    def function(x):
-        return fusedattn.add_sinusoidal(x, scale=2.0, offset=1, backend=fast_backend).sin()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for length in (4, 9, 30):
-        x = torch.randn(2, length, 16, requires_grad=True)
-        found, want = compiled(x), function(x)
-        torch.testing.assert_close(found, want)
-        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (found, want)]
-        torch.testing.assert_close(*grads)
-    torch._dynamo.reset()
-
-
-def test_meta():
-    assert fusedattn.add_sinusoidal(torch.empty(2, 3, 4, device="meta")).is_meta
 
 
 BAD = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -9,16 +10,8 @@ import math
 import fusedattn
 import pytest
 import torch
-from softmax_cases import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    FAR_SCALES,
-    check_far_scores,
-    check_softmax,
-    results,
-)
+from cases import BF16, F16, F32, F64
+from cases.softmax import FAR_SCALES, SoftmaxCase, check_far_scores, check_softmax, results
 
 INF, NAN = float("inf"), float("nan")
 
@@ -233,26 +226,18 @@ def test_wide_row_is_the_same_on_any_number_of_threads():
 
 
 DEVICE_CASES = {
-    "narrow": ((9, 33), -1, {}),
-    "wide": ((2, 5000), -1, {"scale": 0.5}),
-    "another dimension": ((3, 20, 5), 1, {"mask": (1, 20, 5)}),
-    "six dimensions": ((2, 3, 2, 2, 3, 7), 2, {"mask": (2, 1, 7), "bias": (3, 1, 1, 3, 1)}),
-    "causal": ((2, 12, 19), -1, {"causal": True, "bias": (12, 1), "scale": -0.7}),
-    "nothing to see": ((2, 12, 7), -1, {"causal": "bottom_right", "mask": (7,)}),
+    "narrow": SoftmaxCase((9, 33)),
+    "wide": SoftmaxCase((2, 5000), scale=0.5),
+    "another dimension": SoftmaxCase((3, 20, 5), mask=(1, 20, 5), dim=1),
+    "six dimensions": SoftmaxCase((2, 3, 2, 2, 3, 7), mask=(2, 1, 7), bias=(3, 1, 1, 3, 1), dim=2),
+    "causal": SoftmaxCase((2, 12, 19), bias=(12, 1), causal=True, scale=-0.7),
+    "nothing to see": SoftmaxCase((2, 12, 7), mask=(7,), causal="bottom_right"),
 }
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32])
-@pytest.mark.parametrize(("shape", "dim", "options"), DEVICE_CASES.values(), ids=DEVICE_CASES)
-@pytest.mark.parametrize("name", ["triton", "cuda_emulated"])
-def test_device_kernels(name, shape, dim, options, dtype):
+@pytest.mark.parametrize("case", DEVICE_CASES.values(), ids=DEVICE_CASES)
+@pytest.mark.backends("triton", "cuda_emulated")
+def test_device_kernels(backend, case, dtype):
     """The kernels of GPUs where there is none: interpreted, emulated."""
-    options = dict(options)
-    if "mask" in options:
-        options["mask"] = torch.rand(options["mask"]) < 0.6
-    if "bias" in options:
-        options["bias"] = torch.randn(options["bias"]).to(dtype)
-    try:
-        check_softmax(torch.randn(shape).to(dtype), name, dim, **options)
-    except fusedattn.UnsupportedError as error:
-        pytest.skip(str(error).splitlines()[-1])
+    dataclasses.replace(case, dtype=dtype).check(backend)

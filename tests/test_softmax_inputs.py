@@ -1,13 +1,15 @@
-"""What softmax makes of strides, of empty tensors and of bad arguments."""
+"""What softmax makes of strides, of empty tensors and of bad arguments; compiled; the module."""
 
 from __future__ import annotations
+
+import contextlib
+import pickle
 
 import fusedattn
 import pytest
 import torch
+from cases.softmax import check_softmax
 from compare import far_apart
-from processes import in_a_new_process
-from softmax_cases import check_softmax
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -89,25 +91,6 @@ def test_empty(shape, dim, backend):
     assert (bias.grad == 0).all()
 
 
-def test_empty_does_not_crash():
-    """xformers#852: the raw ops on nothing, with the gradients of a bias."""
-    code = """
-import torch, fusedattn
-x = torch.empty(3, 0, 4)
-out = torch.ops.fusedattn.softmax_fwd(x, None, None, -1, "auto", 2, 1.0)
-torch.ops.fusedattn.softmax_bwd(x, out, -1, "auto", 2, 1.0, True, True)
-print(tuple(out.shape))
-"""
-    assert in_a_new_process(code) == "(3, 0, 4)"
-
-
-def test_meta():
-    x = torch.empty(2, 3, 4, device="meta", requires_grad=True)
-    out = fusedattn.softmax(x, 1)
-    out.sum().backward()
-    assert out.device.type == x.grad.device.type == "meta"
-
-
 def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
@@ -143,3 +126,41 @@ def test_bad_argument(options, error, parts):
         fusedattn.softmax(**{"x": torch.zeros(2, 3, 4)} | options)
     for part in parts:
         assert part in str(raised.value)
+
+
+@pytest.mark.slow
+def test_inductor(fast_backend):
+    torch._dynamo.reset()
+
+    def function(x, mask, bias):
+        y = fusedattn.softmax(2 * x, 1, mask=mask, bias=bias, backend=fast_backend)
+        return y + fusedattn.softmax(x, causal=True, scale=0.5, backend=fast_backend).sin()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for rows, width in ((6, 9), (11, 7)):
+        x, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, rows, width), (rows, 1)))
+        mask = torch.rand(rows, width) < 0.7
+        found, want = compiled(x, mask, bias), function(x, mask, bias)
+        torch.testing.assert_close(found, want)
+        dout = torch.randn_like(x)
+        grads = [torch.autograd.grad(y, (x, bias), dout) for y in (found, want)]
+        torch.testing.assert_close(*grads)
+
+
+def test_module():
+    x, mask = torch.randn(3, 4, 5), torch.rand(4, 5) < 0.7
+    for dim in (None, 0, 1, -1):
+        with (
+            pytest.warns(UserWarning, match="Implicit") if dim is None else contextlib.nullcontext()
+        ):
+            want = torch.nn.Softmax(dim)(x)
+        torch.testing.assert_close(fusedattn.nn.Softmax(dim)(x), want)
+    module = fusedattn.nn.Softmax(-1, scale=0.5, causal=True)
+    want = fusedattn.softmax(x, mask=mask, bias=x[0], scale=0.5, causal=True)
+    assert torch.equal(module(x, mask=mask, bias=x[0]), want)
+    assert repr(module) == "Softmax(dim=-1, scale=0.5, causal=True)"
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+    swapped = torch.nn.Softmax(1)
+    swapped.__class__ = fusedattn.nn.Softmax
+    assert torch.equal(swapped(x), fusedattn.softmax(x, 1))
+    assert not module.state_dict()

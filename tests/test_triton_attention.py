@@ -11,7 +11,7 @@ import functools
 import compare
 import pytest
 import torch
-from compare import check_attention
+from cases.attention import AttentionCase, check_attention
 from fusedattn.ops.attention_config import (
     AttentionBackwardCall,
     AttentionCall,
@@ -27,75 +27,75 @@ from fusedattn.kernels.attention_bwd import attention_backward  # noqa: E402
 from fusedattn.kernels.attention_fwd import attention_forward  # noqa: E402
 from fusedattn.kernels.tuning import Tuner  # noqa: E402
 
-AttentionCase = functools.partial(compare.AttentionCase, batch=1)
+case_of = functools.partial(AttentionCase, batch=1)
 DEVICE = compare.device_for("triton")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 REGIMES = {
-    "full, tails in both directions": AttentionCase(seq_q=37, seq_k=51),
-    "whole tiles only": AttentionCase(seq_q=64, seq_k=32),
-    "causal": AttentionCase(seq_q=70, causal=True),
-    "causal, bottom-right, Sq < Sk": AttentionCase(seq_q=35, seq_k=70, causal=True),
-    "causal, bottom-right, Sq > Sk: rows that see nothing": AttentionCase(
+    "full, tails in both directions": case_of(seq_q=37, seq_k=51),
+    "whole tiles only": case_of(seq_q=64, seq_k=32),
+    "causal": case_of(seq_q=70, causal=True),
+    "causal, bottom-right, Sq < Sk": case_of(seq_q=35, seq_k=70, causal=True),
+    "causal, bottom-right, Sq > Sk: rows that see nothing": case_of(
         seq_q=70, seq_k=35, causal=True
     ),
-    "causal, top-left, Sq < Sk": AttentionCase(seq_q=35, seq_k=70, causal="top_left"),
-    "causal, top-left, Sq > Sk": AttentionCase(seq_q=70, seq_k=35, causal="top_left"),
-    "softcap, causal": AttentionCase(seq_q=70, causal=True, softcap=1.5, dtype=BF16, dim=64),
-    "softcap, bias and grouped heads": AttentionCase(
+    "causal, top-left, Sq < Sk": case_of(seq_q=35, seq_k=70, causal="top_left"),
+    "causal, top-left, Sq > Sk": case_of(seq_q=70, seq_k=35, causal="top_left"),
+    "softcap, causal": case_of(seq_q=70, causal=True, softcap=1.5, dtype=BF16, dim=64),
+    "softcap, bias and grouped heads": case_of(
         heads=4, kv_heads=2, seq_q=37, softcap=2.0, bias=(1, 4, 37, 37), scale=-0.6
     ),
-    "one query": AttentionCase(seq_q=1, seq_k=40, causal=True),
-    "two keys": AttentionCase(seq_q=40, seq_k=2),
-    "grouped heads": AttentionCase(heads=4, kv_heads=2, seq_q=33, causal=True),
-    "one key head": AttentionCase(heads=4, kv_heads=1, seq_q=20),
-    "Dv < D": AttentionCase(dim=64, dim_v=24, seq_q=33),
-    "Dv > D": AttentionCase(dim=24, dim_v=80, seq_q=33),
-    "D 1": AttentionCase(dim=1, seq_q=33),
-    "D 72": AttentionCase(dim=72, seq_q=20),
-    "D 130": AttentionCase(dim=130, seq_q=20),
-    "D 512": AttentionCase(heads=1, dim=512, seq_q=20),
-    "bf16, causal": AttentionCase(dtype=BF16, seq_q=70, dim=64, causal=True),
-    "fp16, grouped heads": AttentionCase(dtype=FP16, heads=4, kv_heads=2, seq_q=40, dim=64),
-    "bf16, odd D": AttentionCase(dtype=BF16, dim=24, seq_q=33, causal=True),
-    "mask": AttentionCase(batch=2, seq_q=37, mask=(2, 2, 37, 37)),
-    "mask of keys": AttentionCase(batch=2, seq_q=37, seq_k=50, mask=(2, 1, 1, 50)),
-    "mask of queries": AttentionCase(seq_q=37, seq_k=50, mask=(37, 1)),
-    "mask and causal": AttentionCase(seq_q=37, mask=(37, 37), causal=True),
-    "bf16, mask, bias and causal": AttentionCase(
+    "one query": case_of(seq_q=1, seq_k=40, causal=True),
+    "two keys": case_of(seq_q=40, seq_k=2),
+    "grouped heads": case_of(heads=4, kv_heads=2, seq_q=33, causal=True),
+    "one key head": case_of(heads=4, kv_heads=1, seq_q=20),
+    "Dv < D": case_of(dim=64, dim_v=24, seq_q=33),
+    "Dv > D": case_of(dim=24, dim_v=80, seq_q=33),
+    "D 1": case_of(dim=1, seq_q=33),
+    "D 72": case_of(dim=72, seq_q=20),
+    "D 130": case_of(dim=130, seq_q=20),
+    "D 512": case_of(heads=1, dim=512, seq_q=20),
+    "bf16, causal": case_of(dtype=BF16, seq_q=70, dim=64, causal=True),
+    "fp16, grouped heads": case_of(dtype=FP16, heads=4, kv_heads=2, seq_q=40, dim=64),
+    "bf16, odd D": case_of(dtype=BF16, dim=24, seq_q=33, causal=True),
+    "mask": case_of(batch=2, seq_q=37, mask=(2, 2, 37, 37)),
+    "mask of keys": case_of(batch=2, seq_q=37, seq_k=50, mask=(2, 1, 1, 50)),
+    "mask of queries": case_of(seq_q=37, seq_k=50, mask=(37, 1)),
+    "mask and causal": case_of(seq_q=37, mask=(37, 37), causal=True),
+    "bf16, mask, bias and causal": case_of(
         dtype=BF16, seq_q=37, mask=(37, 37), bias=(1, 2, 37, 37), causal=True
     ),
-    "kv_lengths": AttentionCase(batch=3, seq_q=37, kv_lengths=(0, 17, 37)),
-    "kv_lengths out of range": AttentionCase(batch=2, seq_q=20, kv_lengths=(-3, 99)),
-    "kv_lengths, causal and bias": AttentionCase(
+    "kv_lengths": case_of(batch=3, seq_q=37, kv_lengths=(0, 17, 37)),
+    "kv_lengths out of range": case_of(batch=2, seq_q=20, kv_lengths=(-3, 99)),
+    "kv_lengths, causal and bias": case_of(
         batch=2, seq_q=37, kv_lengths=(16, 30), causal=True, bias=(1, 2, 37, 37)
     ),
-    "scale 0": AttentionCase(seq_q=37, scale=0.0, causal=True),
-    "scale < 0": AttentionCase(seq_q=37, scale=-0.7, causal=True),
-    "scale too small for fp32": AttentionCase(seq_q=20, scale=1e-50, causal=True),
-    "gradient of lse alone": AttentionCase(seq_q=37, grads=("lse",)),
-    "gradients of out and lse": AttentionCase(seq_q=37, grads=("out", "lse"), causal=True),
+    "scale 0": case_of(seq_q=37, scale=0.0, causal=True),
+    "scale < 0": case_of(seq_q=37, scale=-0.7, causal=True),
+    "scale too small for fp32": case_of(seq_q=20, scale=1e-50, causal=True),
+    "gradient of lse alone": case_of(seq_q=37, grads=("lse",)),
+    "gradients of out and lse": case_of(seq_q=37, grads=("out", "lse"), causal=True),
 }
 
 
 @pytest.mark.parametrize("case", REGIMES.values(), ids=REGIMES)
-def test_regimes(case: compare.AttentionCase) -> None:
+def test_regimes(case: AttentionCase) -> None:
     check_attention(case, "triton")
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one row", "each row"])
 @pytest.mark.parametrize("cols", [False, True], ids=["one column", "each column"])
 @pytest.mark.parametrize(
-    ("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)], ids=["all", "heads", "batches", "both"]
+    ("batch", "heads"), [(1, 1), (1, 2), (2, 1), (2, 2)], ids=["all", "heads", "batches", "both"]
 )
 def test_bias_gradient(batch: int, heads: int, rows: bool, cols: bool) -> None:
     shape = (batch, heads, 37 if rows else 1, 21 if cols else 1)
-    case = AttentionCase(batch=2, heads=3, seq_q=37, seq_k=21, bias=shape, causal=True)
+    case = case_of(batch=2, seq_q=37, seq_k=21, bias=shape, causal=True)
     check_attention(case, "triton")
 
 
 def test_a_bias_in_fp32_on_inputs_in_bf16() -> None:
-    case = AttentionCase(dtype=BF16, seq_q=37, bias=(1, 1, 37, 37), bias_dtype=torch.float32)
+    case = case_of(dtype=BF16, seq_q=37, bias=(1, 1, 37, 37), bias_dtype=torch.float32)
     assert check_attention(case, "triton")["dbias"].dtype == torch.float32
 
 
@@ -141,11 +141,17 @@ def relayouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+@functools.cache
+def laid_out() -> tuple[dict, dict]:
+    """A call on contiguous tensors, and its results."""
+    case = case_of(batch=2, seq_q=33, bias=(2, 1, 33, 33), mask=(1, 1, 33, 33))
+    made = case.inputs(DEVICE)
+    return made, launch(made, causal=2)
+
+
 @pytest.mark.parametrize("layout", relayouts(torch.zeros(1, 1, 1, 1)))
 def test_layouts_are_read_and_written_in_place(layout: str) -> None:
-    case = AttentionCase(batch=2, seq_q=33, bias=(2, 1, 33, 33), mask=(1, 1, 33, 33))
-    made = case.inputs(DEVICE)
-    want = launch(made, causal=2)
+    made, want = laid_out()
     moved = {
         name: x if x is None or x.dim() != 4 or x.dtype == torch.bool else relayouts(x)[layout]
         for name, x in made.items()
@@ -160,7 +166,7 @@ def test_layouts_are_read_and_written_in_place(layout: str) -> None:
 
 
 def test_expanded_and_absent_gradients() -> None:
-    made = AttentionCase(seq_q=37).inputs(DEVICE)
+    made = case_of(seq_q=37).inputs(DEVICE)
     ones = torch.ones((), device=DEVICE)
     want = launch(made | {"dout": torch.ones_like(made["dout"]), "dlse": None})
     assert_equal(launch(made | {"dout": ones.expand(made["dout"].shape), "dlse": None}), want)
@@ -168,66 +174,8 @@ def test_expanded_and_absent_gradients() -> None:
     assert_equal(launch(made | {"dout": None}), want)
 
 
-@pytest.mark.parametrize("causal", [0, 1, 2], ids=["full", "top-left", "bottom-right"])
-def test_what_lies_past_kv_lengths_never_leaks(causal: int) -> None:
-    case = AttentionCase(batch=3, heads=1, seq_q=37, seq_k=50, kv_lengths=(0, 17, 48))
-    made = case.inputs(DEVICE)
-    absent = torch.arange(50, device=DEVICE) >= made["kv_lengths"][:, None]
-    clean, dirty = (
-        made | {name: made[name].masked_fill(absent[:, None, :, None], fill) for name in "kv"}
-        for fill in (0.0, torch.nan)
-    )
-    found = launch(dirty, causal)
-    assert_equal(found, launch(clean, causal))
-    for name in ("dk", "dv"):
-        assert found[name][absent[:, None]].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("bias", [None, (1, 1, 37, 37)], ids=["no bias", "bias"])
-def test_a_row_that_sees_nothing(bias: tuple[int, ...] | None) -> None:
-    made = AttentionCase(seq_q=37, mask=(1, 1, 37, 37), bias=bias).inputs(DEVICE)
-    made["mask"][..., 5, :] = False
-    made["dlse"][..., 5] = -torch.inf
-    found = launch(made)
-    assert (found["lse"][:, :, 5] == -torch.inf).all()
-    for name in ("out", "dq"):
-        assert found[name][:, :, 5].count_nonzero() == 0
-    rest = torch.arange(37, device=DEVICE) != 5
-    made["dlse"][..., 5] = 0.0
-    without = {
-        name: x[:, :, rest]
-        if name in ("q", "dout", "dlse", "mask", "bias") and x is not None
-        else x
-        for name, x in made.items()
-    }
-    want = launch(without)
-    for name in ("dk", "dv"):
-        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5)
-
-
-def test_a_nan_query_stays_in_its_row() -> None:
-    made = AttentionCase(seq_q=37, causal=True).inputs(DEVICE)
-    want = launch(made, causal=2)
-    made["q"][:, :, 5, 3] = torch.nan
-    found = launch(made, causal=2)
-    other = torch.arange(37, device=DEVICE) != 5
-    for name in ("out", "lse", "dq"):
-        assert torch.equal(found[name][:, :, other], want[name][:, :, other])
-        assert found[name][:, :, 5].isnan().all()
-
-
-@pytest.mark.parametrize("seq", [31, 32, 33, 48])
-def test_absent_keys_of_the_last_tile_do_not_overflow(seq: int) -> None:
-    """Scores below −88 everywhere: a key past the end, scored 0, would weigh exp(0 − lse) = inf."""
-    made = AttentionCase(seq_q=seq, dim=64, dtype=BF16, mask=(1, 1, seq, seq)).inputs(DEVICE)
-    made["q"][..., 0], made["k"][..., 0] = 1.0, -120.0 * 8.0
-    made["mask"] = made["mask"].new_ones(1, 1, seq, seq).tril()
-    found = launch(made, scale=0.125)
-    assert all(x.isfinite().all() for x in found.values())
-
-
 def test_a_finite_bias_is_added_however_large() -> None:
-    made = AttentionCase(seq_q=37, bias=(1, 1, 37, 37)).inputs(DEVICE)
+    made = case_of(seq_q=37, bias=(1, 1, 37, 37)).inputs(DEVICE)
     made["bias"][..., 7, :] = torch.finfo(torch.float32).min
     made["bias"][..., 8, :20] = torch.finfo(torch.float32).min
     made["bias"][..., 9, :20] = -torch.inf
@@ -243,7 +191,7 @@ def test_a_finite_bias_is_added_however_large() -> None:
 @pytest.mark.parametrize(("seq", "stride"), [(5, 2**29), (34, 2**26)], ids=["in a tile", "tiles"])
 def test_offsets_past_two_billion_elements(seq: int, stride: int) -> None:
     """Rows so far apart that their offsets pass 2³¹ elements: address space, not memory."""
-    made = AttentionCase(heads=1, seq_q=seq, dim=64, dtype=BF16).inputs(DEVICE)
+    made = case_of(heads=1, seq_q=seq, dim=64, dtype=BF16).inputs(DEVICE)
     want = launch(made)
     for name in ("q", "k", "v", "dout"):
         assert_equal(launch(made | {name: compare.far_apart(made[name], stride)}), want)
@@ -256,9 +204,7 @@ def test_every_candidate_on_the_gpu(
     dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each tile alone: timing would hide one that is wrong."""
-    case = AttentionCase(
-        heads=4, kv_heads=2, seq_q=391, seq_k=517, dim=dim, dtype=dtype, causal=True
-    )
+    case = case_of(heads=4, kv_heads=2, seq_q=391, seq_k=517, dim=dim, dtype=dtype, causal=True)
     for choice in range(4):
         monkeypatch.setattr(
             Tuner, "pick", lambda self, candidates, n=choice, **_: candidates[n % len(candidates)]
@@ -268,13 +214,13 @@ def test_every_candidate_on_the_gpu(
 
 @pytest.mark.gpu
 def test_more_heads_than_a_grid_dimension_has() -> None:
-    case = AttentionCase(batch=70_000, heads=1, seq_q=1, seq_k=2, dim=16, dtype=FP16)
+    case = case_of(batch=70_000, heads=1, seq_q=1, seq_k=2, dim=16, dtype=FP16)
     check_attention(case, "triton")
 
 
 @pytest.mark.gpu
 def test_gradients_are_bitwise_repeatable() -> None:
-    case = AttentionCase(heads=8, kv_heads=2, seq_q=1000, dim=64, dtype=BF16, bias=(1, 8, 1, 1000))
+    case = case_of(heads=8, kv_heads=2, seq_q=1000, dim=64, dtype=BF16, bias=(1, 8, 1, 1000))
     made = case.inputs(DEVICE)
     want = launch(made)
     for _ in range(20):

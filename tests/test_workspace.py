@@ -8,13 +8,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cases.norm
 import fusedattn
-import norm_case
 import pytest
 import torch
-from compare import AttentionCase, fused
+from cases.attention import AttentionCase, fused
+from cases.norm import NormCase
 from fusedattn import _native
-from norm_case import NormCase
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason="fusedattn._cpu is not built")
@@ -59,7 +59,7 @@ def test_scratch_is_written_before_it_is_read(instruction_set, nan_in_scratch):
         for case in ATTENTION:
             found |= {f"{case}: {name}": x for name, x in fused(case.inputs(), case, "cpu").items()}
         for case in NORMS:
-            made = norm_case.results(case.inputs(), case, fusedattn, backend="cpu")
+            made = cases.norm.results(case.inputs(), case, fusedattn, backend="cpu")
             found |= {f"{case}: {name}": x for name, x in made.items()}
         wide = torch.linspace(-3, 3, 60000).reshape(3, -1).requires_grad_()
         out = fusedattn.softmax(wide)

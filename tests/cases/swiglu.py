@@ -12,6 +12,8 @@ from fusedattn.ops.swiglu import ACTIVATIONS
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
+from cases import F32, F64, Source, graded, on
+
 WIDTHS = (1, 7, 63, 65, 128, 4097)
 # Where exponentials, squares and cubes overflow, and what has no limit.
 EXTREMES = (0.0, 9.0, 90.0, 1e4, 1e19, 1e38, torch.inf)
@@ -19,12 +21,10 @@ EXTREMES = (0.0, 9.0, 90.0, 1e4, 1e19, 1e38, torch.inf)
 __all__ = ["ACTIVATIONS", "WIDTHS", "check_extremes", "check_swiglu", "inputs", "results"]
 
 
-def inputs(
-    *shape: int, dtype: torch.dtype = torch.float32, joined: bool = False, seed: int = 1
-) -> dict[str, Tensor]:
+def inputs(*shape: int, dtype: torch.dtype = F32, joined: bool = False) -> dict[str, Tensor]:
     """gate, up and dout of a shape; joined, gate has both."""
-    source = torch.Generator().manual_seed(seed)
-    gate, up, dout = 2.5 * torch.randn(3, *shape, generator=source, dtype=torch.float64).to(dtype)
+    source = Source("cpu")
+    gate, up, dout = 2.5 * source.normal(3, *shape, dtype=dtype)
     if joined:
         return {"gate": torch.cat((gate, up), -1), "dout": dout}
     return {"gate": gate, "up": up, "dout": dout}
@@ -34,26 +34,23 @@ def results(
     function: Callable[..., Tensor], made: dict[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
     """out and the gradients, of inputs cast to `dtype`."""
-    leaves = {n: made[n].to(dtype).requires_grad_() for n in ("gate", "up") if n in made}
-    out = function(**leaves, **options)
-    grads = torch.autograd.grad(out, list(leaves.values()), made["dout"].to(dtype))
-    return {"out": out.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+    given = {name: x for name, x in made.items() if name != "dout"}
+    return graded(
+        lambda **x: {"out": function(**x, **options)}, given, {"out": made["dout"]}, dtype
+    )
 
 
 def check_swiglu(backend: str, made: dict[str, Tensor], activation: str) -> dict[str, Tensor]:
     """Hold out, dgate and dup of `backend` to the rule; returns them."""
-    dtype, device = made["gate"].dtype, device_for(backend)
-    moved = {name: x.to(device) for name, x in made.items()}
-    found = results(fusedattn.swiglu, moved, dtype, activation=activation, backend=backend)
+    dtype, options = made["gate"].dtype, {"activation": activation}
+    moved = on(device_for(backend), made)
+    found = results(fusedattn.swiglu, moved, dtype, **options, backend=backend)
 
     def oracle(dtype: torch.dtype) -> dict[str, Tensor]:
-        return once(
-            ("swiglu", activation, dtype),
-            made,
-            lambda: results(reference.swiglu, made, dtype, activation=activation),
-        )
+        about = ("swiglu", activation, dtype)
+        return once(about, made, lambda: results(reference.swiglu, made, dtype, **options))
 
-    ref, eager = oracle(torch.float64), oracle(dtype)
+    ref, eager = oracle(F64), oracle(dtype)
     case = f"{backend} {activation} {tuple(made['gate'].shape)} {dtype}"
     for name, x in found.items():
         assert x.dtype == dtype

@@ -1,30 +1,20 @@
-"""Cases of rotary embeddings and sinusoidal positions for the GPU backends, and their check.
-
-A case makes its inputs, the same each time; `check_rotary` and `check_sinusoidal` hold the outputs
-and the gradients of a backend to the rule of `compare.py`, against the fp64 oracle and the same
-formula in the tested dtype.
-"""
+"""Calls of rotary embeddings and sinusoidal positions, and how they are held to the rule."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import compare
 import fusedattn
 import torch
+from compare import check, device_for
 from fusedattn.ops import rotary, sinusoidal
 from fusedattn.ops.rotary_config import RotaryCall, RotaryConfig
 from fusedattn.ops.sinusoidal import SinusoidalCall, SinusoidalConfig
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
-BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
-
-
-def device_for(backend: str) -> str:
-    """Where tensors for `backend` are."""
-    return "cuda" if backend == "cuda" else compare.device_for(backend)
+from cases import BF16, F16, F32, F64, Case, Source, graded, on
 
 
 def relayout(x: Tensor, layout: str) -> Tensor:
@@ -47,7 +37,7 @@ LAYOUTS = ("rows outside", "features outside", "every second feature", "off by o
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryCase:
+class RotaryCase(Case):
     """One call; `heads2` is None for one tensor, `positions` "", "shared" or "own"."""
 
     batch: int = 2
@@ -57,8 +47,8 @@ class RotaryCase:
     dim: int = 32
     rotated: int | None = None
     rows: int = 24
-    dtype: torch.dtype = torch.float32
-    tables: torch.dtype = torch.float32
+    dtype: torch.dtype = F32
+    tables: torch.dtype = F32
     batched: bool = False
     interleaved: bool = False
     positions: str = ""
@@ -66,72 +56,76 @@ class RotaryCase:
     offset: int = 0
     offset_tensor: bool = False
 
-    def inputs(self, device: str) -> dict[str, Any]:
+    def inputs(self, device: str = "cpu") -> dict[str, Any]:
         """x, x2, their cotangents, cos, sin, positions and offset."""
-        source = torch.Generator().manual_seed(1)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=source, dtype=FP64).to(device, self.dtype)
-
+        source = Source(device)
         made: dict[str, Any] = dict.fromkeys(("x2", "dx2", "positions"))
-        made["x"], made["dx"] = (
-            normal(self.batch, self.heads, self.seq, self.dim) for _ in range(2)
-        )
-        if self.heads2 is not None:
-            made["x2"], made["dx2"] = (
-                normal(self.batch, self.heads2, self.seq, self.dim) for _ in range(2)
-            )
+        for name, heads in (("x", self.heads), ("x2", self.heads2)):
+            if heads is not None:
+                shape = (self.batch, heads, self.seq, self.dim)
+                made[name], made[f"d{name}"] = (
+                    source.normal(*shape, dtype=self.dtype) for _ in range(2)
+                )
         half = (self.rotated or self.dim) // 2
         shape = (self.batch, self.rows, half) if self.batched else (self.rows, half)
-        angles = torch.rand(shape, generator=source, dtype=FP64) * 6.3
+        angles = 6.3 * source.normal(*shape, dtype=F64)
         # Representable in the dtype of x, so that eager, which casts them there, loses nothing.
         made["cos"], made["sin"] = (
-            t.to(self.dtype).to(device, self.tables) for t in (angles.cos(), angles.sin())
+            t.to(self.dtype).to(self.tables) for t in (angles.cos(), angles.sin())
         )
-        if self.positions:
-            shape = (self.seq,) if self.positions == "shared" else (self.batch, self.seq)
-            made["positions"] = torch.randint(
-                self.rows - self.offset, shape, generator=source, dtype=self.indices
-            ).to(device)
-        made["offset"] = self.offset
-        if self.offset_tensor:
-            made["offset"] = torch.tensor(self.offset, dtype=self.indices, device=device)
-        return made
+        return made | _places(self, source, self.rows - self.offset)
+
+    def check(self, backend: str) -> dict[str, Tensor]:
+        """`check_rotary` of this call."""
+        return check_rotary(backend=backend, interleaved=self.interleaved, **self.inputs())
 
 
-def _rotate(made: dict[str, Any], case: RotaryCase, dtype: torch.dtype | None, backend: str):
+def _places(case: RotaryCase | SinusoidalCase, source: Source, below: int) -> dict[str, Any]:
+    """positions and offset."""
+    made: dict[str, Any] = {"positions": None, "offset": case.offset}
+    if case.positions:
+        shape = (case.seq,) if case.positions == "shared" else (case.batch, case.seq)
+        made["positions"] = source.integers(below, *shape, dtype=case.indices)
+    if case.offset_tensor:
+        made["offset"] = torch.tensor(case.offset, dtype=case.indices, device=source.device)
+    return made
+
+
+def _rotate(made: dict[str, Any], interleaved: bool, dtype: torch.dtype, backend: str) -> dict:
     """Outputs and gradients: of the reference in `dtype`, or of a backend on x as it is."""
-    options = {name: made[name] for name in ("positions", "offset")}
-    options["interleaved"] = case.interleaved
-    found = {}
-    pairs = [pair for pair in (("x", "dx"), ("x2", "dx2")) if made[pair[0]] is not None]
-    leaves = [made[name].detach().to(dtype).requires_grad_() for name, _ in pairs]
-    cos, sin = made["cos"], made["sin"]
-    if not backend:
-        tables = cos.to(dtype), sin.to(dtype)
-        outs = [reference.apply_rotary(leaf, *tables, **options) for leaf in leaves]
-    elif len(leaves) == 2:
-        outs = fusedattn.apply_rotary_qk(*leaves, cos, sin, backend=backend, **options)
-    else:
-        outs = [fusedattn.apply_rotary(*leaves, cos, sin, backend=backend, **options)]
-    grads = torch.autograd.grad(outs, leaves, [made[name].to(dtype) for _, name in pairs])
-    for (name, _), out, grad in zip(pairs, outs, grads, strict=True):
-        found[name], found[f"gradient of {name}"] = out.detach(), grad
-    return found
+    options = {name: made[name] for name in ("positions", "offset") if name in made}
+    options["interleaved"] = interleaved
+    cos, sin = (made[name] if backend else made[name].to(dtype) for name in ("cos", "sin"))
+
+    def run(**given: Tensor) -> dict[str, Tensor]:
+        if not backend:
+            outs = [reference.apply_rotary(x, cos, sin, **options) for x in given.values()]
+        elif len(given) == 2:
+            outs = fusedattn.apply_rotary_qk(*given.values(), cos, sin, backend=backend, **options)
+        else:
+            outs = [fusedattn.apply_rotary(given["x"], cos, sin, backend=backend, **options)]
+        return dict(zip(given, outs, strict=True))
+
+    inputs = {name: made[name] for name in ("x", "x2") if made.get(name) is not None}
+    return graded(run, inputs, {name: made[f"d{name}"] for name in inputs}, dtype)
 
 
-def check_rotary(case: RotaryCase, backend: str, made: dict[str, Any] | None = None) -> dict:
-    """Hold outputs and gradients to the rule, and what is copied to equality; returns them."""
-    made = made or case.inputs(device_for(backend))
-    actual = _rotate(made, case, case.dtype, backend)
-    ref, eager = (_rotate(made, case, dtype, "") for dtype in (FP64, case.dtype))
+def check_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, backend: str, *, interleaved: bool = False, **more: Any
+) -> dict[str, Tensor]:
+    """Hold outputs and gradients to the rule, and what is copied to equality; returns them.
+
+    `more` are positions, offset, x2, and dx and dx2, the cotangents.
+    """
+    made = {"x": x, "cos": cos, "sin": sin, "dx": torch.randn_like(x), **more}
+    actual = on("cpu", _rotate(on(device_for(backend), made), interleaved, x.dtype, backend))
+    made = on("cpu", made)
+    ref, eager = (_rotate(made, interleaved, dtype, "") for dtype in (F64, x.dtype))
     for name, got in actual.items():
-        gradient = name.startswith("gradient")
-        check = {"what": name, "gradient": gradient, "case": f"{backend} {case}"}
-        compare.check(got, ref[name], eager[name], **check)
-        source = made[f"d{name.split()[-1]}" if gradient else name]
-        rotated = case.rotated or case.dim
-        assert torch.equal(got[..., rotated:], source[..., rotated:]), f"{name}: copied features"
+        what = {"what": name, "case": f"{backend} {tuple(x.shape)} interleaved={interleaved}"}
+        check(got, ref[name], eager[name], gradient=name.startswith("d"), **what)
+        copied = slice(2 * cos.shape[-1], None)
+        assert torch.equal(got[..., copied], made[name][..., copied]), f"{name}: copied features"
     return actual
 
 
@@ -153,13 +147,13 @@ def launch_rotary(made: dict[str, Any], backend: str, config: RotaryConfig, **ou
 
 
 @dataclasses.dataclass(frozen=True)
-class SinusoidalCase:
+class SinusoidalCase(Case):
     """One call; `positions` "", "shared" or "own", in [0, highest)."""
 
     batch: int = 2
     seq: int = 9
     width: int = 32
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = F32
     positions: str = ""
     indices: torch.dtype = torch.int64
     highest: int = 4000
@@ -168,30 +162,21 @@ class SinusoidalCase:
     base: float = 10000.0
     scale: float = 1.0
 
-    def inputs(self, device: str) -> dict[str, Any]:
+    def inputs(self, device: str = "cpu") -> dict[str, Any]:
         """x and the options of a call."""
-        source = torch.Generator().manual_seed(1)
-        shape = (self.batch, self.seq, self.width)
-        made: dict[str, Any] = {"positions": None, "base": self.base, "scale": self.scale}
-        made["x"] = torch.randn(shape, generator=source, dtype=FP64).to(device, self.dtype)
-        if self.positions:
-            shape = (self.seq,) if self.positions == "shared" else (self.batch, self.seq)
-            made["positions"] = torch.randint(
-                self.highest, shape, generator=source, dtype=self.indices
-            ).to(device)
-        made["offset"] = self.offset
-        if self.offset_tensor:
-            made["offset"] = torch.tensor(self.offset, dtype=self.indices, device=device)
-        return made
+        source = Source(device)
+        x = source.normal(self.batch, self.seq, self.width, dtype=self.dtype)
+        places = _places(self, source, self.highest)
+        return {"x": x, "base": self.base, "scale": self.scale, **places}
 
 
-def check_sinusoidal(case: SinusoidalCase, backend: str) -> Tensor:
+def check_sinusoidal(x: Tensor, backend: str, **options: Any) -> Tensor:
     """Hold the output to the rule; returns it."""
-    made = case.inputs(device_for(backend))
-    x = made.pop("x")
-    actual = fusedattn.add_sinusoidal(x, backend=backend, **made)
-    ref, eager = (reference.add_sinusoidal(x.to(t), **made) for t in (FP64, case.dtype))
-    compare.check(actual, ref, eager, what="out", case=f"{backend} {case}")
+    moved = on(device_for(backend), {"x": x, **options})
+    actual = fusedattn.add_sinusoidal(**moved, backend=backend).cpu()
+    x, options = x.cpu(), on("cpu", options)
+    ref, eager = (reference.add_sinusoidal(y, **options) for y in (x.double(), x))
+    check(actual, ref, eager, what="out", case=f"{backend} {tuple(x.shape)} {options}")
     return actual
 
 
@@ -224,7 +209,7 @@ ROTARY = {
     "partial, interleaved": RotaryCase(dim=64, rotated=32, interleaved=True, heads2=2),
     "partial, no size divides": RotaryCase(dim=25, rotated=6),
     "partial, interleaved, no size divides": RotaryCase(dim=25, rotated=6, interleaved=True),
-    "not a power of two": RotaryCase(dim=80, dtype=FP16, heads2=1),
+    "not a power of two": RotaryCase(dim=80, dtype=F16, heads2=1),
     "wide": RotaryCase(batch=1, heads=1, seq=2, dim=1300, rotated=1200),
     "positions, own": RotaryCase(positions="own", offset=3),
     "positions, shared, int32": RotaryCase(positions="shared", indices=torch.int32, heads2=3),
@@ -234,15 +219,15 @@ ROTARY = {
     "a table of each batch": RotaryCase(batched=True, positions="own", interleaved=True),
     "bf16": RotaryCase(dtype=BF16, dim=64, heads2=1, seq=37, rows=40),
     "bf16, interleaved": RotaryCase(dtype=BF16, dim=64, heads2=1, interleaved=True),
-    "fp16, tables in fp16": RotaryCase(dtype=FP16, tables=FP16),
+    "fp16, tables in fp16": RotaryCase(dtype=F16, tables=F16),
     "bf16, tables in bf16": RotaryCase(dtype=BF16, tables=BF16, interleaved=True),
-    "tables in fp64": RotaryCase(tables=FP64),
+    "tables in fp64": RotaryCase(tables=F64),
 }
 
 SINUSOIDAL = {
     "fp32": SinusoidalCase(),
     "bf16": SinusoidalCase(dtype=BF16, scale=5.5),
-    "fp16": SinusoidalCase(dtype=FP16, width=64),
+    "fp16": SinusoidalCase(dtype=F16, width=64),
     "odd width": SinusoidalCase(width=33),
     "width 1": SinusoidalCase(width=1),
     "width 2": SinusoidalCase(width=2, dtype=BF16),

@@ -141,10 +141,14 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/attention_fwd.py",
-        ("limit = tl.minimum(keys, i + diagonal + 1)", "limit = tl.minimum(keys, i + diagonal)",
+        ("limit = tl.minimum(limit, i + sequence.diagonal + 1)",
+         "limit = tl.minimum(limit, i + sequence.diagonal)",
          "triton_attention.py::test_regimes"),
-        ("full = tl.maximum(tl.minimum(keys, first + diagonal + 1), 0)",
-         "full = tl.maximum(tl.minimum(keys, first + diagonal + BLOCK_N), 0)",
+        ("full = tl.maximum(tl.minimum(full, past + 1), 0)",
+         "full = tl.maximum(tl.minimum(full, past + BLOCK_N), 0)",
+         "triton_attention.py::test_regimes"),
+        ("full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M",
+         "full = tl.maximum(low + BLOCK_N - 1, 0) // BLOCK_M * BLOCK_M",
          "triton_attention.py::test_regimes"),
         ("acc = acc * alpha[:, None]", "acc = acc * 1.0", "triton_attention.py::test_regimes"),
         ("or not config.scale > 1e-30", "", "triton_attention.py::test_regimes"),
@@ -152,16 +156,13 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/attention_bwd.py",
-        ("full = tl.cdiv(tl.maximum(start + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M",
-         "full = tl.maximum(start + BLOCK_N - 1 - diagonal, 0) // BLOCK_M * BLOCK_M",
-         "triton_attention.py::test_regimes"),
         ("tl.where(nothing, 0.0, row)", "row",
          "triton_attention.py::test_regimes", "attention_nonfinite.py::"
          "test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing"),
     ),
     *mutants(
         "kernels/attention_bwd.py",
-        ("unscaled(ds, ds_scale), mask=inside", "ds, mask=inside",
+        ("unscaled(ds, ds_scale), mask=exists", "ds, mask=inside",
          "attention_fp16_range.py::test_large"),
         ("(*views, delta)", "(*views, scaled)", "attention_fp16_range.py::test_large"),
     ),
@@ -184,6 +185,15 @@ MUTANTS = [
          "triton_attention.py::test_bias_gradient"),
         ("n0 * BLOCK_N < (m0 + 1) * BLOCK_M + diagonal", "n0 * BLOCK_N < m0 * BLOCK_M + diagonal",
          "triton_attention.py::test_bias_gradient"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/_library.py",
+        ("(_transforms() or _batched())", "_transforms()",
+         "second_order.py::test_a_batch_of_gradients_stays_in_the_graph"),
+    ),
+    *mutants(
+        "kernels/tuning.py",
+        ("_asked == 0 and torch", "torch", "triton_tuning.py::test_warming_times"),
     ),
     *mutants(
         "kernels/common.py",
@@ -226,6 +236,11 @@ MUTANTS = [
     *mutants(
         "kernels/sinusoidal.py",
         ("((quarter + 1) & 2)", "(quarter & 2)", "sinusoidal_kernels.py::test_regimes"),
+    ),
+    *mutants(
+        "csrc/include/attention.h",
+        ("const Int past = i + diagonal + 1;", "const Int past = i + diagonal;",
+         "attention.py::test_causal_alignment_in_full"),
     ),
     *mutants(
         "csrc/cpu/attention_decode.h",

@@ -52,11 +52,11 @@ def test_fully_masked_row(dtype, padded, backend):
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing(bad, backend):
     """flash-attention#889: lse.square().sum() sends −inf to a row of −inf; its gradients are 0."""
-    case = AttentionCase(seq_q=40, seq_k=30, causal=True, bias=(2, 40, 30), grads=BOTH)
+    case = AttentionCase(seq_q=20, seq_k=15, causal=True, bias=(2, 20, 15), grads=BOTH)
     made = case.inputs(device_for(backend))
     want = fused(made, case, backend)
     made["dlse"] = made["dlse"].clone()
-    made["dlse"][:, :, :10] = bad
+    made["dlse"][:, :, :5] = bad
     found = fused(made, case, backend)
     assert all(torch.equal(found[name], want[name]) for name in want)
 
@@ -113,10 +113,10 @@ def test_scale_does_not_multiply_the_bias(backend):
 
 
 @everywhere
-@pytest.mark.parametrize("seq", [31, 48, 64, 65, 127, 192])
+@pytest.mark.parametrize("seq", [31, 64, 65, 127])
 def test_padded_tail_does_not_overflow_in_backward(seq, backend):
     """pytorch#196678: exp(0 − lse) of a padded key overflows when lse < −88.7."""
-    case = AttentionCase(batch=1, seq_q=seq, dim=64, dtype=BF16, causal=True)
+    case = AttentionCase(batch=1, heads=1, seq_q=seq, dim=64, dtype=BF16, causal=True)
     made = case.inputs(device_for(backend))
     made["q"][..., 0], made["k"][..., 0] = 1, -120 * 8
     found = fused(made, case, backend)
@@ -131,7 +131,7 @@ def test_nothing_leaks_from_past_the_lengths(dtype, biased, seq_q, backend):
     """flash-attention#1745: NaN in unused cache slots; bitwise as with zeros there."""
     lengths, seq_k = (32, 64, 96, 48, 0), 128
     if backend == "triton":
-        lengths, seq_k = (0, 17, 48), 50
+        lengths, seq_k = (17, 0), 33
     bias = (2, seq_q, seq_k) if biased else None
     case = AttentionCase(batch=len(lengths), kv_heads=1, seq_q=seq_q, seq_k=seq_k, dim=40,
                          dtype=dtype, kv_lengths=lengths, bias=bias, grads=BOTH)  # fmt: skip

@@ -29,8 +29,14 @@ from processes import PATIENCE, wanted
 pytest.importorskip("triton", minversion="3.9")
 
 # Compute capability and shared memory per block.
-TARGETS = {"sm_80": (80, 166_912), "sm_86": (86, 101_376), "sm_90": (90, 232_448)}
-TARGETS["sm_100"] = (100, 232_448)
+TARGETS = {
+    "sm_80": (80, 166_912),
+    "sm_86": (86, 101_376),
+    "sm_89": (89, 101_376),
+    "sm_90": (90, 232_448),
+    "sm_100": (100, 232_448),
+}
+LITTLE_SHARED = {"sm_86", "sm_89"}
 
 # name: dtype, head dim, causal, terms of the scores, whether every tile or only the first.
 CASES = {
@@ -50,7 +56,7 @@ SMALL_CASES = {
 }
 MATRIX_KERNELS = {"forward_kernel", "dkdv_kernel", "dq_kernel"}
 WIDE = ("LDG", "STG")  # loads and stores of global memory; counted where they move 16 bytes
-TENSOR_CORE = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_CORE = dict.fromkeys(TARGETS, "HMMA") | {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
 # --- in the subprocess ---------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     attention_fwd.device_of = attention_bwd.device_of = lambda x: device
     torch.sum = lambda *args, **options: None  # nothing was computed that could be summed
     for case, (dtype, dims, causal, terms, every) in (
-        SMALL_CASES if name == "sm_86" else CASES
+        SMALL_CASES if name in LITTLE_SHARED else CASES
     ).items():
         for dim in dims:
             about.update({"target": name, "case": case, "dtype": dtype, "dim": dim})

@@ -31,6 +31,8 @@ def test_positions(index, backend):
     for shape in ((6,), (1, 6), (2, 6)):
         check_sinusoidal(x, backend, positions=torch.randint(0, 5000, shape).to(index), offset=7)
     check_sinusoidal(x[None], backend, positions=torch.randint(0, 99, (1, 2, 6)).to(index))
+    # Decoding: each sequence is at a position of its own.
+    check_sinusoidal(x[:, :1], backend, positions=torch.tensor([[3], [8]]).to(index))
 
 
 def test_positions_of_32_bits_do_not_wrap(any_backend):

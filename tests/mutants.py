@@ -193,7 +193,8 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/tuning.py",
-        ("_asked == 0 and torch", "torch", "triton_tuning.py::test_warming_times_what_would_not_be"),
+        ("_asked == 0 and torch", "torch",
+         "triton_tuning.py::test_warming_times_what_would_not_be"),
     ),
     *mutants(
         "kernels/common.py",

@@ -228,7 +228,11 @@ def checks() -> dict[str, Callable[[], None]]:
 
 
 # A tensor of one element is one number to everybody, to torch.
-MIXED = [(op, name) for op, name in arguments() if name != "offset"]
+MIXED = [
+    (op, name)
+    for op, name in arguments()
+    if name != "offset" and len(OPS[op].tensors(torch.float32)) > 1
+]
 
 
 def work(rank: int, folder: str) -> None:

@@ -247,6 +247,21 @@ def _cases(count: int) -> str:
     return "1 case" if count == 1 else f"{count} cases"
 
 
+def print_host(found: Row, console: Console) -> None:
+    """Microseconds of Python before each launch, or why there are none."""
+    if "skipped" in found:
+        console.print(f"  [dim]host time of launches: {found['skipped']}[/]", highlight=False)
+        return
+    title = f"Triton {found['triton']}: host time of a call, the driver doing nothing"
+    table = Table(title=title, title_style="bold")
+    table.add_column("call", no_wrap=True)
+    for name in ("µs, planned", "µs, first of its kind"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found["rows"]:
+        table.add_row(row["name"], f"{row['planned']:.1f}", f"{row['unplanned']:.1f}")
+    console.print(table)
+
+
 def training_table(models: Iterable[Row]) -> Table:
     """One line per model and version: speed, memory, last loss and distance of the curves."""
     table = Table(title="training, same seed and same batches", title_style="bold")

@@ -1,4 +1,4 @@
-"""The whole run: environment, attention, row-wise ops, training; then tables, files and plots."""
+"""The whole run: environment, each part's measurements; then tables, files and plots."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import attention_cases, plots, report, rowwise_cases, transformer
+from . import attention_cases, host, plots, report, rowwise_cases, transformer
 from .harness import measure_limits
 from .report import Row
 from .run import ATTENTION, ROWWISE, run_cases
 
-PARTS = ("attention", "rowwise", "transformer")
+PARTS = ("attention", "rowwise", "transformer", "host")
+ON_A_CPU = PARTS[:3]  # launches of Triton are not on a CPU user's way
 # On a GPU: so much that all of it, with four models, fits into four minutes.
 GPU_SECONDS, GPU_ROWWISE_SECONDS, GPU_MODEL_SECONDS = 130.0, 35.0, 6.0
 
@@ -41,7 +42,7 @@ class Plan:
     cases: Sequence[attention_cases.Case]
     size: transformer.Size
     rowwise_cases: Sequence[rowwise_cases.Case] = ()
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = ON_A_CPU
     seed: int = 0
     seconds: float = 100.0
     rowwise_seconds: float = 40.0
@@ -77,7 +78,7 @@ def make_plan(
         cases=(attention_cases.full_grid if full else grid)(where),
         rowwise_cases=rows(where),
         size=size if full or not on_gpu else replace(size, seconds=GPU_MODEL_SECONDS),
-        parts=(only,) if only else PARTS,
+        parts=(only,) if only else PARTS if full or on_gpu else ON_A_CPU,
         seed=seed,
         seconds=3600.0 if full else GPU_SECONDS if on_gpu else 100.0,
         rowwise_seconds=1200.0 if full else GPU_ROWWISE_SECONDS if on_gpu else 40.0,
@@ -108,6 +109,7 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
         "attention": [],
         "rowwise": [],
         "training": [],
+        "host": None,
     }
     try:
         with _progress(console) as progress:
@@ -206,10 +208,19 @@ def _train(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress
         report.write_json(results, folder)
 
 
+def _time_launches(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
+    bar = progress.add_task("host time of launches", total=1)
+    progress.refresh()
+    results["host"] = host.measure_in_a_process()
+    progress.update(bar, completed=1, refresh=True)
+    report.write_json(results, folder)
+
+
 _MEASURE = {
     "attention": _measure_attention,
     "rowwise": _measure_rowwise,
     "transformer": _train,
+    "host": _time_launches,
 }
 
 
@@ -232,6 +243,9 @@ def _show(results: dict[str, Any], console: Console) -> None:
         console.print()
         console.print(report.rowwise_table(results["rowwise"]))
         report.print_skipped(results["rowwise"], console)
+    if results["host"]:
+        console.print()
+        report.print_host(results["host"], console)
     if results["training"]:
         console.print()
         console.print(report.training_table(results["training"]))

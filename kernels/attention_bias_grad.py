@@ -17,9 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_fwd import hide, scores, sequence_of, weights
+from .attention_scores import (
+    hide,
+    scores,
+    sequence_of,
+    weights,
+)
 from .attention_tiles import bias_grad_tile
 from .common import dot, load_tile, rows_from
+from .plans import Launches
 
 _LENGTHS = ["seq_q", "seq_k", "diagonal", "tiles_m", "tiles_n", "splits", "summed"]
 
@@ -29,7 +35,7 @@ def bias_grad_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    rules,  # of attention_fwd.py
+    rules,  # of attention_scores.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -117,8 +123,17 @@ def bias_grad_kernel(
     tl.store(total + i.to(tl.int64)[:, None] * shape_n + j[None, :], acc, mask=inside)
 
 
+def _sum_parts(parts: Tensor, dbias: Tensor) -> None:
+    torch.sum(parts, 0, out=dbias)
+
+
 def broadcast_bias_gradient(
-    dbias: Tensor, views: tuple, arguments: dict[str, Any], about: tuple, q: Tensor
+    launches: Launches,
+    dbias: Tensor,
+    views: tuple,
+    arguments: dict[str, Any],
+    about: tuple,
+    q: Tensor,
 ) -> None:
     """Write the gradient of a bias that has size 1 where the scores do not.
 
@@ -138,10 +153,10 @@ def broadcast_bias_gradient(
     summed *= (tiles_m if sum_rows else 1) * (tiles_n if sum_cols else 1)
     # Two programs for each processor; the parts stay small, since they multiply few tiles.
     splits = min(summed, triton.cdiv(2 * about[0].processors, owned))
-    parts = dbias.new_empty((splits, *dbias.shape))
-    bias_grad_kernel[(splits * owned,)](
-        *views, parts, **arguments, splits=splits, summed=summed, summed_heads=summed_heads,
-        tiles_m=tiles_m, tiles_n=tiles_n, bias_shape=tuple(dbias.shape),
-        SUM_ROWS=sum_rows, SUM_COLS=sum_cols, **options.all_kwargs(),
+    parts = launches.empty((splits, *dbias.shape))
+    launches.launch(
+        bias_grad_kernel, (splits * owned,), *views, parts, **arguments, splits=splits,
+        summed=summed, summed_heads=summed_heads, tiles_m=tiles_m, tiles_n=tiles_n,
+        bias_shape=tuple(dbias.shape), SUM_ROWS=sum_rows, SUM_COLS=sum_cols, **options.all_kwargs(),
     )  # fmt: skip
-    torch.sum(parts, 0, out=dbias)
+    launches.apply(_sum_parts, parts, dbias)

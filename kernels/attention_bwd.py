@@ -10,7 +10,7 @@ query:
 power of two, e: attention_ds_scale.py. Three kernels, none with sums by atomics, so that gradients
 are bitwise repeatable:
 
-    delta_kernel   Δ and e · Δ
+    delta_kernel   Δ and e · Δ: attention_delta.py
     dkdv_kernel    one tile of keys of one key head; over the queries of all heads of its group
     dq_kernel      one tile of queries of one head; over the keys, as in the forward
 
@@ -21,7 +21,7 @@ The gradient of a broadcast bias is a sum over programs: attention_bias_grad.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -29,82 +29,45 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_bias_grad import broadcast_bias_gradient
+from .attention_delta import row_terms
 from .attention_ds_scale import largest_norms, less_delta, load_ds_scale, unscaled
-from .attention_fwd import (
-    chain,
+from .attention_launch import (
     common_arguments,
     heads_in_l2,
+    launch_settings,
+    pair_bytes,
+    rules_of,
+    tuning,
+)
+from .attention_scores import (
+    chain,
     hide,
     key_range,
-    pair_bytes,
     query_range,
-    rules_of,
     scores,
     sequence_of,
-    tuning,
     weights,
     work_item,
 )
 from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
-    LOG2E,
+    View,
     device_of,
     dot,
     load_tile,
     matrix,
+    row_view,
     rows_from,
     store_tile,
-    vector,
     view,
 )
+from .plans import Launches, planned
 from .tuning import Tuner
 
 if TYPE_CHECKING:
     from fusedattn.ops.attention_config import AttentionBackwardCall
 
 # --- kernels -------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["heads", "group", "seq_q"])
-def delta_kernel(
-    out,  # View (B, Hq, Sq, Dv)
-    dout,  # View (B, Hq, Sq, Dv)
-    lse,  # fp32 (B, Hq, Sq), contiguous
-    dlse,  # View (B, Hq, 1, Sq) of fp32, or None
-    shift,  # fp32 (B, Hq, Sq), contiguous: lse in the units of `weights`
-    delta,  # fp32 (B, Hq, Sq), contiguous: rowsum(dout ∘ out) − dlse
-    scaled,  # the same times e, or None
-    norms,  # of `load_ds_scale`, or None
-    heads,
-    group,
-    seq_q,
-    NATURAL: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    flat = tl.program_id(0) // tiles
-    first = tl.program_id(0) % tiles * BLOCK_M
-    batch, head = flat // heads, flat % heads
-    i = first + tl.arange(0, BLOCK_M)
-    inside = i < seq_q
-    o = load_tile(matrix(out, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
-    do = load_tile(matrix(dout, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
-    row = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    at = flat.to(tl.int64) * seq_q + i
-    if dlse is not None:
-        of_head = matrix(dlse, batch, head)
-        row -= tl.load(of_head.data + i.to(tl.int64) * of_head.col, mask=inside, other=0.0)
-    # A query that saw nothing has p = exp(−inf − inf) = 0, and no gradient whatever dlse is.
-    seen = tl.load(lse + at, mask=inside, other=0.0)
-    nothing = seen == float("-inf")
-    seen = tl.where(nothing, float("inf"), seen)
-    tl.store(shift + at, seen if NATURAL else seen * LOG2E, mask=inside)
-    row = tl.where(nothing, 0.0, row)
-    tl.store(delta + at, row, mask=inside)
-    if scaled is not None:
-        tl.store(scaled + at, row * load_ds_scale(norms, flat // group), mask=inside)
 
 
 @triton.jit(
@@ -114,7 +77,7 @@ def dkdv_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    rules,  # of attention_fwd.py
+    rules,  # of attention_scores.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -197,7 +160,7 @@ def dq_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    rules,  # of attention_fwd.py
+    rules,  # of attention_scores.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -271,77 +234,56 @@ def dq_kernel(
 _dkdv_tuner, _dq_tuner = Tuner(), Tuner()
 
 
-def _row_terms(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    norms: Tensor | None,
-    arguments: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The shift of each row's scores, Δ = rowsum(dout ∘ out) − dlse, e · Δ: (B, Hq, Sq), fp32."""
-    heads, seq_q = out.shape[1:3]
-    shift, delta = torch.empty_like(lse), torch.empty_like(lse)
-    scaled = None if norms is None else torch.empty_like(lse)
-    rows = 32
-    delta_kernel[(out.shape[0] * heads * triton.cdiv(seq_q, rows),)](
-        view(out), view(dout), lse, None if dlse is None else view(dlse[:, :, None]), shift,
-        delta, scaled, norms, BLOCK_M=rows, num_warps=4,
-        **{x: arguments[x] for x in ("heads", "group", "seq_q", "NATURAL", "DV", "BLOCK_DV")},
-    )  # fmt: skip
-    return shift, delta, delta if scaled is None else scaled
+def _zero(launches: Launches, dtype: torch.dtype) -> View:
+    return View(launches.zeros((), dtype), 0, 0, 0, 0)
 
 
+@planned(launch_settings)
 def attention_backward(
-    call: AttentionBackwardCall, dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None
+    launches: Launches,
+    call: AttentionBackwardCall,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
 ) -> None:
     """Write dq, dk and dv (any strides) and, where not None, dbias, contiguous.
 
     dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero).
     """
-    dout, dlse, out, lse, q, k, v = call[:7]
+    out, q, k, v = call.out, call.q, call.k, call.v
     device = device_of(q)
     arguments = common_arguments(call)
-    if dout is None:
-        dout = out.new_zeros(()).expand(out.shape)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     about = (device, q.dtype, widths, pair_bytes(call))
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
-    group = arguments["group"]
-    lse = vector(lse)
+    lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
+    dlse = row_view(call.dlse)
+    dout = _zero(launches, out.dtype) if call.dout is None else view(call.dout)
+    norms = largest_norms(launches, v, dout, lse, dlse, lengths)
+    shift, delta, scaled = row_terms(launches, dout, dlse, out, lse, norms, arguments)
+    views = (view(q), view(k), view(v), rules_of(call), lengths, dout, shift)
 
-    with torch.cuda.device_of(q):
-        lengths = vector(call.kv_lengths)
-        norms = largest_norms(v, dout, lse, dlse, lengths)
-        shift, delta, scaled = _row_terms(dout, dlse, out, lse, norms, arguments)
-        views = (
-            view(q), view(k), view(v), rules_of(call), lengths, view(dout), shift,
-        )  # fmt: skip
+    def dkdv_grid(tile: dict[str, int]) -> tuple[int]:
+        return (heads_k * triton.cdiv(k.shape[2], tile["BLOCK_N"]),)
 
-        def launch_dkdv(options: triton.Config) -> None:
-            section = min(heads_k, heads_in_l2(device, q, dout, 1))
-            dkdv_kernel[(heads_k * triton.cdiv(k.shape[2], options.kwargs["BLOCK_N"]),)](
-                *views, scaled, norms, view(dk), view(dv), heads_total=heads_k, section=section,
-                **arguments, **options.all_kwargs(),
-            )  # fmt: skip
+    def dq_grid(tile: dict[str, int]) -> tuple[int]:
+        return (heads_q * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)
 
-        def launch_dq(options: triton.Config) -> None:
-            section = min(heads_q, heads_in_l2(device, k, v, group))
-            dq_kernel[(heads_q * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)](
-                *views, scaled, norms, view(dq), view(ds) if whole else None,
-                heads_total=heads_q, section=section, **arguments, **options.all_kwargs(),
-            )  # fmt: skip
-
-        # In fp32, and zero where no tile comes by.
-        ds = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float32)
-        whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
-        for tuner, found, launch, products in (
-            (_dkdv_tuner, dkdv_tiles(*about), launch_dkdv, 4),
-            (_dq_tuner, dq_tiles(*about), launch_dq, 3),
-        ):
-            asked = tuning(call, arguments, products)
-            launch(tuner.pick(candidates=found, launch=launch, **asked))
-        if dbias is not None and ds is not None:
-            if not whole:
-                broadcast_bias_gradient(ds, (*views, delta), arguments, about, q)
-            dbias.copy_(ds)
+    launches.tuned(
+        _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
+        dkdv_grid, *views, scaled, norms, view(dk), view(dv), heads_total=heads_k,
+        section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
+    )  # fmt: skip
+    # In fp32, and zero where no tile comes by.
+    ds = None if dbias is None else launches.zeros(dbias.shape)
+    whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
+    launches.tuned(
+        _dq_tuner, tuning(call, arguments, dq_tiles(*about), products=3), dq_kernel,
+        dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, heads_total=heads_q,
+        section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
+    )  # fmt: skip
+    if dbias is not None:
+        if not whole:
+            broadcast_bias_gradient(launches, ds, (*views, delta), arguments, about, q)
+        launches.apply(Tensor.copy_, dbias, ds)

@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_fwd import sequence_of
-from .common import block_width, load_tile, matrix, rows_from, vector, view
+from .attention_scores import (
+    sequence_of,
+)
+from .common import View, block_width, load_tile, matrix, rows_from, view
+from .plans import Launches
 
 # --- in the backward -----------------------------------------------------------------------------
 
@@ -98,19 +101,27 @@ def norms_kernel(
 
 
 def largest_norms(
-    v: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, kv_lengths: Tensor | None
+    launches: Launches,
+    v: Tensor,
+    dout: View,
+    lse: Tensor,
+    dlse: View | None,
+    kv_lengths: Tensor | None,
 ) -> Tensor | None:
-    """What `load_ds_scale` reads; None for a dtype that needs no scale. lse is contiguous."""
+    """What `load_ds_scale` reads; None for a dtype that needs no scale.
+
+    lse and kv_lengths are contiguous.
+    """
     if v.dtype != torch.float16:
         return None
     batch, kv_heads, seq_k, head_dim_v = v.shape
-    heads, seq_q = dout.shape[1:3]
+    heads, seq_q = lse.shape[1:]
     rows = 32
     of_values = batch * kv_heads * triton.cdiv(seq_k, rows)
-    norms = torch.zeros((batch * kv_heads, 3), dtype=torch.float32, device=v.device)
-    norms_kernel[(of_values + batch * heads * triton.cdiv(seq_q, rows),)](
-        view(v), view(dout), lse, None if dlse is None else view(dlse[:, :, None]),
-        vector(kv_lengths), norms, heads, heads // kv_heads, seq_q, seq_k, of_values,
-        DV=head_dim_v, BLOCK_DV=block_width(head_dim_v), ROWS=rows, num_warps=4,
+    norms = launches.zeros((batch * kv_heads, 3))
+    launches.launch(
+        norms_kernel, (of_values + batch * heads * triton.cdiv(seq_q, rows),),
+        view(v), dout, lse, dlse, kv_lengths, norms, heads, heads // kv_heads, seq_q, seq_k,
+        of_values, DV=head_dim_v, BLOCK_DV=block_width(head_dim_v), ROWS=rows, num_warps=4,
     )  # fmt: skip
     return norms

@@ -19,164 +19,37 @@ scores are natural, exp2((s − m)·log₂e): a bias of finfo.min must not overf
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_launch import (
+    common_arguments,
+    heads_in_l2,
+    launch_settings,
+    pair_bytes,
+    rules_of,
+    tuning,
+)
+from .attention_scores import hide, key_range, scores, sequence_of, weights, work_item
 from .attention_tiles import forward_tiles
 from .common import (
     LN2,
     LOG2E,
-    Device,
-    block_width,
-    broadcast_view,
-    bucket,
     device_of,
     dot,
-    dot_precision,
-    load_pairs,
     load_tile,
-    matrix,
     rows_from,
     store_tile,
-    vector,
     view,
 )
-from .tuning import Key, Tuner
+from .plans import Launches, planned
+from .tuning import Tuner
 
 if TYPE_CHECKING:
-    from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
-
-# --- shared with the backward --------------------------------------------------------------------
-
-
-class Sequence(NamedTuple):
-    """One sequence of the batch; its queries i and keys j are counted from its own first."""
-
-    first_q: Any  # rows of q, out, dout, dq, lse
-    seq_q: Any
-    first_k: Any  # of k, v, dk, dv
-    seq_k: Any  # that exist
-    diagonal: Any  # query i sees keys up to i + diagonal where causal
-
-
-@triton.jit
-def sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths):
-    """That of a batch element; seq_q and seq_k: what the tensors have room for."""
-    keys = seq_k
-    if kv_lengths is not None:
-        # Only what is at most seq_k has its dtype.
-        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k).to(seq_k.dtype)
-    return Sequence(0, seq_q, 0, keys, diagonal)
-
-
-@triton.jit
-def key_range(first, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(begin, full, end) for queries first … first + BLOCK_M: see the drawing above."""
-    full = sequence.seq_k
-    end = sequence.seq_k
-    if CAUSAL:
-        past = first + sequence.diagonal
-        full = tl.maximum(tl.minimum(full, past + 1), 0)
-        end = tl.maximum(tl.minimum(end, past + BLOCK_M), 0)
-    return 0, full // BLOCK_N * BLOCK_N, end
-
-
-@triton.jit
-def query_range(
-    start, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(begin, full, end) for keys start … start + BLOCK_N: queries [begin, full) see a part of
-    them, [full, end) all that exist."""
-    begin, full = 0, 0
-    if CAUSAL:
-        low = start - sequence.diagonal
-        begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
-    return begin, full, tl.where(start < sequence.seq_k, sequence.seq_q, 0)
-
-
-class Rules(NamedTuple):
-    """What makes scores of the products qkᵀ, but for `scale`; None is compiled away."""
-
-    mask: Any  # View (B, Hq, Sq, Sk) of bool
-    bias: Any  # View (B, Hq, Sq, Sk)
-    softcap: Any  # float
-
-
-@triton.jit
-def tanh(x):
-    """A polynomial where |x| is small (Cephes' tanhf), else by exp(2 |x|)."""
-    u = x * x
-    near = -5.70498872745e-3 * u + 2.06390887954e-2
-    near = near * u - 5.37397155531e-2
-    near = near * u + 1.33314422036e-1
-    near = near * u - 3.33332819422e-1
-    near = near * (u * x) + x
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
-    return tl.where(size > 0.625, tl.where(x < 0.0, -far, far), near)  # NaN is near
-
-
-@triton.jit
-def chain(ds, raw, rules, scale):
-    """The gradient of scale · raw, from that of the score that `scores` makes of raw = qkᵀ."""
-    if rules.softcap is not None:
-        t = tanh(raw * (scale / rules.softcap))
-        ds = ds * (1.0 - t * t)
-    return ds
-
-
-@triton.jit
-def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
-    """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
-
-    −inf where the mask forbids. If NATURAL the result is the score, else score / scale.
-    """
-    if NATURAL:
-        s = s * scale
-    if rules.softcap is not None:
-        s = rules.softcap * tanh(s / rules.softcap)
-    if rules.bias is not None:
-        bias = load_pairs(matrix(rules.bias, batch, head), i, j, sequence.seq_q, sequence.seq_k)
-        s = s + bias.to(tl.float32)
-    if rules.mask is not None:
-        seen = load_pairs(matrix(rules.mask, batch, head), i, j, sequence.seq_q, sequence.seq_k)
-        s = tl.where(seen != 0, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def hide(s, i, j, sequence, CAUSAL: tl.constexpr):
-    """−inf where key j does not exist or lies after the diagonal of query i."""
-    limit = sequence.seq_k
-    if CAUSAL:
-        limit = tl.minimum(limit, i + sequence.diagonal + 1)
-    return tl.where(j < limit, s, float("-inf"))
-
-
-@triton.jit
-def weights(s, shift, scale, NATURAL: tl.constexpr):
-    """exp(score − shift); the shift is natural if NATURAL, else in units of log 2."""
-    if NATURAL:
-        return tl.exp2((s - shift) * LOG2E)
-    return tl.exp2(tl.fma(s, scale * LOG2E, -shift))
-
-
-@triton.jit
-def work_item(program, tiles, heads_total, section, LAST_FIRST: tl.constexpr):
-    """(tile, head): in sections of heads that fit in L2 together, the longest tiles first."""
-    first = program // (section * tiles) * section
-    width = tl.minimum(section, heads_total - first)
-    program -= first * tiles
-    index = program // width
-    if LAST_FIRST:
-        index = tiles - 1 - index
-    return index, first + program % width
-
+    from fusedattn.ops.attention_config import AttentionCall
 
 # --- kernel --------------------------------------------------------------------------------------
 
@@ -255,71 +128,11 @@ def forward_kernel(
 # --- launcher ------------------------------------------------------------------------------------
 
 
-def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
-    """The rules of a call, as the kernels take them."""
-    softcap = call.config.softcap or None
-    return Rules(broadcast_view(call.mask), broadcast_view(call.bias), softcap)
-
-
-def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, Any]:
-    """The kernel arguments, other than tensors and tiles, that forward and backward share."""
-    q, k, v, config = call.q, call.k, call.v, call.config
-    head_dim, head_dim_v = q.shape[3], v.shape[3]
-    seq_q, seq_k = q.shape[2], k.shape[2]
-    return {
-        "scale": config.scale,
-        "heads": q.shape[1],
-        "group": q.shape[1] // k.shape[1],
-        "seq_q": seq_q,
-        "seq_k": seq_k,
-        "diagonal": seq_k - seq_q if config.causal == 2 else 0,
-        "D": head_dim,
-        "DV": head_dim_v,
-        "BLOCK_D": block_width(head_dim),
-        "BLOCK_DV": block_width(head_dim_v),
-        "CAUSAL": config.causal != 0,
-        "NATURAL": call.bias is not None or config.softcap > 0 or not config.scale > 1e-30,
-        "PRECISION": dot_precision(q),
-    }
-
-
-def tuning(
-    call: AttentionCall | AttentionBackwardCall, arguments: dict[str, Any], products: int
-) -> dict[str, Any]:
-    """What `Tuner.pick` asks of a call with so many products of matrices."""
-    q, k = call.q, call.k
-    kind = (
-        q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
-        arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
-        arguments["group"],
-    )  # fmt: skip
-    heads, seq_q, seq_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    width = (arguments["D"] + arguments["DV"]) // 2
-    return {
-        "key": Key(kind, (bucket(seq_q, 8192), bucket(seq_k, 8192), bucket(heads, 256))),
-        "work": 2 * products * heads * seq_q * seq_k * width,
-        "deterministic": call.config.deterministic,
-    }
-
-
-def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
-    """Bytes that are read for each pair of query and key."""
-    return sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
-
-
-def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:
-    """How many heads to work on at once so that what they share, one head of x and y, stays in L2.
-
-    share: how many programs' heads read the same head of x and y.
-    """
-    size = x.shape[2] * (x.shape[3] + y.shape[3]) * x.element_size()
-    return max(1, device.l2 // (2 * size)) * share
-
-
 _tuner = Tuner()
 
 
-def attention_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+@planned(launch_settings)
+def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     """Write `out` (B, Hq, Sq, Dv), any strides, and `lse` (B, Hq, Sq), fp32 and contiguous.
 
     fp16, bf16 and fp32; head dims to 512; any strides; mask and bias with four dimensions, each
@@ -331,15 +144,13 @@ def attention_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     heads_total = q.shape[0] * q.shape[1]
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
-    lengths = vector(call.kv_lengths)
+    lengths = launches.vector(call.kv_lengths)
     views = (view(q), view(k), view(v), rules_of(call), lengths, view(out), lse)
 
-    def launch(options: triton.Config) -> None:
-        grid = (heads_total * triton.cdiv(q.shape[2], options.kwargs["BLOCK_M"]),)
-        forward_kernel[grid](*views, **arguments, **options.all_kwargs())
+    def grid(tile: dict[str, int]) -> tuple[int]:
+        return (heads_total * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)
 
-    with torch.cuda.device_of(q):
-        widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-        found = forward_tiles(device, q.dtype, widths, pair_bytes(call))
-        about = tuning(call, arguments, products=2)
-        launch(_tuner.pick(candidates=found, launch=launch, **about))
+    widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
+    found = forward_tiles(device, q.dtype, widths, pair_bytes(call))
+    about = tuning(call, arguments, found, products=2)
+    launches.tuned(_tuner, about, forward_kernel, grid, *views, **arguments)

@@ -53,14 +53,17 @@ def with_data(x: Tensor) -> Tensor:
     return x
 
 
-def vector(x: Tensor | None) -> Tensor | None:
-    """What a kernel reads in the order of its elements, whatever its strides are."""
-    return None if x is None else with_data(x).contiguous()
-
-
 def view(x: Tensor) -> View:
     """A tensor with its strides."""
     return View(with_data(x), *x.stride())
+
+
+def row_view(x: Tensor | None) -> View | None:
+    """(B, H, rows) as (B, H, 1, rows)."""
+    if x is None:
+        return None
+    batch, head, row = x.stride()
+    return View(with_data(x), batch, head, 0, row)
 
 
 def broadcast_view(x: Tensor | None) -> View | None:
@@ -165,8 +168,9 @@ def dot_precision(x: Tensor) -> str:
     `fp32_precision` also shows what was set through `allow_tf32`, which itself may refuse to be
     read once the newer setting was used.
     """
-    wants_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if wants_tf32 and x.dtype == torch.float32 else "ieee"
+    if x.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def block_width(width: int) -> int:

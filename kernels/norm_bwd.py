@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, block_width, device_of, vector
+from .common import Device, block_width, device_of
+from .plans import Launches, planned
 from .rowwise import (
     MOST_WARPS,
     NO_DROPOUT,
@@ -263,29 +263,29 @@ def _parts(rows: int, columns: int, tile: Tile, device: Device) -> int:
 
 
 def _add_parts(
+    launches: Launches,
     weight_parts: Tensor | None,
     bias_parts: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     device: Device,
 ) -> None:
-    """The sums over the first dimension of (parts, width); both of each pair are None or neither.
-
-    On the current device.
-    """
+    """Sums over the first dimension of (parts, width); both of each pair are None or neither."""
     given = bias_parts if weight_parts is None else weight_parts
     if given is None:
         return
     count, width = given.shape
     # 32 columns are a line of memory; more only where that still keeps every processor busy.
     block = min(1024, max(32, triton.next_power_of_2(width // (2 * device.processors))))
-    parts_kernel[(triton.cdiv(width, block),)](
-        weight_parts, bias_parts, dweight, dbias, count, width,
-        ROWS=2048 // block, BLOCK=block, num_warps=8,
+    launches.launch(
+        parts_kernel, (triton.cdiv(width, block),), weight_parts, bias_parts, dweight, dbias,
+        count, width, ROWS=2048 // block, BLOCK=block, num_warps=8,
     )  # fmt: skip
 
 
+@planned()
 def norm_backward(
+    launches: Launches,
     call: NormBackwardCall,
     dx: Tensor,
     dresidual: Tensor | None,
@@ -302,30 +302,30 @@ def norm_backward(
     tensors = {
         "dout": matrix_of(dout),
         "z": matrix_of(z),
-        "weight": vector(weight),
-        "mean": vector(mean),
-        "rstd": vector(rstd),
+        "weight": launches.vector(weight),
+        "mean": launches.vector(mean),
+        "rstd": launches.vector(rstd),
     }
     sizes = {"weight_offset": config.weight_offset or None, "rows": rows, "width": width}
-    with torch.cuda.device_of(z):
-        means = None
-        if not tile.whole:
-            means = rstd.new_empty(2, rows)
-            means_kernel[(triton.cdiv(rows, tile.rows),)](
-                means=means, **tensors, **sizes,
-                ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
-            )  # fmt: skip
-        block, rest = _blocks(tile, width)
-        columns = 1 if rest else triton.cdiv(width, block)
-        stages = _stages(tile.rows * (block + rest), device, z, dout, dz)
-        parts = _parts(rows, columns, tile, device)
-        sums = [x if x is None else rstd.new_empty(parts, width) for x in (dweight, dbias)]
-        limit, keep_scale = drop or NO_DROPOUT
-        backward_kernel[(parts * columns,)](
-            dz=matrix_of(dz), seed=None if drop is None else vector(seed), means=means,
-            dx=matrix_of(dx), dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1],
-            limit=limit, keep_scale=keep_scale, columns=columns, **tensors, **sizes,
-            ROWS=tile.rows, BLOCK=block, REST=rest, STAGES=stages, num_warps=tile.warps,
-            **registers(device, 128),
+    means = None
+    if not tile.whole:
+        means = launches.empty((2, rows))
+        launches.launch(
+            means_kernel, (triton.cdiv(rows, tile.rows),), means=means, **tensors, **sizes,
+            ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
         )  # fmt: skip
-        _add_parts(*sums, dweight, dbias, device)
+    block, rest = _blocks(tile, width)
+    columns = 1 if rest else triton.cdiv(width, block)
+    stages = _stages(tile.rows * (block + rest), device, z, dout, dz)
+    parts = _parts(rows, columns, tile, device)
+    sums = [x if x is None else launches.empty((parts, width)) for x in (dweight, dbias)]
+    limit, keep_scale = drop or NO_DROPOUT
+    launches.launch(
+        backward_kernel, (parts * columns,), dz=matrix_of(dz), means=means,
+        seed=None if drop is None else launches.vector(seed), dx=matrix_of(dx),
+        dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1], limit=limit,
+        keep_scale=keep_scale, columns=columns, **tensors, **sizes,
+        ROWS=tile.rows, BLOCK=block, REST=rest, STAGES=stages, num_warps=tile.warps,
+        **registers(device, 128),
+    )  # fmt: skip
+    _add_parts(launches, *sums, dweight, dbias, device)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_of, vector
+from .common import device_of
+from .plans import Launches, planned
 from .rowwise import (
     NO_DROPOUT,
     at,
@@ -168,8 +168,14 @@ def forward_kernel(
 # --- launcher ------------------------------------------------------------------------------------
 
 
+@planned()
 def norm_forward(
-    call: NormCall, out: Tensor, z: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+    launches: Launches,
+    call: NormCall,
+    out: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
 ) -> None:
     """Write `out` and, where not None, `z`, `mean` (None for RMS) and `rstd`.
 
@@ -180,18 +186,18 @@ def norm_forward(
     config = call.config
     rows, width = x.shape
     if rstd is None:  # the kernel tells the two norms apart by their statistics
-        rstd = x.new_empty(rows, dtype=torch.float32)
-        mean = torch.empty_like(rstd) if config.centre else None
+        rstd = launches.empty((rows,))
+        mean = launches.empty((rows,)) if config.centre else None
     tile = tile_of(rows, width, per_thread=32, most=16384)
     drop = dropout_of(config.dropout_p)
     device = device_of(x)
     # Three programs of eight warps on a processor; Blackwell's code spills there.
     most_registers = 80 if device.arch < 100 else 96
-    with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            matrix_of(x), matrix_of(residual), vector(weight), vector(bias),
-            None if drop is None else vector(seed), matrix_of(out), matrix_of(z), mean, rstd,
-            config.eps, config.weight_offset or None, *(drop or NO_DROPOUT), rows, width,
-            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
-            num_warps=tile.warps, **registers(device, most_registers),
-        )  # fmt: skip
+    launches.launch(
+        forward_kernel, (triton.cdiv(rows, tile.rows),),
+        matrix_of(x), matrix_of(residual), launches.vector(weight), launches.vector(bias),
+        None if drop is None else launches.vector(seed), matrix_of(out), matrix_of(z), mean, rstd,
+        config.eps, config.weight_offset or None, *(drop or NO_DROPOUT), rows, width,
+        ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
+        num_warps=tile.warps, **registers(device, most_registers),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import vector, with_data
+from .common import with_data
 
 
 class Sheets(NamedTuple):
@@ -40,7 +40,7 @@ def sheets(x: Tensor) -> Sheets:
 
 def positions_view(positions: Tensor | None, offset: Tensor | None) -> Positions:
     """positions (1 or B, S), or None where each row's number is its position."""
-    offset = vector(offset)
+    offset = None if offset is None else with_data(offset)  # of one element
     if positions is None:
         return Positions(None, None, None, offset)
     batch, row = positions.stride()

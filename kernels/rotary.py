@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import device_of, view
+from .plans import Launches, planned
 from .positions import load_positions, positions_view, sheets
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def rotary_forward(call: RotaryCall, out: Tensor, out2: Tensor | None) -> None:
+@planned()
+def rotary_forward(launches: Launches, call: RotaryCall, out: Tensor, out2: Tensor | None) -> None:
     """Write `out` as x (B, H, S, D) turned, and `out2` as x2 turned; `out` may be x itself.
 
     fp16, bf16 and fp32, any strides; cos and sin of any float dtype. Where a position has no
@@ -220,27 +221,28 @@ def rotary_forward(call: RotaryCall, out: Tensor, out2: Tensor | None) -> None:
     while block_h > 1 and tiles * (heads + heads2) < 2 * block_h * device_of(x).processors:
         block_h //= 2
     programs = tiles * (-(-heads // block_h) + -(-heads2 // block_h))
-    with torch.cuda.device_of(x):
-        rotary_kernel[(programs,)](
-            view(x),
-            None if x2 is None else view(x2),
-            sheets(cos),
-            sheets(sin),
-            positions_view(positions, start),
-            config.offset,
-            view(out),
-            None if out2 is None else view(out2),
-            heads,
-            heads2,
-            rows,
-            length,
-            blocks,
-            D=dim,
-            HALF=half,
-            INTERLEAVED=config.interleaved,
-            INVERSE=config.inverse,
-            BLOCK_H=block_h,
-            BLOCK_S=block_s,
-            BLOCK_C=block_c,
-            num_warps=WARPS,
-        )
+    launches.launch(
+        rotary_kernel,
+        (programs,),
+        view(x),
+        None if x2 is None else view(x2),
+        sheets(cos),
+        sheets(sin),
+        positions_view(positions, start),
+        config.offset,
+        view(out),
+        None if out2 is None else view(out2),
+        heads,
+        heads2,
+        rows,
+        length,
+        blocks,
+        D=dim,
+        HALF=half,
+        INTERLEAVED=config.interleaved,
+        INVERSE=config.inverse,
+        BLOCK_H=block_h,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        num_warps=WARPS,
+    )

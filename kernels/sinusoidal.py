@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plans import Launches, planned
 from .positions import load_positions, positions_view, sheets
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ def _columns(width: int) -> int:
     return columns
 
 
-def sinusoidal_forward(call: SinusoidalCall, out: Tensor) -> None:
+@planned()
+def sinusoidal_forward(launches: Launches, call: SinusoidalCall, out: Tensor) -> None:
     """Write `out` (B, S, W) in the dtype of x; fp16, bf16 and fp32, any strides."""
     x, positions, start, config = call
     batches, rows, width = x.shape
@@ -143,19 +144,20 @@ def sinusoidal_forward(call: SinusoidalCall, out: Tensor) -> None:
     own_positions = positions is not None and positions.shape[0] > 1
     share = 1 if own_positions else min(batches, BATCHES)
     programs = -(-batches // share) * -(-rows // block_s) * -(-width // columns)
-    with torch.cuda.device_of(x):
-        sinusoidal_kernel[(programs,)](
-            sheets(x),
-            positions_view(positions, start),
-            config.offset,
-            sheets(out),
-            config.scale,
-            batches,
-            rows,
-            share,
-            WIDTH=width,
-            EXPONENT=-2.0 * math.log2(config.base) / width,
-            BLOCK_S=block_s,
-            PAIRS=columns // 2,
-            num_warps=WARPS,
-        )
+    launches.launch(
+        sinusoidal_kernel,
+        (programs,),
+        sheets(x),
+        positions_view(positions, start),
+        config.offset,
+        sheets(out),
+        config.scale,
+        batches,
+        rows,
+        share,
+        WIDTH=width,
+        EXPONENT=-2.0 * math.log2(config.base) / width,
+        BLOCK_S=block_s,
+        PAIRS=columns // 2,
+        num_warps=WARPS,
+    )

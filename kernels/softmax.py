@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2E, broadcast_view, load_pairs, matrix, view
+from .plans import Launches, planned
 from .rowwise import at, programs, row_views, store, tile_of, work_item
 
 if TYPE_CHECKING:
@@ -204,7 +204,8 @@ def _arguments(x: Tensor, sizes: list[int], per_thread: int, config: SoftmaxConf
     }
 
 
-def softmax_forward(call: SoftmaxCall, out: Tensor) -> None:
+@planned()
+def softmax_forward(launches: Launches, call: SoftmaxCall, out: Tensor) -> None:
     """Write `out` (B, H, rows, width).
 
     fp16, bf16 and fp32, a bias of any of them; any strides; mask and bias have four dimensions,
@@ -214,15 +215,16 @@ def softmax_forward(call: SoftmaxCall, out: Tensor) -> None:
     given = [view(x), broadcast_view(mask), broadcast_view(bias), view(out)]
     sizes, views = row_views(x, given, config.causal != 0)
     arguments = _arguments(x, sizes, 32, config)
-    with torch.cuda.device_of(x):
-        forward_kernel[programs(sizes, arguments["ROWS"])](*views, **arguments)
+    launches.launch(forward_kernel, programs(sizes, arguments["ROWS"]), *views, **arguments)
 
 
-def softmax_backward(call: SoftmaxBackwardCall, dx: Tensor | None, ds: Tensor | None) -> None:
+@planned()
+def softmax_backward(
+    launches: Launches, call: SoftmaxBackwardCall, dx: Tensor | None, ds: Tensor | None
+) -> None:
     """Write `dx` and `ds` (fp32), where not None; any strides."""
     dout, out, config = call.dout, call.out, call.config
     given = [view(dout), view(out), *(None if x is None else view(x) for x in (dx, ds))]
     sizes, views = row_views(out, given, config.causal != 0)
     arguments = _arguments(out, sizes, 16, config)
-    with torch.cuda.device_of(out):
-        backward_kernel[programs(sizes, arguments["ROWS"])](*views, **arguments)
+    launches.launch(backward_kernel, programs(sizes, arguments["ROWS"]), *views, **arguments)

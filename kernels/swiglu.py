@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2E, matrix, view
+from .plans import Launches, planned
 from .rowwise import at, row_views, store, work_item
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ def swiglu_backward_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
-def _launch(kernel: triton.JITFunction, tensors: list[Tensor], activation: int) -> None:
+def _launch(
+    launches: Launches, kernel: triton.JITFunction, tensors: list[Tensor], activation: int
+) -> None:
     like = tensors[0]
     sizes, views = row_views(like, [view(x) for x in tensors])
     batches, heads, rows = sizes
@@ -135,18 +137,21 @@ def _launch(kernel: triton.JITFunction, tensors: list[Tensor], activation: int) 
     block = min(triton.next_power_of_2(width), WIDEST)
     together = min(triton.next_power_of_2(rows), max(1, ELEMENTS // block))
     grid = (batches * heads * triton.cdiv(rows, together), triton.cdiv(width, block))
-    with torch.cuda.device_of(like):
-        kernel[grid](
-            *views, heads, rows, width, ACTIVATION=activation, ROWS=together, BLOCK=block,
-            num_warps=WARPS,
-        )  # fmt: skip
+    launches.launch(
+        kernel, grid, *views, heads, rows, width,
+        ACTIVATION=activation, ROWS=together, BLOCK=block, num_warps=WARPS,
+    )  # fmt: skip
 
 
-def swiglu_forward(call: SwigluCall, out: Tensor) -> None:
+@planned()
+def swiglu_forward(launches: Launches, call: SwigluCall, out: Tensor) -> None:
     """Write `out` (B, H, rows, width) from gate and up of its shape; fp16, bf16 and fp32."""
-    _launch(swiglu_forward_kernel, [call.gate, call.up, out], call.config.activation)
+    _launch(launches, swiglu_forward_kernel, [call.gate, call.up, out], call.config.activation)
 
 
-def swiglu_backward(call: SwigluBackwardCall, dgate: Tensor, dup: Tensor) -> None:
+@planned()
+def swiglu_backward(
+    launches: Launches, call: SwigluBackwardCall, dgate: Tensor, dup: Tensor
+) -> None:
     """Write `dgate` and `dup` of the shape of gate and up."""
-    _launch(swiglu_backward_kernel, [*call[:3], dgate, dup], call.config.activation)
+    _launch(launches, swiglu_backward_kernel, [*call[:3], dgate, dup], call.config.activation)

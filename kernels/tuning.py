@@ -26,6 +26,7 @@ WORTHWHILE = 1 << 31  # operations, a few microseconds of a GPU: with fewer, lau
 TIMED = 7  # launches of a candidate, of which the median counts
 
 _asked = 0  # warmups that run; the backward of one is on threads of autograd's
+_timed = 0  # keys whose fastest candidate is known, of all tuners
 
 
 class Key(NamedTuple):
@@ -49,6 +50,25 @@ def warming() -> Iterator[None]:
         yield
     finally:
         _asked -= 1
+
+
+def is_warming() -> bool:
+    return _asked > 0
+
+
+def is_capturing() -> bool:
+    """Whether launches go into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def settings() -> Hashable:
+    """What `Tuner.pick` looks at besides its arguments."""
+    return (
+        _timed,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+        is_capturing(),
+    )
 
 
 class Tuner:
@@ -87,13 +107,14 @@ class Tuner:
         found = self._fastest.get(key)
         if found is not None:
             return found
-        capturing = torch.cuda.is_current_stream_capturing()
-        if capturing or (_asked == 0 and torch.is_inference_mode_enabled()):
+        if is_capturing() or (_asked == 0 and torch.is_inference_mode_enabled()):
             return self._nearest(key, candidates)
         if _asked == 0 and work < WORTHWHILE:
             return candidates[0]
         found = min(candidates, key=lambda config: _milliseconds(launch, config))
         self._fastest[key] = found
+        global _timed
+        _timed += 1
         return found
 
     def _nearest(self, key: Key, candidates: Sequence[triton.Config]) -> triton.Config:

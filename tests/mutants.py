@@ -140,7 +140,7 @@ MUTANTS = [
          "positional_modules.py::test_frequencies_are_those_of_hugging_face"),
     ),
     *mutants(
-        "kernels/attention_fwd.py",
+        "kernels/attention_scores.py",
         ("limit = tl.minimum(limit, i + sequence.diagonal + 1)",
          "limit = tl.minimum(limit, i + sequence.diagonal)",
          "triton_attention.py::test_regimes"),
@@ -150,12 +150,25 @@ MUTANTS = [
         ("full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M",
          "full = tl.maximum(low + BLOCK_N - 1, 0) // BLOCK_M * BLOCK_M",
          "triton_attention.py::test_regimes"),
-        ("acc = acc * alpha[:, None]", "acc = acc * 1.0", "triton_attention.py::test_regimes"),
-        ("or not config.scale > 1e-30", "", "triton_attention.py::test_regimes"),
         ("ds = ds * (1.0 - t * t)", "ds = ds * 1.0", "triton_attention.py::test_regimes"),
     ),
     *mutants(
-        "kernels/attention_bwd.py",
+        "kernels/attention_fwd.py",
+        ("acc = acc * alpha[:, None]", "acc = acc * 1.0", "triton_attention.py::test_regimes"),
+    ),
+    *mutants(
+        "kernels/attention_launch.py",
+        ("or not config.scale > 1e-30", "", "triton_attention.py::test_regimes"),
+    ),
+    *mutants(
+        "kernels/plans.py",
+        ("key.append(tuple(addresses.index(x) for x in addresses))", "pass",
+         "triton_plans.py::test_in_place_is_a_kind_of_its_own"),
+        ("x.shape, x.stride(), address & 15 == 0", "x.shape, x.stride()",
+         "triton_plans.py::test_what_makes_a_kind"),
+    ),
+    *mutants(
+        "kernels/attention_delta.py",
         ("tl.where(nothing, 0.0, row)", "row",
          "triton_attention.py::test_regimes", "attention_nonfinite.py::"
          "test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing"),

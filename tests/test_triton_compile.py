@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusedattn.benchmarks.host import Nothing
 from kept import KEPT, digest, imported_sources, load, store, triton_and_its_tools
 from processes import PATIENCE, wanted
 
@@ -60,24 +61,6 @@ TENSOR_CORE = dict.fromkeys(TARGETS, "HMMA") | {"sm_90": "HGMMA", "sm_100": "UTC
 
 
 # --- in the subprocess ---------------------------------------------------------------------------
-
-
-class CompileOnly:
-    """What the JIT asks of a driver before it launches."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
 
 
 def disassemble(kernel: Any) -> dict[str, Any]:
@@ -152,7 +135,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     from triton.runtime.driver import driver
 
     arch, shared = TARGETS[name]
-    driver.set_active(CompileOnly(arch))
+    driver.set_active(Nothing(arch=arch))
     run = triton.JITFunction.run
     records = []
     about = {}

@@ -39,7 +39,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """On a made-up GPU: what was launched to be timed."""
     monkeypatch.setattr(tuning, "INTERPRETED", tuning.INTERPRETED.__class__(False))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("waits for the device"))
@@ -92,7 +91,7 @@ def test_who_may_not_wait_gets_that_of_the_nearest_sizes(
     assert pick(tuner, launched, key=far, candidates=(SLOW, SLOW)) is SLOW
     timed = len(launched)
     capturing = how == "capture"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(tuning, "is_capturing", lambda: capturing)
     with torch.inference_mode(not capturing):
         assert pick(tuner, launched) is FAST
         assert pick(tuner, launched, key=Key("fp16, 64", KEY.sizes)) is SLOW

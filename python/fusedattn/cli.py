@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the whole grid, with torch.compile and FlexAttention for every shape; takes an hour "
         "or more",
     )
-    parts = ("attention", "rowwise", "transformer")
+    parts = ("attention", "rowwise", "transformer", "host")
     bench.add_argument("--only", choices=parts, help="run one part alone")
     bench.add_argument(
         "--output",

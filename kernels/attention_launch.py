@@ -1,0 +1,86 @@
+"""What the launchers of attention's forward and backward share: arguments, tuning, L2."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import triton
+from torch import Tensor
+
+from .attention_scores import Rules
+from .common import Device, block_width, broadcast_view, bucket, dot_precision
+from .tuning import Key, settings
+
+if TYPE_CHECKING:
+    from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
+
+
+def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
+    """The rules of a call, as the kernels take them."""
+    softcap = call.config.softcap or None
+    return Rules(broadcast_view(call.mask), broadcast_view(call.bias), softcap)
+
+
+def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, Any]:
+    """The kernel arguments, other than tensors and tiles, that forward and backward share."""
+    q, k, v, config = call.q, call.k, call.v, call.config
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    return {
+        "scale": config.scale,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "seq_q": seq_q,
+        "seq_k": seq_k,
+        "diagonal": seq_k - seq_q if config.causal == 2 else 0,
+        "D": head_dim,
+        "DV": head_dim_v,
+        "BLOCK_D": block_width(head_dim),
+        "BLOCK_DV": block_width(head_dim_v),
+        "CAUSAL": config.causal != 0,
+        "NATURAL": call.bias is not None or config.softcap > 0 or not config.scale > 1e-30,
+        "PRECISION": dot_precision(q),
+    }
+
+
+def launch_settings(call: AttentionCall | AttentionBackwardCall) -> Hashable:
+    """What launches depend on that is no part of the call."""
+    return settings(), dot_precision(call.q)
+
+
+def tuning(
+    call: AttentionCall | AttentionBackwardCall,
+    arguments: dict[str, Any],
+    candidates: tuple[triton.Config, ...],
+    products: int,
+) -> dict[str, Any]:
+    """What `Tuner.pick` asks of a call with so many products of matrices."""
+    q, k = call.q, call.k
+    kind = (
+        q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
+        arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
+        arguments["group"],
+    )  # fmt: skip
+    heads, seq_q, seq_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
+    width = (arguments["D"] + arguments["DV"]) // 2
+    return {
+        "candidates": candidates,
+        "key": Key(kind, (bucket(seq_q, 8192), bucket(seq_k, 8192), bucket(heads, 256))),
+        "work": 2 * products * heads * seq_q * seq_k * width,
+        "deterministic": call.config.deterministic,
+    }
+
+
+def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
+    """Bytes that are read for each pair of query and key."""
+    return sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
+
+
+def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:
+    """How many heads to work on at once so that what they share, one head of x and y, stays in L2.
+
+    share: how many programs' heads read the same head of x and y.
+    """
+    size = x.shape[2] * (x.shape[3] + y.shape[3]) * x.element_size()
+    return max(1, device.l2 // (2 * size)) * share

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_fwd import hide, scores, sequence_of, weights
+from .attention_scores import hide, scores, sequence_of, weights
 from .attention_tiles import bias_grad_tile
 from .common import dot, load_tile, rows_from
 
@@ -29,7 +29,7 @@ def bias_grad_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
-    rules,  # of attention_fwd.py
+    rules,  # of attention_scores.py
     kv_lengths,  # int32 or int64 (B,), or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
@@ -54,6 +54,7 @@ def bias_grad_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,10 +88,10 @@ def bias_grad_kernel(
         sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
         inside, keys = i < sequence.seq_q, sequence.seq_k
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
-        q_head = rows_from(q, batch, head, sequence.first_q)
-        k_head = rows_from(k, batch, head // group, sequence.first_k)
-        v_head = rows_from(v, batch, head // group, sequence.first_k)
-        dout_head = rows_from(dout, batch, head, sequence.first_q)
+        q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
+        k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
+        v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+        dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
         q_tile = load_tile(q_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, D, BLOCK_D)
         k_tile = load_tile(k_head, n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)

@@ -140,7 +140,7 @@ MUTANTS = [
          "positional_modules.py::test_frequencies_are_those_of_hugging_face"),
     ),
     *mutants(
-        "kernels/attention_fwd.py",
+        "kernels/attention_scores.py",
         ("limit = tl.minimum(limit, i + sequence.diagonal + 1)",
          "limit = tl.minimum(limit, i + sequence.diagonal)",
          "triton_attention.py::test_regimes"),
@@ -150,9 +150,12 @@ MUTANTS = [
         ("full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M",
          "full = tl.maximum(low + BLOCK_N - 1, 0) // BLOCK_M * BLOCK_M",
          "triton_attention.py::test_regimes"),
+        ("ds = ds * (1.0 - t * t)", "ds = ds * 1.0", "triton_attention.py::test_regimes"),
+    ),
+    *mutants(
+        "kernels/attention_fwd.py",
         ("acc = acc * alpha[:, None]", "acc = acc * 1.0", "triton_attention.py::test_regimes"),
         ("or not config.scale > 1e-30", "", "triton_attention.py::test_regimes"),
-        ("ds = ds * (1.0 - t * t)", "ds = ds * 1.0", "triton_attention.py::test_regimes"),
     ),
     *mutants(
         "kernels/attention_bwd.py",
@@ -161,9 +164,12 @@ MUTANTS = [
          "test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing"),
     ),
     *mutants(
-        "kernels/attention_bwd.py",
+        "kernels/attention_dq.py",
         ("unscaled(ds, ds_scale), mask=exists", "ds, mask=inside",
          "attention_fp16_range.py::test_large"),
+    ),
+    *mutants(
+        "kernels/attention_bwd.py",
         ("(*views, delta)", "(*views, scaled)", "attention_fp16_range.py::test_large"),
     ),
     *mutants(

@@ -1,8 +1,8 @@
 """The host time of a Triton launch: python -m fusedattn.benchmarks.host prints it as JSON.
 
-The driver that Triton sees here compiles (for sm_90), loads nothing and launches nothing, so what is
-left of a call is the time before a GPU hears of it. No GPU is needed, and none is used; tensors are
-on the CPU.
+The driver that Triton sees here compiles (for sm_90), loads nothing and launches nothing, so what
+is left of a call is the time before a GPU hears of it. No GPU is needed, and none is used; tensors
+are on the CPU.
 """
 
 from __future__ import annotations

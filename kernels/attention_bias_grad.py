@@ -60,6 +60,7 @@ def bias_grad_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,10 +94,10 @@ def bias_grad_kernel(
         sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
         inside, keys = i < sequence.seq_q, sequence.seq_k
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
-        q_head = rows_from(q, batch, head, sequence.first_q)
-        k_head = rows_from(k, batch, head // group, sequence.first_k)
-        v_head = rows_from(v, batch, head // group, sequence.first_k)
-        dout_head = rows_from(dout, batch, head, sequence.first_q)
+        q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
+        k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
+        v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+        dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
         q_tile = load_tile(q_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, D, BLOCK_D)
         k_tile = load_tile(k_head, n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .attention_bias_grad import broadcast_bias_gradient
 from .attention_delta import row_terms
+from .attention_dq import dq_kernel
 from .attention_ds_scale import largest_norms, less_delta, load_ds_scale, unscaled
 from .attention_launch import (
     common_arguments,
@@ -42,7 +43,6 @@ from .attention_launch import (
 from .attention_scores import (
     chain,
     hide,
-    key_range,
     query_range,
     scores,
     sequence_of,
@@ -55,7 +55,6 @@ from .common import (
     device_of,
     dot,
     load_tile,
-    matrix,
     row_view,
     rows_from,
     store_tile,
@@ -98,6 +97,7 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -114,16 +114,16 @@ def dkdv_kernel(
     begin, full, end = query_range(start, sequence, CAUSAL, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat) if norms is not None else None
 
-    k_head = rows_from(k, batch, kv_head, sequence.first_k)
-    v_head = rows_from(v, batch, kv_head, sequence.first_k)
+    k_head = rows_from(k, batch, kv_head, sequence.first_k, ALIGNED)
+    v_head = rows_from(v, batch, kv_head, sequence.first_k, ALIGNED)
     k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
     v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in tl.range(0, group):
         head = kv_head * group + member
-        q_head = rows_from(q, batch, head, sequence.first_q)
-        dout_head = rows_from(dout, batch, head, sequence.first_q)
+        q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
+        dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         for at in tl.range(begin, end, BLOCK_M):
             i = at + tl.arange(0, BLOCK_M)
@@ -147,85 +147,10 @@ def dkdv_kernel(
     exists = (j < keys)[:, None]
     dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
     dv_tile = tl.where(exists, dv_tile, 0.0)
-    dk_head = rows_from(dk, batch, kv_head, sequence.first_k)
-    dv_head = rows_from(dv, batch, kv_head, sequence.first_k)
+    dk_head = rows_from(dk, batch, kv_head, sequence.first_k, ALIGNED)
+    dv_head = rows_from(dv, batch, kv_head, sequence.first_k, ALIGNED)
     store_tile(dk_head, dk_tile, start, seq_k, BLOCK_N, D, BLOCK_D)
     store_tile(dv_head, dv_tile, start, seq_k, BLOCK_N, DV, BLOCK_DV)
-
-
-@triton.jit(
-    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
-)
-def dq_kernel(
-    q,  # View (B, Hq, Sq, D)
-    k,  # View (B, Hkv, Sk, D)
-    v,  # View (B, Hkv, Sk, Dv)
-    rules,  # of attention_scores.py
-    kv_lengths,  # int32 or int64 (B,), or None
-    dout,  # View (B, Hq, Sq, Dv)
-    shift,  # fp32 (B, Hq, Sq), contiguous
-    delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
-    norms,  # of `load_ds_scale`, or None
-    dq,  # View (B, Hq, Sq, D)
-    dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
-    scale,
-    heads_total,  # B·Hq
-    heads,  # Hq
-    group,  # Hq / Hkv
-    seq_q,
-    seq_k,
-    diagonal,  # query i sees keys up to i + diagonal
-    section,  # heads that are worked on together
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    NATURAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
-    batch, head = flat // heads, flat % heads
-    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
-    k_head = rows_from(k, batch, head // group, sequence.first_k)
-    v_head = rows_from(v, batch, head // group, sequence.first_k)
-    first = index * BLOCK_M
-    i = first + tl.arange(0, BLOCK_M)
-    inside = i < sequence.seq_q
-    rows = flat.to(tl.int64) * seq_q + sequence.first_q
-    begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
-    ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
-
-    q_head = rows_from(q, batch, head, sequence.first_q)
-    dout_head = rows_from(dout, batch, head, sequence.first_q)
-    q_tile = load_tile(q_head, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
-    do_tile = load_tile(dout_head, first, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
-    shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
-    delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
-    dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
-        v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
-        raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-        if start >= full:
-            s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
-        p = weights(s, shift_row[:, None], scale, NATURAL)
-        dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
-        ds = p * less_delta(dp, delta_row[:, None], ds_scale)
-        if dbias is not None:
-            of_head = matrix(dbias, batch, head)
-            at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
-            exists = inside[:, None] & (j < sequence.seq_k)[None, :]
-            tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
-        ds = chain(ds, raw, rules, scale)
-        dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
-    dq_tile = unscaled(dq_tile * scale, ds_scale)
-    dq_head = rows_from(dq, batch, head, sequence.first_q)
-    store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
 
 
 # --- launcher ------------------------------------------------------------------------------------
@@ -253,14 +178,14 @@ def attention_backward(
     """
     out, q, k, v = call.out, call.q, call.k, call.v
     device = device_of(q)
-    arguments = common_arguments(call)
+    arguments = common_arguments(call, call.dout, out, dq, dk, dv)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     about = (device, q.dtype, widths, pair_bytes(call))
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
     dlse = row_view(call.dlse)
     dout = _zero(launches, out.dtype) if call.dout is None else view(call.dout)
-    norms = largest_norms(launches, v, dout, lse, dlse, lengths)
+    norms = largest_norms(launches, v, dout, lse, dlse, lengths, arguments["ALIGNED"])
     shift, delta, scaled = row_terms(launches, dout, dlse, out, lse, norms, arguments)
     views = (view(q), view(k), view(v), rules_of(call), lengths, dout, shift)
 

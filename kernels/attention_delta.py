@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_ds_scale import load_ds_scale
-from .common import LOG2E, View, load_tile, matrix, view
+from .common import LOG2E, View, load_tile, matrix, rows_from, view
 from .plans import Launches
 
 
@@ -29,6 +29,7 @@ def delta_kernel(
     NATURAL: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     tiles = tl.cdiv(seq_q, BLOCK_M)
@@ -37,8 +38,8 @@ def delta_kernel(
     batch, head = flat // heads, flat % heads
     i = first + tl.arange(0, BLOCK_M)
     inside = i < seq_q
-    o = load_tile(matrix(out, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
-    do = load_tile(matrix(dout, batch, head), first, seq_q, BLOCK_M, DV, BLOCK_DV)
+    o = load_tile(rows_from(out, batch, head, 0, ALIGNED), first, seq_q, BLOCK_M, DV, BLOCK_DV)
+    do = load_tile(rows_from(dout, batch, head, 0, ALIGNED), first, seq_q, BLOCK_M, DV, BLOCK_DV)
     row = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = flat.to(tl.int64) * seq_q + i
     if dlse is not None:
@@ -53,6 +54,9 @@ def delta_kernel(
     tl.store(delta + at, row, mask=inside)
     if scaled is not None:
         tl.store(scaled + at, row * load_ds_scale(norms, flat // group), mask=inside)
+
+
+_ARGUMENTS = ("heads", "group", "seq_q", "NATURAL", "DV", "BLOCK_DV", "ALIGNED")
 
 
 def row_terms(
@@ -72,6 +76,6 @@ def row_terms(
     launches.launch(
         delta_kernel, (out.shape[0] * heads * triton.cdiv(seq_q, rows),),
         view(out), dout, lse, dlse, shift, delta, scaled, norms, BLOCK_M=rows, num_warps=4,
-        **{x: arguments[x] for x in ("heads", "group", "seq_q", "NATURAL", "DV", "BLOCK_DV")},
+        **{name: arguments[name] for name in _ARGUMENTS},
     )  # fmt: skip
     return shift, delta, delta if scaled is None else scaled

@@ -74,6 +74,7 @@ def norms_kernel(
     of_values,  # programs, the first ones
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -82,7 +83,7 @@ def norms_kernel(
         flat, first = program // tiles, program % tiles * ROWS
         batch, head = flat // (heads // group), flat % (heads // group)
         sequence = sequence_of(batch, seq_q, seq_k, 0, kv_lengths)
-        v_head = rows_from(v, batch, head, sequence.first_k)
+        v_head = rows_from(v, batch, head, sequence.first_k, ALIGNED)
         x = load_tile(v_head, first, sequence.seq_k, ROWS, DV, BLOCK_DV).to(tl.float32)
         _raise(norms + 3 * flat, tl.sum(x * x, 1))
     else:
@@ -92,7 +93,8 @@ def norms_kernel(
         i = first + tl.arange(0, ROWS)
         at = lse + flat.to(tl.int64) * seq_q + i
         sees = tl.load(at, mask=i < seq_q, other=float("-inf")) != float("-inf")
-        x = load_tile(matrix(dout, batch, head), first, seq_q, ROWS, DV, BLOCK_DV).to(tl.float32)
+        dout_head = rows_from(dout, batch, head, 0, ALIGNED)
+        x = load_tile(dout_head, first, seq_q, ROWS, DV, BLOCK_DV).to(tl.float32)
         _raise(norms + 3 * (flat // group) + 1, tl.where(sees, tl.sum(x * x, 1), 0.0))
         if dlse is not None:
             of_head = matrix(dlse, batch, head)
@@ -107,6 +109,7 @@ def largest_norms(
     lse: Tensor,
     dlse: View | None,
     kv_lengths: Tensor | None,
+    aligned: bool,
 ) -> Tensor | None:
     """What `load_ds_scale` reads; None for a dtype that needs no scale.
 
@@ -122,6 +125,7 @@ def largest_norms(
     launches.launch(
         norms_kernel, (of_values + batch * heads * triton.cdiv(seq_q, rows),),
         view(v), dout, lse, dlse, kv_lengths, norms, heads, heads // kv_heads, seq_q, seq_k,
-        of_values, DV=head_dim_v, BLOCK_DV=block_width(head_dim_v), ROWS=rows, num_warps=4,
+        of_values, DV=head_dim_v, BLOCK_DV=block_width(head_dim_v), ALIGNED=aligned, ROWS=rows,
+        num_warps=4,
     )  # fmt: skip
     return norms

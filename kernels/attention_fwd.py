@@ -78,6 +78,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,13 +88,13 @@ def forward_kernel(
     batch, head = flat // heads, flat % heads
     sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
     rows, keys = sequence.seq_q, sequence.seq_k
-    k_head = rows_from(k, batch, head // group, sequence.first_k)
-    v_head = rows_from(v, batch, head // group, sequence.first_k)
+    k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
+    v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
 
-    q_head = rows_from(q, batch, head, sequence.first_q)
+    q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
@@ -118,7 +119,7 @@ def forward_kernel(
         m = m_new
 
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
-    out_head = rows_from(out, batch, head, sequence.first_q)
+    out_head = rows_from(out, batch, head, sequence.first_q, ALIGNED)
     store_tile(out_head, acc * inverse[:, None], first, rows, BLOCK_M, DV, BLOCK_DV)
     total = m + tl.log2(l) * LN2 if NATURAL else (m + tl.log2(l)) * LN2
     at = flat.to(tl.int64) * seq_q + sequence.first_q + i
@@ -140,7 +141,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     """
     q, k, v = call[:3]
     device = device_of(q)
-    arguments = common_arguments(call)
+    arguments = common_arguments(call, out)
     heads_total = q.shape[0] * q.shape[1]
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .attention_scores import Rules
-from .common import Device, block_width, broadcast_view, bucket, dot_precision
+from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision
 from .tuning import Key, settings
 
 if TYPE_CHECKING:
@@ -22,8 +22,13 @@ def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
     return Rules(broadcast_view(call.mask), broadcast_view(call.bias), softcap)
 
 
-def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, Any]:
-    """The kernel arguments, other than tensors and tiles, that forward and backward share."""
+def common_arguments(
+    call: AttentionCall | AttentionBackwardCall, *further: Tensor | None
+) -> dict[str, Any]:
+    """The kernel arguments, other than tensors and tiles, that forward and backward share.
+
+    further: tensors besides q, k and v of which the kernels load or store tiles.
+    """
     q, k, v, config = call.q, call.k, call.v, call.config
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     seq_q, seq_k = q.shape[2], k.shape[2]
@@ -39,6 +44,7 @@ def common_arguments(call: AttentionCall | AttentionBackwardCall) -> dict[str, A
         "BLOCK_D": block_width(head_dim),
         "BLOCK_DV": block_width(head_dim_v),
         "CAUSAL": config.causal != 0,
+        "ALIGNED": aligned(q, k, v, *(x for x in further if x is not None)),
         "NATURAL": call.bias is not None or config.softcap > 0 or not config.scale > 1e-30,
         "PRECISION": dot_precision(q),
     }

@@ -1,4 +1,4 @@
-"""What attention's kernels share: which keys a query sees, and what its scores are."""
+"""What the kernels of attention share: which keys a query sees, and what scores become of qkᵀ."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, load_pairs, matrix
-
-# --- sequences -----------------------------------------------------------------------------------
 
 
 class Sequence(NamedTuple):
@@ -34,7 +32,7 @@ def sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths):
 
 @triton.jit
 def key_range(first, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(begin, full, end) for queries first … first + BLOCK_M: see the drawing above."""
+    """(begin, full, end) for queries first … first + BLOCK_M: the drawing in attention_fwd.py."""
     full = sequence.seq_k
     end = sequence.seq_k
     if CAUSAL:
@@ -56,9 +54,6 @@ def query_range(
         begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
     return begin, full, tl.where(start < sequence.seq_k, sequence.seq_q, 0)
-
-
-# --- scores --------------------------------------------------------------------------------------
 
 
 class Rules(NamedTuple):
@@ -126,9 +121,6 @@ def weights(s, shift, scale, NATURAL: tl.constexpr):
     if NATURAL:
         return tl.exp2((s - shift) * LOG2E)
     return tl.exp2(tl.fma(s, scale * LOG2E, -shift))
-
-
-# --- programs ------------------------------------------------------------------------------------
 
 
 @triton.jit

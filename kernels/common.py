@@ -74,6 +74,16 @@ def broadcast_view(x: Tensor | None) -> View | None:
     return View(with_data(x), batch, head, row, col)
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether each row starts a multiple of 16 bytes after the tensor; one row starts with it."""
+    return all(
+        step * x.element_size() % 16 == 0
+        for x in tensors
+        for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        if size > 1
+    )
+
+
 # --- device functions ----------------------------------------------------------------------------
 
 
@@ -84,10 +94,17 @@ def matrix(x, batch, head):
 
 
 @triton.jit
-def rows_from(x, batch, head, first):
-    """One head of a `View`, from its row `first` on."""
-    of_head = matrix(x, batch, head)
-    return Matrix(of_head.data + tl.cast(first, tl.int64) * x.row, x.row, x.col)
+def rows_from(x, batch, head, first, ALIGNED: tl.constexpr):
+    """One head of a `View`, from its row `first` on; ALIGNED: as `aligned` says of the tensor."""
+    row = tl.cast(x.row, tl.int64)
+    before = batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
+    before += tl.cast(first, tl.int64) * row
+    if ALIGNED:
+        # Of a stride Triton itself sees whether it is a multiple of 16 elements, and nothing less.
+        VECTOR: tl.constexpr = 128 // x.data.dtype.element_ty.primitive_bitwidth
+        row = tl.multiple_of(row, VECTOR)
+        before = tl.multiple_of(before, VECTOR)
+    return Matrix(x.data + before, row, x.col)
 
 
 @triton.jit

@@ -174,9 +174,12 @@ MUTANTS = [
          "test_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing"),
     ),
     *mutants(
-        "kernels/attention_bwd.py",
+        "kernels/attention_dq.py",
         ("unscaled(ds, ds_scale), mask=exists", "ds, mask=inside",
          "attention_fp16_range.py::test_large"),
+    ),
+    *mutants(
+        "kernels/attention_bwd.py",
         ("(*views, delta)", "(*views, scaled)", "attention_fp16_range.py::test_large"),
     ),
     *mutants(

@@ -23,8 +23,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
+from fusedattn.kernels import attention_launch  # noqa: E402
 from fusedattn.kernels.attention_bwd import attention_backward  # noqa: E402
 from fusedattn.kernels.attention_fwd import attention_forward  # noqa: E402
+from fusedattn.kernels.common import aligned  # noqa: E402
 from fusedattn.kernels.tuning import Tuner  # noqa: E402
 
 case_of = functools.partial(AttentionCase, batch=1)
@@ -163,6 +165,34 @@ def test_layouts_are_read_and_written_in_place(layout: str) -> None:
         for name in ("out", "dq", "dk", "dv")
     }
     assert_equal(launch(moved, causal=2, **outputs), want)
+
+
+def test_which_rows_are_aligned() -> None:
+    """A GPU loads 16 bytes at once from rows of which it is told so; the interpreter does not."""
+    rows = torch.empty(2, 5, 3, 72, dtype=BF16).transpose(1, 2)
+    assert aligned(rows, rows[..., 8:40], rows.new_zeros(()).expand(rows.shape))
+    assert aligned(rows[:1, :1, :1].mT.contiguous().mT), "a stride along which there is one element"
+    assert not aligned(rows, relayouts(rows)["every second, offset by one"])
+    assert not aligned(rows[..., :36].contiguous())
+    assert aligned(rows[..., :36].float().contiguous())
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout", "out", "dq", "dk", "dv"])
+def test_one_odd_layout_is_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, told = case_of(seq_q=3, dim=24, dtype=BF16).inputs(DEVICE), []
+
+    def tell(*given: Tensor) -> bool:
+        told.append(aligned(*given))
+        return told[-1]
+
+    monkeypatch.setattr(attention_launch, "aligned", tell)
+    for launcher in (attention_forward, attention_backward):
+        launcher.plans.clear()
+    launch(made)
+    attention_forward.plans.clear()
+    odd = {name: torch.empty(1, 2, 3, 25, dtype=BF16, device=DEVICE)[..., 1:]}
+    launch(made | odd, **{} if name in made else odd)
+    assert told == [True, True, name in ("dout", "dq", "dk", "dv"), False]
 
 
 def test_expanded_and_absent_gradients() -> None:

@@ -1,0 +1,86 @@
+"""Attention backward: dq and, of a bias that was not broadcast, dbias: see attention_bwd.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_ds_scale import less_delta, load_ds_scale, unscaled
+from .attention_scores import chain, hide, key_range, scores, sequence_of, weights, work_item
+from .common import dot, load_tile, matrix, rows_from, store_tile
+
+
+@triton.jit(
+    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
+)
+def dq_kernel(
+    q,  # View (B, Hq, Sq, D)
+    k,  # View (B, Hkv, Sk, D)
+    v,  # View (B, Hkv, Sk, Dv)
+    rules,  # of attention_scores.py
+    kv_lengths,  # int32 or int64 (B,), or None
+    dout,  # View (B, Hq, Sq, Dv)
+    shift,  # fp32 (B, Hq, Sq), contiguous
+    delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
+    norms,  # of `load_ds_scale`, or None
+    dq,  # View (B, Hq, Sq, D)
+    dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
+    scale,
+    heads_total,  # B·Hq
+    heads,  # Hq
+    group,  # Hq / Hkv
+    seq_q,
+    seq_k,
+    diagonal,  # query i sees keys up to i + diagonal
+    section,  # heads that are worked on together
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
+    batch, head = flat // heads, flat % heads
+    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
+    v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+    first = index * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    inside = i < sequence.seq_q
+    rows = flat.to(tl.int64) * seq_q + sequence.first_q
+    begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
+    ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
+
+    q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
+    dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
+    q_tile = load_tile(q_head, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+    do_tile = load_tile(dout_head, first, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
+    shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
+    delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
+    dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
+        raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+        s = scores(raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
+        if start >= full:
+            s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
+        p = weights(s, shift_row[:, None], scale, NATURAL)
+        dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+        ds = p * less_delta(dp, delta_row[:, None], ds_scale)
+        if dbias is not None:
+            of_head = matrix(dbias, batch, head)
+            at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
+            exists = inside[:, None] & (j < sequence.seq_k)[None, :]
+            tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
+        ds = chain(ds, raw, rules, scale)
+        dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+    dq_tile = unscaled(dq_tile * scale, ds_scale)
+    dq_head = rows_from(dq, batch, head, sequence.first_q, ALIGNED)
+    store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)

@@ -127,8 +127,6 @@ def test_bad_argument(options, error, parts):
 @pytest.mark.parametrize(
     "options",
     [
-        {"window": (3, 0)},
-        {"window": (None, 2)},
         {"alibi_slopes": torch.ones(4)},
         {"sinks": torch.zeros(4)},
         {"dropout_p": 0.1},

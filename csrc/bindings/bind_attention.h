@@ -34,7 +34,8 @@ struct Call<AttentionForward> {
   static constexpr auto config = std::tuple(
       Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
       Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
-      Unread{"window_left"}, Unread{"window_right"}, Unread{"dropout_p"}, Unread{"max_seqlen_q"},
+      Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
+      Unread{"dropout_p"}, Unread{"max_seqlen_q"},
       Unread{"max_seqlen_k"}, Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
 };
 

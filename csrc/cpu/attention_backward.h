@@ -275,9 +275,12 @@ class BackwardTask {
       memset(t.dkt, 0, x.rows_d * Blocks::keys * sizeof(S));
       memset(t.dvt, 0, x.rows_dv * Blocks::keys * sizeof(S));
       if (j0 < n) {
+        const int64_t columns = smaller(Blocks::keys, n - j0);
+        const int64_t past = sequence.past_query(j0 + columns - 1);
         for (int64_t g = 0; g < x.group; ++g)
-          for (int64_t i = sequence.first_query(j0) / Blocks::queries; i < x.blocks_q; ++i)
-            tile(g, i, j, j0, smaller(Blocks::keys, n - j0));
+          for (int64_t i = sequence.first_query(j0) / Blocks::queries; i * Blocks::queries < past;
+               ++i)
+            tile(g, i, j, j0, columns);
       }
       store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h, first,
                              t.row);
@@ -324,12 +327,13 @@ class BackwardTask {
     const S lse = of_head[i], delta = of_head[longest + i];
     const int64_t seen = larger(smaller(sequence.end(i) - j0, last), 0);
     if (lse == -infinity<S>) return {0, 0, 0};
-    if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
     const int64_t at = i % Blocks::queries % Blocks::strip * Blocks::keys;
     S* const s = t.s + at;
     if (scores.rewrite)
       scores.prepare(s, b, h * x.group + g, i, j0, seen, t.row,
                      t.slope == nullptr ? nullptr : t.slope + at);
+    scores.hide(s, smaller(sequence.begin(i) - j0, seen));
+    if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
     scores.rebase(s, seen, lse, 0);  // the forward may have added up its products otherwise
     return {seen, 0, delta};
   }

@@ -110,7 +110,7 @@ class BiasGradTask {
 
   void add_tile(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
     constexpr int w = width<S>;
-    if (sequence.end(i0 + rows - 1) <= j0) return;
+    if (sequence.end(i0 + rows - 1) <= j0 || sequence.begin(i0) >= j0 + columns) return;
     const int64_t first_q = sequence.query_row(i0), first_k = sequence.key_row(j0);
     const int64_t h_kv = h / f.group(), padded = round_up(rows, E::row_step);
     const int64_t wide = round_up(columns, 2 * w), panels = round_up(columns, E::panel);
@@ -135,6 +135,7 @@ class BiasGradTask {
     const S* grad = dp + local * block_k;
     const S delta = delta_of(b, h, row_q);
     scores.prepare(score, b, h, i, j0, seen, row);
+    scores.hide(score, smaller(sequence.begin(i) - j0, seen));
     scores.rebase(score, seen, lse);
     S* sum = recent + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
     vec<S> of_row{};

@@ -68,6 +68,11 @@ class Decode {
   }
 
  private:
+  // From the first that any query sees; those after the last are few.
+  static int64_t visible(const Sequence<int64_t>& sequence) {
+    return sequence.seq_k - sequence.begin(0);
+  }
+
   // How many of n keys a task takes.
   static int64_t keys_each(int64_t n) {
     return larger(round_up((n + most_splits - 1) / most_splits, w), least_split);
@@ -88,8 +93,9 @@ class Decode {
   void stream(int64_t pair, int64_t split, S* q, S* s, S* partial) const {
     const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
     const Sequence<int64_t> sequence = f.sequence(b);
-    const int64_t n = sequence.seq_k, first = split * keys_each(n);
-    const int64_t end = smaller(n, first + keys_each(n));
+    const int64_t each = keys_each(visible(sequence));
+    const int64_t first = sequence.begin(0) + split * each;
+    const int64_t end = smaller(sequence.seq_k, first + each);
     if (first >= end) return;
     S *m = partial, *l = partial + rows, *o = partial + 2 * rows;
     memset(o, 0, rows * dv * sizeof(S));
@@ -100,14 +106,15 @@ class Decode {
       load_row(from.data, from.column, d, q + r * d, d);
     }
     for (int64_t j0 = first; j0 < end; j0 += block) {
-      const int64_t columns = smaller(block, end - j0);
-      const T* k = f.k.at<const T>(b, h, sequence.key_row(j0));
-      const T* v = f.v.at<const T>(b, h, sequence.key_row(j0));
+      const int64_t past = smaller(j0 + block, end);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t seen = larger(smaller(sequence.end(query(r)) - j0, columns), 0);
-        if (seen == 0) continue;
+        const int64_t j = larger(j0, sequence.begin(query(r)));
+        const int64_t seen = smaller(sequence.end(query(r)), past) - j;
+        if (seen <= 0) continue;
+        const T* k = f.k.at<const T>(b, h, sequence.key_row(j));
+        const T* v = f.v.at<const T>(b, h, sequence.key_row(j));
         multiply_keys(q + r * d, k, seen, s);
-        if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j0, seen, s + block);
+        if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j, seen, s + block);
         S* row = o + r * dv;
         const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
         l[r] += probabilities<Fma<S>>(s, seen, round_up(seen, 2 * w), scores.factor, origin,
@@ -170,7 +177,7 @@ class Decode {
   void combine(int64_t pair, int64_t r, S* partials, int64_t stride) const {
     const int64_t b = pair / f.heads_kv();
     const Sequence<int64_t> sequence = f.sequence(b);
-    const int64_t each = keys_each(sequence.seq_k), used = (sequence.seq_k + each - 1) / each;
+    const int64_t n = visible(sequence), each = keys_each(n), used = (n + each - 1) / each;
     S m = -infinity<S>, l = 0;
     for (int64_t k = 0; k < used; ++k) {
       const S of_split = partials[k * stride + r];

@@ -43,7 +43,7 @@ struct PackedKeys {
             Unit* scratch) const {
     const Sequence<int64_t> sequence = p.sequence(b);
     const int64_t rows = smaller(sequence.seq_k - j * block, block);
-    if (rows <= 0) return true;
+    if (rows <= 0 || (j + 1) * block <= sequence.begin(0)) return true;
     const int64_t first = sequence.key_row(j * block);
     return pack_panels_transposed<E>(source<T>(p.k, b, h, first), rows, p.head_dim(),
                                      round_up(rows, E::panel), k(base, j), scratch) &
@@ -137,7 +137,9 @@ class ForwardTask {
     if (last.rows > 0) multiply_values(last, [](auto&&... x) { E::multiply(x...); });
   }
 
-  Strip<E> first() const { return next({0, -Blocks::strip, 0, 0, 0, 1}); }
+  Strip<E> first() const {
+    return next({sequence.begin(i0) / keys.block * keys.block, -Blocks::strip, 0, 0, 0, 1, true});
+  }
 
   // The next strip of this block of keys, else the first of the next block; only those that see a
   // key.
@@ -151,7 +153,9 @@ class ForwardTask {
       }
       x.rows = smaller(Blocks::strip, rows - x.row);
       x.columns = smaller(keys.block, sequence.end(i0 + x.row + x.rows - 1) - x.key);
-      if (x.key < end && x.columns > 0) {
+      const int64_t begin = sequence.begin(i0 + x.row);
+      if (x.key < end && x.columns > 0 && x.key + keys.block > begin) {
+        x.first = x.key <= begin;
         x.wide = round_up(x.columns, 2 * width<S>);
         x.buffer ^= 1;
         return x;
@@ -169,7 +173,7 @@ class ForwardTask {
   template <class Multiply>
   void multiply_values(const Strip<E>& x, Multiply multiply) const {
     multiply(round_up(x.rows, E::row_step), columns_v, x.wide, t.probabilities(x),
-             keys.v(packed, x.key / keys.block), t.o + x.row * t.ld_o, t.ld_o, x.key > 0);
+             keys.v(packed, x.key / keys.block), t.o + x.row * t.ld_o, t.ld_o, !x.first);
   }
 };
 

@@ -19,6 +19,7 @@ struct Strip {
   int64_t key, row;             // where it begins: in the keys, and in the task's queries
   int64_t rows, columns, wide;  // wide: columns rounded up to whole pairs of vectors
   int buffer;                   // which of two, where strips overlap
+  bool first;                   // of its rows: nothing has been summed yet
 };
 
 // A thread's buffers for the forward pass.
@@ -85,8 +86,9 @@ class SoftmaxWork {
     if (column < 0) {
       seen = larger(smaller(sequence.end(i) - x.key, x.columns), 0);
       if (scores.rewrite) scores.prepare(s, b, h, i, x.key, seen, t.row);
+      scores.hide(s, smaller(sequence.begin(i) - x.key, seen));
       origin = raise_maximum<E>(scores, s, seen, t.m[local], t.l[local], t.o + local * t.ld_o,
-                                x.key > 0 ? t.ld_o : 0);
+                                x.first ? 0 : t.ld_o);
       column = 0;
       return true;
     }

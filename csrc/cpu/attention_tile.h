@@ -104,6 +104,11 @@ struct Scores {
     if (p.mask) mask_row(p.mask.at<const uint8_t>(b, h, i, j0), p.mask.stride[3], n, s);
   }
 
+  // −inf for the first n columns: what lies before the window of the row.
+  FUSEDATTN_MEMBER static void hide(S* s, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) s[j] = -infinity<S>;
+  }
+
   // A row relative to `origin`, and no more than `most` above it: then factor · s is the exponent.
   void rebase(S* s, int64_t n, S origin, S most = infinity<S>) const {
     const S back = S(log2e) / factor;

@@ -36,16 +36,14 @@ FUSEDATTN_MEMBER inline Tiles key_tiles(const Sequence<int>& x, int first, int r
 
 // Of `rows` queries each, for keys first … first + width - 1.
 FUSEDATTN_MEMBER inline Tiles query_tiles(const Sequence<int>& x, int first, int rows, int width) {
-  const int end = ceil_div(x.past_query(first + width - 1), rows);
-  if (first >= x.seq_k) return {end, end, end, end};
   const int last = first + width - 1;
-  const bool whole = last < x.seq_k;
-  if (!x.causal) return {0, whole ? 0 : end, end, end};
-  // The first queries that see any key and all keys of the tile.
-  const int any = x.first_query(first), all = x.first_query(last);
-  if (any >= x.seq_q) return {end, end, end, end};
-  const int full = ceil_div(all, rows);
-  return {any / rows, whole && full < end ? full : end, end, end};
+  const int end = ceil_div(x.past_query(last), rows);
+  // The first query that sees any key of the tile, and those that see all of them.
+  const int any = x.first_query(first), all = x.first_query(last), past = x.past_query(first);
+  if (first >= x.seq_k || any >= x.seq_q) return {end, end, end, end};
+  const int full = ceil_div(all, rows), full_end = past < x.seq_q ? past / rows : end;
+  if (last >= x.seq_k || full >= full_end) return {any / rows, end, end, end};
+  return {any / rows, full, full_end, end};
 }
 
 // Which tile of which head a block works on.

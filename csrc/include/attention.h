@@ -15,6 +15,8 @@ struct AttentionOptions {
   double scale = 1.0;
   bool deterministic = false;
   double softcap = 0.0;  // c: scores are c · tanh(scale · q kᵀ / c) + bias; 0 for none
+  int64_t window_left = -1;  // keys seen to either side of the diagonal; below 0: all
+  int64_t window_right = -1;
 };
 
 // One sequence of the batch, and what its queries see of its keys. Queries and keys are counted
@@ -23,25 +25,30 @@ template <class Int>
 struct Sequence {
   Int first_q, seq_q;  // rows of q, out and lse
   Int first_k, seq_k;  // of k and v
-  Int diagonal;        // query i sees keys up to i + diagonal where causal
-  bool causal;
+  // Query i sees keys i + diagonal − left … i + diagonal + right; below 0: all to that side.
+  Int diagonal, left, right;
 
   FUSEDATTN_MEMBER Int query_row(Int i) const { return first_q + i; }
   FUSEDATTN_MEMBER Int key_row(Int j) const { return first_k + j; }
 
   // Query i sees keys [begin(i), end(i)).
-  FUSEDATTN_MEMBER Int begin(Int) const { return 0; }
+  FUSEDATTN_MEMBER Int begin(Int i) const {
+    return left < 0 ? 0 : within(i + diagonal - left, seq_k);
+  }
   FUSEDATTN_MEMBER Int end(Int i) const {
-    if (!causal) return seq_k;
-    const Int past = i + diagonal + 1;
-    return past < 0 ? 0 : past < seq_k ? past : seq_k;
+    return right < 0 ? seq_k : within(i + diagonal + right + 1, seq_k);
   }
 
   // The same from the side of the keys: key j is seen by queries [first_query(j), past_query(j)).
   FUSEDATTN_MEMBER Int first_query(Int j) const {
-    return causal && j > diagonal ? j - diagonal : 0;
+    return right < 0 ? 0 : within(j - diagonal - right, seq_q);
   }
-  FUSEDATTN_MEMBER Int past_query(Int) const { return seq_q; }
+  FUSEDATTN_MEMBER Int past_query(Int j) const {
+    return left < 0 ? seq_q : within(j - diagonal + left + 1, seq_q);
+  }
+
+ private:
+  FUSEDATTN_MEMBER static Int within(Int x, Int most) { return x < 0 ? 0 : x < most ? x : most; }
 };
 
 struct AttentionForward {
@@ -71,11 +78,23 @@ struct AttentionForward {
       const int64_t n = kv_lengths.integer(b * kv_lengths.stride[0]);
       keys = n < 0 ? 0 : n < keys ? n : keys;
     }
-    return {0, longest_q(), 0, keys, diagonal(), options.causal != Causal::none};
+    return with_keys(keys);
   }
 
-  FUSEDATTN_MEMBER int64_t diagonal() const {
-    return options.causal == Causal::bottom_right ? longest_k() - longest_q() : 0;
+  // The sequence of a batch element of which so many keys exist.
+  template <class Int>
+  FUSEDATTN_MEMBER Sequence<Int> with_keys(Int keys) const {
+    const Int diagonal =
+        options.causal == Causal::top_left ? 0 : Int(longest_k()) - Int(longest_q());
+    const Int right = options.causal == Causal::none ? Int(side(options.window_right)) : 0;
+    return {0, Int(longest_q()), 0, keys, diagonal, Int(side(options.window_left)), right};
+  }
+
+ private:
+  // No wider than the scores, so that sums stay in the range of Int.
+  FUSEDATTN_MEMBER int64_t side(int64_t window) const {
+    const int64_t most = longest_q() + longest_k();
+    return window < most ? window : most;
   }
 };
 

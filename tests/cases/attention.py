@@ -33,6 +33,7 @@ class AttentionCase(Case):
     dim_v: int | None = None
     dtype: torch.dtype = torch.float32
     causal: bool | str = False
+    window: tuple[int | None, int | None] | None = None
     scale: float | None = None
     softcap: float | None = None
     mask: tuple[int, ...] | None = None
@@ -73,7 +74,8 @@ class AttentionCase(Case):
 
     def options(self) -> dict[str, object]:
         """What is no tensor, as attention and the oracle take it."""
-        return {"causal": self.causal, "scale": self.scale, "softcap": self.softcap}
+        names = ("causal", "window", "scale", "softcap")
+        return {name: getattr(self, name) for name in names}
 
 
 def regimes(*rows: tuple[str, dict], **common: object) -> list:

@@ -30,7 +30,7 @@ FUSEDATTN_DEVICE Sequence<int> sequence_of(const AttentionForward& p, int64_t b)
     const int n = load(static_cast<const int32_t*>(p.kv_lengths.data) + b * p.kv_lengths.stride[0]);
     keys = n < 0 ? 0 : n < p.longest_k() ? n : keys;
   }
-  return {0, int(p.longest_q()), 0, keys, int(p.diagonal()), p.options.causal != Causal::none};
+  return p.with_keys(keys);
 }
 
 }  // namespace fusedattn::cuda

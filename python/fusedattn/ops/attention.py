@@ -150,7 +150,9 @@ def attention(
 
                 "top_left"  x . . .        "bottom_right"  x x x .
                             x x . .                        x x x x
-        window: (left, right), the keys seen to either side of the diagonal. Not supported yet.
+        window: (left, right), how many keys are seen to either side of the diagonal, either None
+            for all; without `causal` the diagonal is that of "bottom_right". (w, 0): each query
+            sees itself and w keys before it, as in Mistral with a `sliding_window` of w + 1.
         scale: any float; D**-0.5 by default.
         softcap: c, 1e-30 to 1e30: scores are c · tanh(scale · qkᵀ / c) + bias, as in Gemma 2.
         alibi_slopes, sinks, dropout_p, seed: not supported yet.

@@ -33,7 +33,7 @@ class AttentionConfig(NamedTuple):
     of the diagonal, −1 for unbounded.
 
     The schema is in exported programs, so that what is to come has its place already: no backend
-    takes window, dropout or one of these yet. max_seqlen_q, max_seqlen_k: of packed
+    takes dropout or one of these yet. max_seqlen_q, max_seqlen_k: of packed
     sequences, 0 where nobody knows. table_kind: what `bias_table` is indexed by, 0 none, 1 T5's
     buckets, 2 those of a decoder, 3 clipped distances; table_distance: from there on all are one.
     block_size: queries and keys of an entry of `mask_blocks`.
@@ -51,6 +51,12 @@ class AttentionConfig(NamedTuple):
     table_kind: int = 0
     table_distance: int = 0
     block_size: int = 0
+
+    @property
+    def window(self) -> tuple[int | None, int | None] | None:
+        """The public spelling of `window_left` and `window_right`."""
+        left, right = (None if x < 0 else x for x in (self.window_left, self.window_right))
+        return None if left is None and right is None else (left, right)
 
     @property
     def causal_name(self) -> bool | str:

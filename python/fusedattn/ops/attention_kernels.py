@@ -46,9 +46,9 @@ Gradients = tuple[Tensor | None, ...]
 # --- backends ------------------------------------------------------------------------------------
 
 
-# What no kernel takes yet: tensors from alibi_slopes on, options from window_left on.
+# What no kernel takes yet: tensors from alibi_slopes on, options from dropout_p on.
 _PENDING = AttentionCall._fields[6:-1]
-_NO_OPTION = AttentionConfig()[4:]
+_NO_OPTION = AttentionConfig()[6:]
 
 
 def _refuse_pending(call: Any) -> Refusal | None:
@@ -56,12 +56,12 @@ def _refuse_pending(call: Any) -> Refusal | None:
     for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
         if x is not None:
             return _not_yet(_PENDING[i])
-    options = call.config[4:]
+    options = call.config[6:]
     if options == _NO_OPTION:
         return None
-    names = zip(call.config._fields[4:], options, _NO_OPTION, strict=True)
+    names = zip(call.config._fields[6:], options, _NO_OPTION, strict=True)
     name = next(name for name, x, usual in names if x != usual)
-    return _not_yet(name.removesuffix("_left").removesuffix("_right"))
+    return _not_yet(name)
 
 
 def _not_yet(name: str) -> Refusal:
@@ -101,6 +101,8 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
         return Refusal(
             f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths"
         )
+    if call.config.window is not None:
+        return Refusal("window is not supported", "leave window out")
     for name, x in (("D", call.q), ("Dv", call.v)):
         width = x.shape[3]
         if width % 8 != 0 or width > 256:
@@ -226,6 +228,7 @@ def _options(call: Any) -> dict[str, Any]:
         "mask": call.mask,
         "kv_lengths": call.kv_lengths,
         "causal": call.config.causal_name,
+        "window": call.config.window,
         "scale": call.config.scale,
         "softcap": call.config.softcap or None,
     }

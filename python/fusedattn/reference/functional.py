@@ -22,9 +22,12 @@ def visible_keys(
     *,
     mask: Tensor | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
     kv_lengths: Tensor | None = None,
 ) -> Tensor | None:
     """What each query may attend to: bool, broadcastable to (B, Hq, Sq, Sk), or None for all.
+
+    window: how many keys left and right of the diagonal, which without `causal` is "bottom_right".
 
     The causal diagonal, for Sq = 2 and Sk = 4 (x = visible):
 
@@ -34,11 +37,17 @@ def visible_keys(
     seq_q, seq_k = q.shape[-2], k.shape[-2]
     seen = mask
     key = torch.arange(seq_k, device=q.device)
-    if causal:
+    left, right = (None, None) if window is None else window
+    if causal or left is not None or right is not None:
         query = torch.arange(seq_q, device=q.device)[:, None]
         diagonal = 0 if causal == "top_left" else seq_k - seq_q
-        below = key <= query + diagonal
-        seen = below if seen is None else seen & below
+        step = key - query - diagonal
+        if causal:
+            seen = step <= 0 if seen is None else seen & (step <= 0)
+        if left is not None:
+            seen = step >= -left if seen is None else seen & (step >= -left)
+        if right is not None:
+            seen = step <= right if seen is None else seen & (step <= right)
     if kv_lengths is not None:
         exists = (key < kv_lengths[:, None])[:, None, None, :]
         seen = exists if seen is None else seen & exists
@@ -102,6 +111,7 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     kv_lengths: Tensor | None = None,
@@ -113,7 +123,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
-    seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
+    seen = visible_keys(q, k, mask=mask, causal=causal, window=window, kv_lengths=kv_lengths)
     s = scores(q, k, scale, bias, seen, softcap)
     if s.shape[-1] == 0:
         out = torch.matmul(s.to(v.dtype), v)
@@ -139,6 +149,7 @@ def attention_backward(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     kv_lengths: Tensor | None = None,
@@ -152,7 +163,7 @@ def attention_backward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads_kv = k.shape[1]
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
-    seen = visible_keys(q, k, mask=mask, causal=causal, kv_lengths=kv_lengths)
+    seen = visible_keys(q, k, mask=mask, causal=causal, window=window, kv_lengths=kv_lengths)
     s = scores(q, k, scale, bias, seen, softcap)
     nothing = (s == float("-inf")).all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)

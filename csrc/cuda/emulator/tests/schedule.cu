@@ -15,7 +15,7 @@ Sequence<int> sequence(int64_t seq_q, int64_t seq_k, int causal, int64_t keys) {
   p.q.shape[2] = seq_q;
   p.k.shape[2] = seq_k;
   p.options.causal = Causal(causal);
-  return {0, int(seq_q), 0, int(keys), int(p.diagonal()), p.options.causal != Causal::none};
+  return p.with_keys(int(keys));
 }
 
 Four tuple(const cuda::Tiles& x) { return {x.begin, x.full_begin, x.full_end, x.end}; }

@@ -183,6 +183,8 @@ def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     widest = max(call.q.shape[3], call.v.shape[3])
     if widest > 512:
         return Refusal(f"head dim {widest} is above 512", "use at most 512")
+    if call.config.window is not None:
+        return Refusal("window is not supported yet", "leave window out")
     return _refuse_pending(call)
 
 

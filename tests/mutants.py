@@ -88,9 +88,12 @@ MUTANTS = [
          "second_order.py::test_one_tensor_in_every_place"),
     ),
     *mutants(
-        "python/fusedattn/ops/attention_kernels.py",
+        "python/fusedattn/ops/attention_backends.py",
         ("dout, call.dlse, q, k, v,", "dout, None, q, k, v,",
          "second_order.py::test_inputs_that_share_a_history"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/attention_kernels.py",
         ("out.zero_(), lse.fill_(", "out, lse.fill_(", "attention_inputs.py::test_empty"),
         ("(3 * q[3] + 2 * v[3])", "(2 * q[3] + 3 * v[3])",
          "attention_torch.py::test_flop_counter"),

@@ -44,6 +44,8 @@ def _attention(dtype: torch.dtype, n: int = 5) -> dict[str, Tensor]:
         "mask": mask,
         "bias": _normal(2, n, n + 1, dtype=dtype),
         "kv_lengths": torch.tensor([n + 1, n - 1], dtype=torch.int32),
+        "alibi_slopes": _normal(2, 2, dtype=dtype),
+        "sinks": _normal(2, dtype=dtype),
     }
 
 
@@ -123,8 +125,10 @@ def _op(call: Callable[..., Any] | str, *row: Any) -> Op:
 
 OPS = {
     "attention": _op(
-        _attend, _attention, ("q", "k", "v"), ("q", "k", "v", "bias"), 8, "Attention",
+        _attend, _attention, ("q", "k", "v"), ("q", "k", "v", "bias", "alibi_slopes", "sinks"), 10,
+        "Attention",
         ({"causal": False}, {"causal": "top_left", "scale": -0.7}, {"softcap": 0.9},
+         {"causal": False, "window": (5, 1)},
          {"mask": torch.tensor([True, False, True, True, True])[:, None]}),
     ),
     "layer_norm": _op(

@@ -105,6 +105,15 @@ BAD = {
     "kv_lengths per head": ({"kv_lengths": of(torch.int32, 2, 4)}, ValueError, ["(2, 4)", "(2,)"]),
     "causal misspelt": ({"causal": "lower"}, ValueError, ["causal='lower'", "'top_left'"]),
     "scale is a string": ({"scale": "1"}, TypeError, ["scale of type str", "expected a float"]),
+    "alibi_slopes of other heads": (
+        {"alibi_slopes": of(torch.float32, 3)}, ValueError, ["alibi_slopes of shape (3,)", "(Hq,) = (4,)"]),
+    "alibi_slopes of other batches": (
+        {"alibi_slopes": of(torch.float32, 3, 4)}, ValueError, ["(3, 4)", "(B, Hq) = (2, 4)"]),
+    "alibi_slopes, int": (
+        {"alibi_slopes": of(torch.int64, 4)}, TypeError, ["alibi_slopes", "int64"]),
+    "sinks of other heads": ({"sinks": of(torch.float32, 5)}, ValueError, ["sinks of shape (5,)", "(4,)"]),
+    "sinks per batch": ({"sinks": of(torch.float32, 2, 4)}, ValueError, ["sinks of shape (2, 4)"]),
+    "sinks, no tensor": ({"sinks": [0.0] * 4}, TypeError, ["sinks", "list"]),
     "window negative": ({"window": (-2, 0)}, ValueError, ["window=(-2, 0)", "expected"]),
     "softcap past float32": ({"softcap": 1e39}, ValueError, ["softcap=1e+39", "1e-30 to 1e30"]),
     "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap=-1.0", "expected"]),
@@ -127,8 +136,6 @@ def test_bad_argument(options, error, parts):
 @pytest.mark.parametrize(
     "options",
     [
-        {"alibi_slopes": torch.ones(4)},
-        {"sinks": torch.zeros(4)},
         {"dropout_p": 0.1},
         {"dropout_p": 1.0},
     ],

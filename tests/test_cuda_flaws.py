@@ -62,7 +62,7 @@ class Run:
             made["dout"], made["dlse"], self.out, self.lse, q, k, v, kv_lengths=kv_lengths,
             config=self.config,
         )  # fmt: skip
-        emulated.attention_backward(call, dq, dk, dv, None)
+        emulated.attention_backward(call, dq, dk, dv, None, None)
         return {"dq": dq, "dk": dk, "dv": dv}
 
     def how_it_fails(self) -> str:

@@ -107,6 +107,9 @@ def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
             dtypes=INTEGERS if cpu else (torch.int32,),
         ),
     }
+    slopes, sinks = (torch.randn(n, 4, 1, 1) if cpu else None for n in (2, 1))
+    pairs["alibi_slopes"] = Arg(slopes, optional=True, broadcast=True)
+    pairs["sinks"] = Arg(sinks, optional=True, broadcast=True)
     results = {"out": Arg(out, strides=cpu), "lse": Arg(lse)}
     config = tuple(attention_config.AttentionConfig(2, 0.5))
     grads = {
@@ -114,6 +117,8 @@ def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
         **results, **{f"d{n}": Arg(a.value.clone(), strides=cpu) for n, a in inputs.items()},
         "dbias": Arg(bias.clone() if cpu else None, optional=True), **pairs,
         "bias": Arg(bias if cpu else None),
+        "dalibi_slopes": Arg(None if slopes is None else slopes.clone(), optional=True),
+        "alibi_slopes": Arg(slopes),
     }  # fmt: skip
     return {**inputs, **pairs, **results}, grads, config
 
@@ -272,7 +277,7 @@ def test_the_fields_of_a_call_have_the_same_names_on_both_sides(native):
         *fields, _ = library.call._fields
         outputs = [output.name for output in library.packet.default._schema.returns]
         if name == "attention_backward":
-            outputs = outputs[:4]  # no kernel has the others yet
+            outputs = outputs[:5]  # no kernel has the others
         config = get_type_hints(library.call)["config"]._fields
         want[name] = tuple(fields), config, tuple(outputs)
     assert native.fields == want
@@ -282,7 +287,7 @@ def test_an_option_that_no_kernel_takes_is_refused(native):
     for name in ("attention_forward", "attention_backward"):
         right = {n: arg.value for n, arg in FUNCTIONS[name](native)[0].items()}
         right["config"] = FUNCTIONS[name](native)[1]
-        for extra in ("alibi_slopes", "sinks", "seed"):
+        for extra in ("scales", "seed"):
             with pytest.raises(ValueError, match=f"got {extra}, which no kernel"):
                 _call(native, name, right | {extra: torch.ones(4)})
 
@@ -290,11 +295,14 @@ def test_an_option_that_no_kernel_takes_is_refused(native):
 # --- storages that were freed, through the public functions ---------------------------------------
 
 
+_NOT_IN_CUDA = ("mask", "bias", "alibi_slopes", "sinks")
+
+
 def calls_on_freed(backend: str) -> Iterator[Call]:
     for op, call in OPS.items():
         for tensors in (few(op, HALF), call.tensors(HALF)):
-            if backend == "cuda_emulated" and op == "attention":  # which takes neither
-                tensors = {n: x for n, x in tensors.items() if n not in ("mask", "bias")}
+            if backend == "cuda_emulated" and op == "attention":
+                tensors = {n: x for n, x in tensors.items() if n not in _NOT_IN_CUDA}
             run = functools.partial(call.run, backend=backend)
             for name, x in tensors.items():
                 for free in (freed, freed_behind):

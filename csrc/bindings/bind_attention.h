@@ -18,8 +18,8 @@ struct Call<AttentionForward> {
                                         {"mask", &P::mask, Read::broadcast},
                                         {"bias", &P::bias, Read::broadcast},
                                         {"kv_lengths", &P::kv_lengths},
-                                        {"alibi_slopes", nullptr, Read::refused},
-                                        {"sinks", nullptr, Read::refused},
+                                        {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
+                                        {"sinks", &P::sinks, Read::broadcast},
                                         {"scales", nullptr, Read::refused},
                                         {"seed", nullptr, Read::refused},
                                         {"bias_table", nullptr, Read::refused},
@@ -31,12 +31,12 @@ struct Call<AttentionForward> {
                                         {"cu_seqlens_k", nullptr, Read::refused},
                                         {"block_table", nullptr, Read::refused}};
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
-  static constexpr auto config = std::tuple(
-      Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
-      Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
-      Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
-      Unread{"dropout_p"}, Unread{"max_seqlen_q"},
-      Unread{"max_seqlen_k"}, Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
+  static constexpr auto config =
+      std::tuple(Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
+                 Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
+                 Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
+                 Unread{"dropout_p"}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
+                 Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
 };
 
 // AttentionBackwardCall.
@@ -54,8 +54,8 @@ struct Call<AttentionBackward> {
                                         {"mask", &P::mask, Read::broadcast},
                                         {"bias", &P::bias, Read::broadcast},
                                         {"kv_lengths", &P::kv_lengths},
-                                        {"alibi_slopes", nullptr, Read::refused},
-                                        {"sinks", nullptr, Read::refused},
+                                        {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
+                                        {"sinks", &P::sinks, Read::broadcast},
                                         {"scales", nullptr, Read::refused},
                                         {"seed", nullptr, Read::refused},
                                         {"bias_table", nullptr, Read::refused},
@@ -71,8 +71,11 @@ struct Call<AttentionBackward> {
                                         {"sinks_grad", nullptr, Read::unread},
                                         {"scales_grad", nullptr, Read::unread},
                                         {"bias_table_grad", nullptr, Read::unread}};
-  static constexpr Field<P> outputs[] = {
-      {"dq", &P::dq}, {"dk", &P::dk}, {"dv", &P::dv}, {"dbias", &P::dbias, Read::broadcast}};
+  static constexpr Field<P> outputs[] = {{"dq", &P::dq},
+                                         {"dk", &P::dk},
+                                         {"dv", &P::dv},
+                                         {"dbias", &P::dbias, Read::broadcast},
+                                         {"dalibi_slopes", &P::dalibi_slopes, Read::broadcast}};
   static constexpr auto config = Call<AttentionForward>::config;
 };
 
@@ -92,6 +95,8 @@ inline void check(const AttentionForward& p) {
   Argument("mask", p.mask).broadcasts(scores).dtype(DType::boolean);
   Argument("bias", p.bias).broadcasts(scores).floating_beside(dtype, true);
   Argument("kv_lengths", p.kv_lengths).shape({batch}).integer();
+  Argument("alibi_slopes", p.alibi_slopes).broadcasts({batch, heads}).dtype(wide(dtype));
+  Argument("sinks", p.sinks).broadcasts({1, heads}).dtype(wide(dtype));
   Argument("out", p.out).given().shape({batch, heads, p.longest_q(), p.head_dim_v()}).dtype(dtype);
   Argument("lse", p.lse).given().shape({batch, heads, p.longest_q()}).dtype(wide(dtype));
 }
@@ -110,6 +115,8 @@ inline void check(const AttentionBackward& p) {
   like("dv", p.dv, p.v).given();
   if (p.dbias) Argument("bias", p.bias).given();
   like("dbias", p.dbias, p.bias);
+  if (p.dalibi_slopes) Argument("alibi_slopes", p.alibi_slopes).given();
+  like("dalibi_slopes", p.dalibi_slopes, p.alibi_slopes);
 }
 
 }  // namespace fusedattn::bindings

@@ -1,4 +1,5 @@
-// The gradient of attention's bias: ds, summed over the dimensions along which it was broadcast.
+// The gradient of attention's bias: ds, summed over the dimensions along which it was broadcast;
+// and of the slopes of ALiBi, likewise, times minus the distances.
 //
 // A task owns a tile of the bias and recomputes ds for all that it was added to, so no two threads
 // ever write to one element, the sum has a fixed order, and nothing larger than a tile is held.
@@ -16,6 +17,8 @@ class BiasGradTask {
   static constexpr int64_t block_q = 96, block_k = 256;
   static constexpr int64_t per_flush = 64;  // additions to an element in S
   const AttentionBackward& f;
+  const TensorView& out;
+  const bool slopes;
   const Scores<S> scores;
   const int64_t d, dv, units_d, units_dv, depth_d, depth_dv;
   Rows<Unit> q, o;
@@ -27,8 +30,10 @@ class BiasGradTask {
   Sequence<int64_t> sequence{};
 
  public:
-  BiasGradTask(const AttentionBackward& f, Arena& arena)
+  BiasGradTask(const AttentionBackward& f, const TensorView& out, bool slopes, Arena& arena)
       : f(f),
+        out(out),
+        slopes(slopes),
         scores(f),
         d(f.head_dim()),
         dv(f.head_dim_v()),
@@ -50,15 +55,14 @@ class BiasGradTask {
   }
 
   // Tiles along the queries and keys: one for all where the bias is broadcast.
-  static int64_t tiles_q(const AttentionBackward& f) {
-    return f.dbias.shape[2] == 1 ? 1 : (f.longest_q() + block_q - 1) / block_q;
+  int64_t tiles_q() const {
+    return out.shape[2] == 1 ? 1 : (f.longest_q() + block_q - 1) / block_q;
   }
-  static int64_t tiles_k(const AttentionBackward& f) {
-    return f.dbias.shape[3] == 1 ? 1 : (f.longest_k() + block_k - 1) / block_k;
+  int64_t tiles_k() const {
+    return out.shape[3] == 1 ? 1 : (f.longest_k() + block_k - 1) / block_k;
   }
 
   void run(int64_t bias_b, int64_t bias_h, int64_t tile_q, int64_t tile_k) {
-    const TensorView& out = f.dbias;
     const int64_t b_end = out.shape[0] == 1 ? f.batch() : bias_b + 1;
     const int64_t h_end = out.shape[1] == 1 ? f.heads() : bias_h + 1;
     const int64_t i_end =
@@ -93,7 +97,7 @@ class BiasGradTask {
  private:
   // To an element of dbias, at most; what one row adds to its sum over the keys counts once.
   int64_t additions() const {
-    const int64_t* const shape = f.dbias.shape;
+    const int64_t* const shape = out.shape;
     return (shape[0] == 1 ? f.batch() : 1) * (shape[1] == 1 ? f.heads() : 1) *
            (shape[2] == 1 ? f.longest_q() : 1) *
            (shape[3] == 1 ? (f.longest_k() + block_k - 1) / block_k : 1);
@@ -137,18 +141,19 @@ class BiasGradTask {
     scores.prepare(score, b, h, i, j0, seen, row);
     scores.hide(score, smaller(sequence.begin(i) - j0, seen));
     scores.rebase(score, seen, lse);
-    S* sum = recent + (f.dbias.shape[2] == 1 ? 0 : local * block_k);
+    S* sum = recent + (out.shape[2] == 1 ? 0 : local * block_k);
     vec<S> of_row{};
     for (int64_t j = 0; j < seen; j += w) {
       const vec<S> p = exp2<E::exp2_degree>(load(score + j));
-      const vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
-      if (f.dbias.shape[3] == 1) {
+      vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
+      if (slopes) ds *= -scores.distance(i, j0 + j);
+      if (out.shape[3] == 1) {
         of_row += ds;
       } else {
         store(sum + j, load(sum + j) + ds);
       }
     }
-    if (f.dbias.shape[3] == 1) sum[0] += reduce_add(of_row);
+    if (out.shape[3] == 1) sum[0] += reduce_add(of_row);
   }
 
   S delta_of(int64_t b, int64_t h, int64_t i) const {
@@ -159,39 +164,39 @@ class BiasGradTask {
 
   void write_row(int64_t b, int64_t h, int64_t i, int64_t j, int64_t n, const S* sum) const {
     const auto write_to = [&](auto* data) {
-      store_row(data + f.dbias.offset(b, h, i, j), f.dbias.stride[3], n, sum, S(1));
+      store_row(data + out.offset(b, h, i, j), out.stride[3], n, sum, S(1));
     };
     if constexpr (sizeof(S) == 8) {
-      write_to(static_cast<double*>(f.dbias.data));
-    } else if (f.dbias.dtype == DType::f32) {
-      write_to(static_cast<float*>(f.dbias.data));
-    } else if (f.dbias.dtype == DType::bf16) {
-      write_to(static_cast<bf16*>(f.dbias.data));
+      write_to(static_cast<double*>(out.data));
+    } else if (out.dtype == DType::f32) {
+      write_to(static_cast<float*>(out.data));
+    } else if (out.dtype == DType::bf16) {
+      write_to(static_cast<bf16*>(out.data));
     } else {
-      write_to(static_cast<f16*>(f.dbias.data));
+      write_to(static_cast<f16*>(out.data));
     }
   }
 };
 
+// out: of f.dbias, or where `slopes` of f.dalibi_slopes.
 template <class E, class T>
-static void attention_bias_grad(const AttentionBackward& f) {
+static void attention_bias_grad(const AttentionBackward& f, const TensorView& out, bool slopes) {
   typedef BiasGradTask<E, T> Task;
   const int threads = threads_for(f);
-  const int64_t tiles_q = Task::tiles_q(f), tiles_k = Task::tiles_k(f);
-  const int64_t tasks = f.dbias.shape[0] * f.dbias.shape[1] * tiles_q * tiles_k;
   Arena count;
-  (void)Task(f, count);
+  const Task any(f, out, slopes, count);
+  const int64_t tiles_q = any.tiles_q(), tiles_k = any.tiles_k(), heads = out.shape[1];
+  const int64_t tasks = out.shape[0] * heads * tiles_q * tiles_k;
   const Workspace workspace(0, count.used(), threads);
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] const typename E::Scope scope;
     Arena arena = workspace.own(omp_get_thread_num());
-    Task task(f, arena);
+    Task task(f, out, slopes, arena);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t head = i / (tiles_q * tiles_k);
-      task.run(head / f.dbias.shape[1], head % f.dbias.shape[1], i / tiles_k % tiles_q,
-               i % tiles_k);
+      task.run(head / heads, head % heads, i / tiles_k % tiles_q, i % tiles_k);
     }
   }
 }

@@ -83,6 +83,24 @@ FUSEDATTN_INLINE stat_of<E> raise_maximum(const Scores<stat_of<E>>& scores, stat
 
 FUSEDATTN_INLINE float logarithm(float x) { return __builtin_logf(x); }
 FUSEDATTN_INLINE double logarithm(double x) { return __builtin_log(x); }
+FUSEDATTN_INLINE float power_of_two(float x) { return __builtin_exp2f(x); }
+FUSEDATTN_INLINE double power_of_two(double x) { return __builtin_exp2(x); }
+
+// A row's sum l of exponentials relative to `base`, in natural units.
+template <class S>
+struct RowSum {
+  S base, l;
+  S factor = 1;  // of the sums of values, to be relative to the same
+};
+
+// With one more exponential, that of `sink`: relative to the larger of the two.
+template <class S>
+static RowSum<S> with_sink(RowSum<S> x, S sink) {
+  const S above = (sink - x.base) * S(log2e);
+  if (above <= 0) return {x.base, x.l + power_of_two(above)};
+  const S factor = power_of_two(-above);
+  return {sink, x.l * factor + 1, factor};
+}
 
 // out = o / l and lse = m + log l, in row i; 0 and −inf for a query that saw nothing.
 template <class T>
@@ -97,8 +115,10 @@ static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, 
     for (int64_t c = 0; c < dv; ++c) put(out + c * stride, 0);
     lse = -infinity<S>;
   } else {
-    store_row(out, stride, dv, o, S(1) / l);
-    lse = (scores.is_near(m) ? S(ln2) * scores.shift(m) : m) + logarithm(l);
+    RowSum<S> sum{scores.is_near(m) ? S(ln2) * scores.shift(m) : m, l};
+    if (f.sinks) sum = with_sink(sum, *f.sinks.at<const S>(0, h));
+    store_row(out, stride, dv, o, sum.factor / sum.l);
+    lse = sum.base + logarithm(sum.l);
   }
 }
 

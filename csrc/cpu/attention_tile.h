@@ -64,7 +64,8 @@ struct Scores {
 
   explicit Scores(const AttentionForward& p)
       : p(p),
-        rewrite(bool(p.mask) || bool(p.bias) || !(p.options.scale > 0) || p.options.softcap > 0),
+        rewrite(bool(p.mask) || bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
+                p.options.softcap > 0),
         unit(rewrite ? S(1) : S(p.options.scale)),
         factor(rewrite ? S(1) : S(p.options.scale * log2e)) {}
 
@@ -89,7 +90,7 @@ struct Scores {
   void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch,
                S* slope = nullptr) const {
     constexpr int w = width<S>;
-    const S scale = S(p.options.scale), cap = S(p.options.softcap);
+    const S scale = S(p.options.scale), cap = S(p.options.softcap), steep = steepness(b, h);
     if (p.bias) load_bias(b, h, i, j0, n, scratch);
     for (int64_t j = 0; j < n; j += w) {
       vec<S> x = load(s + j) * scale;
@@ -99,9 +100,16 @@ struct Scores {
         if (slope != nullptr) store(slope + j, S(1) - t * t);
       }
       if (p.bias) x += load(scratch + j);
+      if (p.alibi_slopes) x -= steep * distance(i, j0 + j);
       store(s + j, x);
     }
     if (p.mask) mask_row(p.mask.at<const uint8_t>(b, h, i, j0), p.mask.stride[3], n, s);
+  }
+
+  // How far keys j, j + 1, … are from the diagonal of ALiBi in the row of query i.
+  FUSEDATTN_MEMBER vec<S> distance(int64_t i, int64_t j) const {
+    const vec<S> x = S(i + p.longest_k() - p.longest_q() - j) - counted<S>();
+    return x < S(0) ? -x : x;
   }
 
   // −inf for the first n columns: what lies before the window of the row.
@@ -119,6 +127,10 @@ struct Scores {
   }
 
  private:
+  FUSEDATTN_MEMBER S steepness(int64_t b, int64_t h) const {
+    return p.alibi_slopes ? *p.alibi_slopes.at<const S>(b, h, 0) : S(0);
+  }
+
   void load_bias(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* row) const {
     const int64_t stride = p.bias.stride[3], wide = round_up(n, width<S>);
     const auto load_from = [&](const auto* data) {

@@ -107,6 +107,14 @@ FUSEDATTN_INLINE vec<S> splat(S x) {
   return x - vec<S>{};  // unlike x + 0 this is x for every x, and so a plain broadcast
 }
 
+// 0, 1, 2, …
+template <class S>
+FUSEDATTN_INLINE vec<S> counted() {
+  vec<S> x{};
+  for (int i = 0; i < width<S>; ++i) x[i] = S(i);
+  return x;
+}
+
 // max(a, b) that returns b where either is NaN.
 FUSEDATTN_INLINE vec<float> maximum(vec<float> a, vec<float> b) {
 #if defined(__AVX512F__)

@@ -14,7 +14,7 @@ struct AttentionOptions {
   Causal causal = Causal::none;
   double scale = 1.0;
   bool deterministic = false;
-  double softcap = 0.0;  // c: scores are c · tanh(scale · q kᵀ / c) + bias; 0 for none
+  double softcap = 0.0;      // c: scores are c · tanh(scale · q kᵀ / c) + bias; 0 for none
   int64_t window_left = -1;  // keys seen to either side of the diagonal; below 0: all
   int64_t window_right = -1;
 };
@@ -56,6 +56,9 @@ struct AttentionForward {
   TensorView mask;        // bool, strides 0 where broadcast; may be absent
   TensorView bias;        // float, likewise
   TensorView kv_lengths;  // (B,) int32 or int64, of any value; may be absent
+  // (B or 1, Hq or 1) in the dtype of lse, strides 0 where broadcast; may be absent.
+  TensorView alibi_slopes;  // −slope · |i + Sk − Sq − j| is added to a score
+  TensorView sinks;         // one more logit in the sum, of no value
   TensorView out, lse;
   AttentionOptions options;
 
@@ -101,7 +104,8 @@ struct AttentionForward {
 struct AttentionBackward : AttentionForward {
   TensorView dout, dlse;  // either may be absent: zero
   TensorView dq, dk, dv;
-  TensorView dbias;  // the shape of bias; may be absent
+  TensorView dbias;          // the shape of bias; may be absent
+  TensorView dalibi_slopes;  // likewise
 };
 
 using AttentionKernels = KernelTable<AttentionForward, AttentionBackward>;

@@ -18,7 +18,7 @@ from cases import Case, Source, graded, on
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase(Case):
-    """One call of attention; `mask` and `bias` are the shapes they are given in.
+    """One call of attention; `mask`, `bias` and `alibi_slopes` are the shapes of these.
 
     `grads` are the outputs that receive a gradient: "out", "lse" or both. `large`: v and the
     gradients are such that ds exceeds what fp16 holds.
@@ -39,6 +39,8 @@ class AttentionCase(Case):
     mask: tuple[int, ...] | None = None
     bias: tuple[int, ...] | None = None
     bias_dtype: torch.dtype | None = None
+    alibi_slopes: tuple[int, ...] | None = None
+    sinks: bool = False
     kv_lengths: tuple[int, ...] | None = None
     grads: tuple[str, ...] = ("out",)
     large: bool = False
@@ -58,6 +60,8 @@ class AttentionCase(Case):
             "mask": None,
             "bias": None,
             "kv_lengths": None,
+            "alibi_slopes": None,
+            "sinks": None,
         }
         made["dlse"] = source.normal(*queries, dtype=lse_dtype(self.dtype))
         for name, factor in {"v": 1e3, "dout": 1e3, "dlse": 1e6}.items() if self.large else ():
@@ -68,6 +72,11 @@ class AttentionCase(Case):
             # Representable in q's dtype, so that eager, which casts it there, loses nothing.
             made["bias"] = source.normal(*self.bias, dtype=self.dtype)
             made["bias"] = made["bias"].to(self.bias_dtype or self.dtype)
+        if self.alibi_slopes is not None:
+            slopes = source.normal(*self.alibi_slopes, dtype=lse_dtype(self.dtype))
+            made["alibi_slopes"] = slopes / 16  # as the trained ones, some the other way
+        if self.sinks:
+            made["sinks"] = source.normal(self.heads, dtype=lse_dtype(self.dtype))
         if self.kv_lengths is not None:
             made["kv_lengths"] = torch.tensor(self.kv_lengths, dtype=torch.int32, device=device)
         return made
@@ -76,6 +85,9 @@ class AttentionCase(Case):
         """What is no tensor, as attention and the oracle take it."""
         names = ("causal", "window", "scale", "softcap")
         return {name: getattr(self, name) for name in names}
+
+
+OF_HEADS = ("alibi_slopes", "sinks")
 
 
 def regimes(*rows: tuple[str, dict], **common: object) -> list:
@@ -97,10 +109,11 @@ def results(
     """out, lse and the gradients of `forward(q, k, v, mask=…, …)`, inputs cast to `dtype`."""
     options = {name: made[name] for name in ("mask", "kv_lengths")} | case.options()
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
-        return dict(zip(("out", "lse"), forward(q, k, v, bias=bias, **options), strict=True))
+    def run(q: Tensor, k: Tensor, v: Tensor, **further: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("out", "lse"), forward(q, k, v, **further, **options), strict=True))
 
-    inputs = {name: made[name] for name in ("q", "k", "v", "bias") if made[name] is not None}
+    names = ("q", "k", "v", "bias", *OF_HEADS)
+    inputs = {name: made[name] for name in names if made.get(name) is not None}
     return graded(run, inputs, {name: made[f"d{name}"] for name in case.grads}, dtype)
 
 
@@ -173,6 +186,13 @@ def check_results(
         floor = LSE_FLOORS.get(case.dtype, 0.0) if name == "lse" else 0.0
         x = (actual[name], ref[name], eager[name])
         check(*x, what=name, gradient=name.startswith("d"), floor=floor, **rule)
+    for name in OF_HEADS:
+        if made.get(name) is not None:
+            x = (actual[f"d{name}"], ref[f"d{name}"], eager[f"d{name}"])
+            pairs = made["q"].shape[0] * made["q"].shape[2] * made["k"].shape[2]
+            # Sums over all pairs of a head, of both signs, in an order of their own.
+            of_head = {"gradient": True, "tested": case.dtype, "rows": pairs}
+            check(*x, what=f"d{name}", **rule | of_head | {"slack": 2 * slack})
     if made["bias"] is None:
         return
     summand = ref["dbias"]

@@ -78,6 +78,10 @@ def cases() -> dict[str, Case]:
         "attention, heads, one bias": Case(
             attention, [S1, S1], inputs(S1, 2) | by_heads | {"bias": (normal(2, 1, 5, 6), R, P)}
         ),
+        "attention, heads, slopes and sinks": Case(
+            attention, [S1, S1],
+            inputs(S1, 2) | {n: (normal(4), S0, S0) for n in ("alibi_slopes", "sinks")},
+        ),
         "attention, heads on one key": Case(attention, [S1, S1], inputs(S1, 1, R, P)),
         "attention, replicas": Case(attention, [R, R], inputs(R, 2)),
         # Three heads of keys: a process would pair queries with another's keys.

@@ -73,21 +73,25 @@ def _attention_ways(q: Any, k: Any) -> list[str]:
     return ["b"] if grouped and any(heads % n for n in parts if n <= heads) else ["b", "h"]
 
 
-def _attention_inputs(q, k, v, mask, bias, kv_lengths) -> list[tuple[Any, str]]:
-    return [(x, "bh..") for x in (q, k, v, mask, bias)] + [(kv_lengths, "b")]
+def _attention_inputs(q, k, v, mask, bias, kv_lengths, slopes, sinks) -> list[tuple[Any, str]]:
+    like_q = [(x, "bh..") for x in (q, k, v, mask, bias)]
+    return [*like_q, (kv_lengths, "b"), (slopes, "bh.."), (sinks, "bh..")]
 
 
-def _attention_fwd(q, k, v, mask, bias, kv_lengths, *_: Any):
-    inputs = _attention_inputs(q, k, v, mask, bias, kv_lengths)
-    return _shardings(_attention_ways(q, k), inputs, ["bh..", "bh."])
+def _attention_fwd(*given: Any):
+    q, k = given[:2]
+    return _shardings(_attention_ways(q, k), _attention_inputs(*given[:8]), ["bh..", "bh."])
 
 
-def _attention_bwd(dout, dlse, out, lse, q, k, v, mask, bias, kv_lengths, *options: Any):
-    bias_grad = options[-5]
+def _attention_bwd(dout, dlse, out, lse, *given: Any):
+    q, k, v, _, bias, _, slopes, sinks = given[:8]
     like_out = [(dout, "bh.."), (dlse, "bh."), (out, "bh.."), (lse, "bh.")]
-    inputs = like_out + _attention_inputs(q, k, v, mask, bias, kv_lengths)
-    grads = [*(_named(x, "bh..") for x in (q, k, v)), _named(bias, "bh..") if bias_grad else None]
-    return _shardings(_attention_ways(q, k), inputs, [*grads, *[None] * 4], gradients=True)
+    inputs = like_out + _attention_inputs(*given[:8])
+    wanted = zip((bias, slopes, sinks), given[-5:-2], strict=True)
+    grads = [_named(x, "bh..") for x in (q, k, v)]
+    further = [_named(x, "bh..") if asked else None for x, asked in wanted]
+    ways = _attention_ways(q, k)
+    return _shardings(ways, inputs, [*grads, *further, None, None], gradients=True)
 
 
 # --- norms and softmax: along every dimension that is not reduced ---------------------------------

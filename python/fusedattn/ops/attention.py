@@ -20,23 +20,21 @@ from torch import Tensor
 from ._checks import check_flag, check_seed
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
-from .attention_config import (
-    AttentionBackwardCall,
-    AttentionCall,
+from .attention_backends import BACKENDS, backward_formula, formula
+from .attention_checks import (
     autocast,
-    configure,
-    remembered,
     replace_causal_bias,
     validate,
     validate_extras,
+    validate_heads,
 )
-from .attention_kernels import (
-    BACKENDS,
-    attention_bwd,
-    attention_fwd,
-    backward_formula,
-    formula,
+from .attention_config import (
+    AttentionBackwardCall,
+    AttentionCall,
+    configure,
+    remembered,
 )
+from .attention_kernels import attention_bwd, attention_fwd
 
 # Looked up once: what follows runs on every call.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -44,22 +42,21 @@ _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 _NOTHING = (None,) * 10  # of the call's tensors, what no public argument gives
-_NO_GRADIENTS = (None,) * 13  # of what stands behind the bias
 
 # --- autograd ------------------------------------------------------------------------------------
 
 
 def _keep(call: AttentionCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple]:
-    return (*outputs, *call[:-1]), (wanted[4], False, False, False, False, call.config)
+    return (*outputs, *call[:-1]), (wanted[4], wanted[6], wanted[7], False, False, call.config)
 
 
 def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
-    dq, dk, dv, dbias, *_ = run(AttentionBackwardCall(*douts, *saved, *rest))
-    return dq, dk, dv, None, dbias, *_NO_GRADIENTS
+    dq, dk, dv, dbias, slopes, sinks, *_ = run(AttentionBackwardCall(*douts, *saved, *rest))
+    return dq, dk, dv, None, dbias, None, slopes, sinks, *_NOTHING
 
 
 op = Op(
-    "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4), cotangents=2,
+    "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4, 6, 7), cotangents=2,
     backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula),
     keep=_keep, pull_back=_pull_back,
 )  # fmt: skip
@@ -92,6 +89,10 @@ def _prepare(
     if mask is not None or bias is not None or kv_lengths is not None:
         mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
+    if alibi_slopes is not None:
+        alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, batches=True)
+    if sinks is not None:
+        sinks = validate_heads("sinks", sinks, q, batches=False)
     if seed is not None:
         check_seed("attention", seed, q)
     # 1 == True == np.float32(1), a tensor may change, and dynamo warns about a cache.
@@ -143,8 +144,8 @@ def attention(
         v: values (B, Hkv, Sk, Dv).
         mask: bool, True = may attend, broadcastable to (B, Hq, Sq, Sk). As mask or bias also a
             `torch.nn.attention.bias.CausalBias`, which stands for `causal`.
-        bias: added to the scaled scores, broadcastable likewise, in the dtype of q or float32.
-            Its gradient has its own shape.
+        bias: added to the scaled scores, broadcastable likewise, in the dtype of q or float32. It,
+            alibi_slopes and sinks have a gradient of their own shape.
         causal: True or "bottom_right": the last query sees every key. "top_left": the first query
             sees the first key only, as in `F.scaled_dot_product_attention`. For Sq 2 and Sk 4:
 
@@ -155,7 +156,11 @@ def attention(
             sees itself and w keys before it, as in Mistral with a `sliding_window` of w + 1.
         scale: any float; D**-0.5 by default.
         softcap: c, 1e-30 to 1e30: scores are c · tanh(scale · qkᵀ / c) + bias, as in Gemma 2.
-        alibi_slopes, sinks, dropout_p, seed: not supported yet.
+        alibi_slopes: (Hq,) or (B, Hq), float32: −slope · |i + Sk − Sq − j| is added to the score of
+            query i and key j (Press et al. 2022), whatever `causal` is.
+        sinks: (Hq,), in the dtype of q or float32: one more logit in the softmax of each head, that
+            gives no value, as in gpt-oss. It is part of the log-sum-exp.
+        dropout_p, seed: not supported yet.
         kv_lengths: (B,) int32 or int64, any value; keys at and past it do not exist. It moves no
             diagonal.
         return_lse: also return the log-sum-exp of the scores.
@@ -175,7 +180,9 @@ def attention(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    if has_override(q, k, v, mask, bias, kv_lengths) and is_overridden(locals()):
+    if has_override(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks) and is_overridden(
+        locals()
+    ):
         return hand_over(attention, locals())
     if return_lse is not False:
         return_lse = check_flag("attention", "return_lse", return_lse)

@@ -61,8 +61,9 @@ def scores(
     bias: Tensor | None,
     seen: Tensor | None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """scale · qkᵀ + bias, −inf where a query may not look; (B, Hq, Sq, Sk).
+    """scale · qkᵀ + bias − slope · distance, −inf where a query may not look; (B, Hq, Sq, Sk).
 
     With a softcap c the first term is c · tanh(scale · qkᵀ / c).
     """
@@ -71,7 +72,21 @@ def scores(
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias
+    if alibi_slopes is not None:
+        s = s - per_head(alibi_slopes, s) * distances(q, k).to(s.dtype)
     return s if seen is None else s.masked_fill(~seen, float("-inf"))
+
+
+def distances(q: Tensor, k: Tensor) -> Tensor:
+    """|i + Sk − Sq − j| of queries i and keys j: from the diagonal that ALiBi counts from."""
+    seq_q, seq_k = q.shape[-2], k.shape[-2]
+    row = torch.arange(seq_k - seq_q, seq_k, device=q.device)[:, None]
+    return (row - torch.arange(seq_k, device=q.device)).abs()
+
+
+def per_head(x: Tensor, s: Tensor) -> Tensor:
+    """(Hq,) or (B, Hq), or that with two dimensions of 1 behind, in the dtype of the scores."""
+    return (x if x.dim() == 4 else x[..., None, None]).to(s.dtype)
 
 
 def chain(ds: Tensor, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
@@ -114,25 +129,32 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scores) v and its log-sum-exp, in the dtype of q; see `scores`.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) → out (B, Hq, Sq, Dv),
-    lse (B, Hq, Sq). A query that may attend to nothing gets out 0 and lse −inf.
+    lse (B, Hq, Sq). Sinks are one more logit of each head, in the sum and of no value. A query that
+    may attend to nothing gets out 0 and lse −inf.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, window=window, kv_lengths=kv_lengths)
-    s = scores(q, k, scale, bias, seen, softcap)
+    s = scores(q, k, scale, bias, seen, softcap, alibi_slopes)
     if s.shape[-1] == 0:
         out = torch.matmul(s.to(v.dtype), v)
         return out, s.sum(-1) - float("inf")
     highest = s.detach().amax(-1, keepdim=True)
+    nothing = highest == float("-inf")
+    if sinks is not None:
+        highest = torch.maximum(highest, per_head(sinks, s).detach())
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
     e = torch.exp(s - highest)
     total = e.sum(-1, keepdim=True)
-    nothing = total == 0
+    if sinks is not None:
+        total = total + torch.exp(per_head(sinks, s) - highest)
     total = total.masked_fill(nothing, 1.0)
     out = torch.matmul((e / total).to(v.dtype), v)
     lse = (highest + torch.log(total)).masked_fill(nothing, float("-inf"))
@@ -152,9 +174,13 @@ def attention_backward(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `attention` as a formula: (dq, dk, dv, ds), ds of shape (B, Hq, Sq, Sk).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of `attention` as a formula: (dq, dk, dv, ds, dsinks).
+
+    ds (B, Hq, Sq, Sk) and, with sinks, dsinks (B, Hq, Sq, 1) are not yet summed.
 
     dv = pᵀ·do,  ds = p ∘ (do·vᵀ − rowsum(do ∘ out) + dlse),  dq = scale·dr·k,  dk = scale·drᵀ·q
     (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is that of `chain`.
@@ -164,9 +190,12 @@ def attention_backward(
     heads_kv = k.shape[1]
     k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
     seen = visible_keys(q, k, mask=mask, causal=causal, window=window, kv_lengths=kv_lengths)
-    s = scores(q, k, scale, bias, seen, softcap)
+    s = scores(q, k, scale, bias, seen, softcap, alibi_slopes)
     nothing = (s == float("-inf")).all(-1, keepdim=True)
-    p = torch.softmax(s.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    sink = None if sinks is None else per_head(sinks, s).expand(*s.shape[:-1], 1)
+    logits = s if sink is None else torch.cat([s, sink], -1)
+    p = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    p, p_sink = (p, None) if sink is None else (p[..., :-1], p[..., -1:])
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
     dp = torch.matmul(dout, v.transpose(-1, -2))
     row = (p * dp).sum(-1, keepdim=True)
@@ -179,7 +208,8 @@ def attention_backward(
     dk = scale * torch.matmul(dr.transpose(-1, -2), q)
     dv = torch.matmul(p.transpose(-1, -2), dout)
     dk, dv = (drop_absent(sum_heads(x, heads_kv), kv_lengths) for x in (dk, dv))
-    return dq, dk, dv, ds
+    dsinks = None if p_sink is None else torch.where(p_sink == 0, 0.0, -p_sink * row)
+    return dq, dk, dv, ds, dsinks
 
 
 # --- layer norm and RMS norm ----------------------------------------------------------------------

@@ -1,0 +1,278 @@
+"""Attention's backends, in order of preference: what each refuses, and its kernels.
+
+Kernels are objects with
+
+    forward(call, out, lse)                 call an `AttentionCall`
+    backward(call, dq, dk, dv, dbias, dalibi_slopes)    call an `AttentionBackwardCall`
+
+that write every element of their outputs. mask and bias have four dimensions, nothing is empty,
+dout or dlse may be None (zero), dbias and dalibi_slopes are None where they are not wanted. The
+gradient of the sinks needs no scores: `_sinks_gradient`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference import functional as reference
+from ._backends import (
+    architecture_of,
+    capability_of,
+    cpu_refuses,
+    cuda_refuses,
+    emulated_refuses,
+    native_kernels,
+    triton_refuses,
+)
+from ._checks import HALVES
+from ._library import plain
+from ._op import Outputs
+from ._registry import Backend, Refusal
+from .attention_config import (
+    AttentionBackwardCall,
+    AttentionCall,
+    AttentionConfig,
+)
+
+# --- backends ------------------------------------------------------------------------------------
+
+
+# What no kernel takes yet: tensors from scales on, options from dropout_p on.
+_PENDING = AttentionCall._fields[8:-1]
+_NO_OPTION = AttentionConfig()[6:]
+
+
+def _refuse_pending(call: Any) -> Refusal | None:
+    given = call[8:18] if type(call) is AttentionCall else call[12:22]
+    for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
+        if x is not None:
+            return _not_yet(_PENDING[i])
+    options = call.config[6:]
+    if options == _NO_OPTION:
+        return None
+    names = zip(call.config._fields[6:], options, _NO_OPTION, strict=True)
+    name = next(name for name, x, usual in names if x != usual)
+    return _not_yet(name)
+
+
+def _not_yet(name: str) -> Refusal:
+    return Refusal(f"{name} is not supported yet", f"leave {name} out")
+
+
+# --- cpu: csrc/cpu -------------------------------------------------------------------------------
+
+
+def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return cpu_refuses(call.q, "q, k and v") or _refuse_pending(call)
+
+
+# --- cuda: csrc/cuda/attention.cu ----------------------------------------------------------------
+
+# Row numbers and their sums fit in 32 bits.
+_LONGEST = 2**30
+
+
+def _in_packs(x: Tensor) -> bool:
+    """Whether every row can be read 16 bytes at a time. Where nothing is known of its address,
+    the kernels' caller looks again."""
+    *outer, last = x.stride()
+    return (
+        (last == 1 or x.shape[3] == 1)
+        and all(step % 8 == 0 or size == 1 for step, size in zip(outer, x.shape, strict=False))
+        and (not plain(x) or x.data_ptr() % 16 == 0)
+    )
+
+
+def _cuda_takes(call: AttentionCall) -> Refusal | None:
+    """Why the CUDA C++ kernels do not take a call on tensors that are where they can reach them."""
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
+    if call.mask is not None or call.bias is not None:
+        name = "mask" if call.mask is not None else "bias"
+        return Refusal(
+            f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths"
+        )
+    for name in ("alibi_slopes", "sinks"):
+        if getattr(call, name) is not None:
+            return Refusal(f"{name} is not supported", f"leave {name} out")
+    if call.config.window is not None:
+        return Refusal("window is not supported", "leave window out")
+    for name, x in (("D", call.q), ("Dv", call.v)):
+        width = x.shape[3]
+        if width % 8 != 0 or width > 256:
+            return Refusal(f"{name} is {width}", "use a multiple of 8, at most 256")
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if not _in_packs(x):
+            return Refusal(
+                f"{name} of strides {tuple(x.stride())} does not lie in rows of aligned 16 bytes",
+                f"pass {name}.contiguous()",
+            )
+        if x.shape[2] > _LONGEST:
+            return Refusal(f"{name} has {x.shape[2]} rows", f"use at most {_LONGEST}")
+    return _refuse_pending(call)
+
+
+def _outrun(call: Any) -> Refusal | None:
+    """Where the product of a warpgroup is in reach of Triton's forward, and mma.sync is not it."""
+    unit = {9: "wgmma", 10: "tcgen05"}.get(capability_of(call.q.device.index) // 10)
+    if unit is None or not isinstance(call, AttentionCall) or _triton_refuses(call, False):
+        return None
+    return Refusal(f"triton's forward is faster here, by {unit}", 'ask for it with backend="cuda"')
+
+
+def _cuda_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    refusal = cuda_refuses(call.q, "q, k and v") or _cuda_takes(call)
+    return refusal or (None if requested else _outrun(call))
+
+
+def _emulated_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return emulated_refuses(call.q, requested) or _cuda_takes(call)
+
+
+def _cuda_kernels(native: Any) -> Any:
+    """Rows of 16 bytes and int32 lengths, copied where they are not so."""
+    run = native_kernels(native, "attention")
+
+    def readable(call: Any) -> Any:
+        changed = {}
+        for name in ("q", "k", "v", "out", "dout"):
+            x = getattr(call, name, None)
+            if x is not None and not _in_packs(x):
+                changed[name] = x.clone(memory_format=torch.contiguous_format)
+        lengths = call.kv_lengths
+        wide = lengths is not None and lengths.dtype == torch.int64
+        if wide and lengths.untyped_storage().nbytes() != 0:  # freed: for the module to refuse
+            changed["kv_lengths"] = lengths.clamp(0, call.k.shape[2]).to(torch.int32)
+        return call._replace(**changed) if changed else call
+
+    return SimpleNamespace(
+        forward=lambda call, *outputs: run.forward(readable(call), *outputs),
+        backward=lambda call, *grads: run.backward(readable(call), *grads),
+    )
+
+
+# --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
+
+
+def _lacks_tensor_cores(q: Tensor) -> str | None:
+    """The GPU, where Triton would multiply half precision in scalar units, out of registers."""
+    if not q.is_cuda or q.dtype == torch.float32:
+        return None
+    if torch.version.hip:
+        name = architecture_of(q.device.index)
+        return None if name.startswith("gfx9") else name
+    capability = capability_of(q.device.index)
+    return f"sm_{capability}" if 0 < capability < 80 else None
+
+
+def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    refusal = triton_refuses(call.q, requested, "q, k and v")
+    if refusal is not None:
+        return refusal
+    if (lacking := _lacks_tensor_cores(call.q)) is not None:
+        return Refusal(
+            f"{lacking} multiplies {call.q.dtype} without tensor cores",
+            "use float32, or another GPU",
+        )
+    widest = max(call.q.shape[3], call.v.shape[3])
+    if widest > 512:
+        return Refusal(f"head dim {widest} is above 512", "use at most 512")
+    for name, x in (
+        ("window", call.config.window),
+        ("alibi_slopes", call.alibi_slopes),
+        ("sinks", call.sinks),
+    ):
+        if x is not None:
+            return Refusal(f"{name} is not supported yet", f"leave {name} out")
+    return _refuse_pending(call)
+
+
+def _triton_kernels() -> Any:
+    from ..kernels.attention_bwd import attention_backward
+    from ..kernels.attention_fwd import attention_forward
+
+    return SimpleNamespace(forward=attention_forward, backward=attention_backward)
+
+
+# --- reference: reference/functional.py ----------------------------------------------------------
+
+
+def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
+    return _refuse_pending(call)
+
+
+def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The reference, differentiable to any order; half precision computes in float32."""
+    q, k, v = (_wide(x) for x in call[:3])
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = reference.attention(q, k, v, **_options(call), bias=call.bias)
+    return out.to(call.q.dtype), lse
+
+
+def backward_formula(call: AttentionBackwardCall) -> Outputs:
+    """The gradients by the reference, those of q, k and v not rounded."""
+    dout, q, k, v = (_wide(x) for x in (call.dout, call.q, call.k, call.v))
+    with torch.autocast(call.q.device.type, enabled=False):
+        *grads, ds, dsinks = reference.attention_backward(
+            dout, call.dlse, q, k, v, **_options(call), bias=call.bias
+        )
+    dbias = ds.sum_to_size(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
+    slopes, sinks = call.alibi_slopes, call.sinks
+    if call.alibi_slopes_grad:
+        slopes = -(ds * reference.distances(q, k).to(ds.dtype)).sum_to_size(slopes.shape)  # type: ignore[union-attr]
+    else:
+        slopes = None
+    sinks = dsinks.sum_to_size(sinks.shape) if call.sinks_grad else None  # type: ignore[union-attr]
+    return *grads, dbias, slopes, sinks, None, None
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if x is not None and x.dtype in HALVES else x
+
+
+def _options(call: Any) -> dict[str, Any]:
+    return {
+        "mask": call.mask,
+        "kv_lengths": call.kv_lengths,
+        "causal": call.config.causal_name,
+        "window": call.config.window,
+        "scale": call.config.scale,
+        "softcap": call.config.softcap or None,
+        "alibi_slopes": call.alibi_slopes,
+        "sinks": call.sinks,
+    }
+
+
+def _reference_kernels() -> Any:
+    def contiguous(call: Any) -> Any:
+        """BLAS picks its method by strides: a contiguous copy keeps them out of the result."""
+        floats = ("dout", "q", "k", "v", "bias")
+        given = {name: getattr(call, name, None) for name in floats}
+        return call._replace(
+            **{name: _wide(x).contiguous() for name, x in given.items() if x is not None}
+        )
+
+    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        for target, found in zip((out, lse), formula(contiguous(call)), strict=True):
+            target.copy_(found)
+
+    def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:  # but of the sinks
+        for target, found in zip(grads, backward_formula(contiguous(call)), strict=False):
+            if target is not None:
+                target.copy_(found)
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_refuses, lambda: native_kernels(_native.cpu, "attention")),
+    Backend("cuda", _cuda_refuses, lambda: _cuda_kernels(_native.cuda)),
+    Backend("triton", _triton_refuses, _triton_kernels),
+    Backend("cuda_emulated", _emulated_refuses, lambda: _cuda_kernels(_native.cuda_emulated())),
+    Backend("reference", _reference_refuses, _reference_kernels),
+)

@@ -1,0 +1,214 @@
+"""The checks on attention's tensors, made once before anything is launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    FLOATS,
+    HALVES,
+    INDICES,
+    check_broadcast,
+    check_device,
+    check_like,
+    check_tensor,
+    is_causal_bias,
+)
+from .attention_config import AttentionBackwardCall, AttentionCall
+
+
+def autocast(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and bias in autocast's dtype where it is on; what is float64 stays as it is."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor("attention", name, x)
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v, bias
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    # A bias in float32 is more exact, and one that is not floating point is an error.
+    if q.dtype == dtype and isinstance(bias, Tensor) and bias.dtype in (torch.float64, *HALVES):
+        bias = bias.to(dtype)
+    return q, k, v, bias
+
+
+def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Check q, k and v against each other; returns the head dim of q and k.
+
+    Raises:
+        TypeError: not dense tensors, not floating point, or of different dtypes.
+        ValueError: wrong rank, shapes that do not fit together, or different devices.
+    """
+    try:
+        batch, heads, _, head_dim = q.shape
+        batch_k, heads_kv, seq_k, head_dim_k = k.shape
+        batch_v, heads_v, seq_v, head_dim_v = v.shape
+        dense = q.dtype in FLOATS and q.layout is k.layout is v.layout is torch.strided
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        dense = False
+    if not dense:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_rank(name, x)
+    if not q.dtype is k.dtype is v.dtype:
+        raise TypeError(
+            f"attention: got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype"
+        )
+    if not ((q.is_cpu and k.is_cpu and v.is_cpu) or q.device == k.device == v.device):
+        raise ValueError(
+            f"attention: got q, k, v on devices {q.device}, {k.device}, {v.device}, "
+            "expected one device"
+        )
+    if not batch == batch_k == batch_v:
+        raise ValueError(
+            f"attention: got batch sizes {batch}, {batch_k}, {batch_v} of q, k, v, expected one"
+        )
+    if heads_v != heads_kv or seq_v != seq_k:
+        raise ValueError(
+            f"attention: got v of shape {tuple(v.shape)}, expected the batch, heads and length of "
+            f"k, {tuple(k.shape[:3])}"
+        )
+    if head_dim_v == 0:
+        raise ValueError(
+            f"attention: got v of shape {tuple(v.shape)}, expected a head dim of at least 1"
+        )
+    if head_dim_k != head_dim or head_dim == 0:
+        raise ValueError(
+            f"attention: got head dims {head_dim} of q and {head_dim_k} of k, "
+            "expected one head dim of at least 1"
+        )
+    if heads != heads_kv and (heads_kv == 0 or heads % heads_kv != 0):
+        raise ValueError(
+            f"attention: got {heads} query heads and {heads_kv} key heads, "
+            "expected a multiple (grouped queries)"
+        )
+    return head_dim
+
+
+def _check_rank(name: str, x: Tensor) -> None:
+    shape = check_tensor("attention", name, x)
+    if len(shape) != 4:
+        raise ValueError(
+            f"attention: got {name} of shape {tuple(shape)}, expected 4 dimensions "
+            "(batch, heads, length, head_dim)"
+        )
+
+
+def _broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """`x` as a view of 4 dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
+    check_device("attention", name, x, "q", q)
+    check_broadcast("attention", name, x, (*q.shape[:3], k.shape[2]), "(B, Hq, Sq, Sk) =")
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def replace_causal_bias(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str
+) -> tuple[Tensor | None, Tensor | None, bool | str]:
+    """mask, bias and causal, where one of torch's CausalBias in place of the first two is the last.
+
+    Raises:
+        ValueError: it is for other lengths, or there is a `causal` already.
+    """
+    for name, x in (("mask", mask), ("bias", bias)):
+        if type(x) is not Tensor and is_causal_bias(x):
+            given: Any = x
+            lengths, expected = (given.seq_len_q, given.seq_len_kv), (q.shape[2], k.shape[2])
+            if lengths != expected:
+                raise ValueError(
+                    f"attention: got {name}, a CausalBias for lengths {lengths} of q and k, "
+                    f"expected {expected}"
+                )
+            if causal is not False:
+                raise ValueError(
+                    f"attention: got causal={causal!r} and {name}, a CausalBias, expected one of "
+                    "the two"
+                )
+            causal = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}[given.variant.name]
+            mask, bias = (None, bias) if name == "mask" else (mask, None)
+    return mask, bias, causal
+
+
+def validate_extras(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, kv_lengths: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Check mask, bias and kv_lengths; the first two come back with 4 dimensions."""
+    if mask is not None:
+        remark = " (True = may attend); a float mask is passed as bias"
+        check_tensor("attention", "mask", mask, (torch.bool,), remark)
+        mask = _broadcastable("mask", mask, q, k)
+    if bias is not None:
+        own = q.dtype in (torch.float32, torch.float64)
+        dtypes = (q.dtype,) if own else (q.dtype, torch.float32)
+        check_tensor("attention", "bias", bias, dtypes)
+        bias = _broadcastable("bias", bias, q, k)
+    if kv_lengths is not None:
+        shape = check_tensor("attention", "kv_lengths", kv_lengths, INDICES)
+        check_device("attention", "kv_lengths", kv_lengths, "q", q)
+        if shape != q.shape[:1]:
+            raise ValueError(
+                f"attention: got kv_lengths of shape {tuple(shape)}, expected ({q.shape[0]},)"
+            )
+    return mask, bias, kv_lengths
+
+
+def validate_heads(name: str, x: Tensor, q: Tensor, batches: bool) -> Tensor:
+    """A number for each head, (Hq,) or with `batches` also (B, Hq), as (B or 1, Hq, 1, 1).
+
+    In the dtype of the log-sum-exp; what has four dimensions already is of that shape.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtypes = (wide,) if q.dtype == wide else (q.dtype, wide)
+    shape = check_tensor("attention", name, x, dtypes)
+    check_device("attention", name, x, "q", q)
+    batch, heads = q.shape[:2]
+    expected = [
+        (heads,),
+        (1, heads, 1, 1),
+        *([(batch, heads), (batch, heads, 1, 1)][: 2 * batches]),
+    ]
+    if tuple(shape) not in expected:
+        also = f" or (B, Hq) = {(batch, heads)}" if batches else ""
+        raise ValueError(
+            f"attention: got {name} of shape {tuple(shape)}, expected (Hq,) = {(heads,)}{also}"
+        )
+    x = x.to(wide)
+    return x if x.dim() == 4 else x[..., None, None] if x.dim() == 2 else x[None, :, None, None]
+
+
+def check_call(call: AttentionCall) -> AttentionCall:
+    """A call from a traced or exported program, checked as the public function checks its own."""
+    q, k, v, mask, bias, kv_lengths, slopes, sinks = call[:8]
+    validate(q, k, v)
+    mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
+    if slopes is not None:
+        slopes = validate_heads("alibi_slopes", slopes, q, batches=True)
+    if sinks is not None:
+        sinks = validate_heads("sinks", sinks, q, batches=False)
+    if call.config.causal not in (0, 1, 2):
+        raise ValueError(f"attention: got causal={call.config.causal}, expected 0, 1 or 2")
+    return call._replace(
+        mask=mask, bias=bias, kv_lengths=kv_lengths, alibi_slopes=slopes, sinks=sinks
+    )
+
+
+def check_backward_call(call: AttentionBackwardCall) -> AttentionBackwardCall:
+    """The same for a call of the backward."""
+    checked = check_call(call.forward)
+    for name in ("bias", "alibi_slopes", "sinks"):
+        if getattr(call, f"{name}_grad") and getattr(call, name) is None:
+            raise ValueError(f"attention_bwd: got {name}_grad=True without {name}, expected it")
+    q, v = call.q, call.v
+    wide = torch.float32 if q.dtype in HALVES else q.dtype
+    shape, rows = (*q.shape[:3], v.shape[3]), q.shape[:3]
+    for name, x, of, dtype in (
+        ("dout", call.dout, shape, q.dtype), ("out", call.out, shape, q.dtype),
+        ("dlse", call.dlse, rows, wide), ("lse", call.lse, rows, wide),
+    ):  # fmt: skip
+        if x is not None:
+            check_like("attention_bwd", name, x, of, dtype, q.device)
+    names = ("mask", "bias", "kv_lengths", "alibi_slopes", "sinks")
+    return call._replace(**{name: getattr(checked, name) for name in names})

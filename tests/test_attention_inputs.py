@@ -20,6 +20,9 @@ def call(q=Q, k=K, v=V, *, dtype=torch.float32, **options):
     return fusedattn.attention(q, k, v, **options)
 
 
+FLOAT = torch.float32
+
+
 def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
@@ -106,13 +109,22 @@ BAD = {
     "causal misspelt": ({"causal": "lower"}, ValueError, ["causal='lower'", "'top_left'"]),
     "scale is a string": ({"scale": "1"}, TypeError, ["scale of type str", "expected a float"]),
     "alibi_slopes of other heads": (
-        {"alibi_slopes": of(torch.float32, 3)}, ValueError, ["alibi_slopes of shape (3,)", "(Hq,) = (4,)"]),
+        {"alibi_slopes": of(FLOAT, 3)},
+        ValueError,
+        ["alibi_slopes of shape (3,)", "(Hq,) = (4,)"],
+    ),
     "alibi_slopes of other batches": (
-        {"alibi_slopes": of(torch.float32, 3, 4)}, ValueError, ["(3, 4)", "(B, Hq) = (2, 4)"]),
+        {"alibi_slopes": of(FLOAT, 3, 4)},
+        ValueError,
+        ["(3, 4)", "(B, Hq) = (2, 4)"],
+    ),
     "alibi_slopes, int": (
-        {"alibi_slopes": of(torch.int64, 4)}, TypeError, ["alibi_slopes", "int64"]),
-    "sinks of other heads": ({"sinks": of(torch.float32, 5)}, ValueError, ["sinks of shape (5,)", "(4,)"]),
-    "sinks per batch": ({"sinks": of(torch.float32, 2, 4)}, ValueError, ["sinks of shape (2, 4)"]),
+        {"alibi_slopes": of(torch.int64, 4)},
+        TypeError,
+        ["alibi_slopes", "int64"],
+    ),
+    "sinks of other heads": ({"sinks": of(FLOAT, 5)}, ValueError, ["sinks of shape (5,)", "(4,)"]),
+    "sinks per batch": ({"sinks": of(FLOAT, 2, 4)}, ValueError, ["sinks of shape (2, 4)"]),
     "sinks, no tensor": ({"sinks": [0.0] * 4}, TypeError, ["sinks", "list"]),
     "window negative": ({"window": (-2, 0)}, ValueError, ["window=(-2, 0)", "expected"]),
     "softcap past float32": ({"softcap": 1e39}, ValueError, ["softcap=1e+39", "1e-30 to 1e30"]),

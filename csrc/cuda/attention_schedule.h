@@ -64,10 +64,10 @@ FUSEDATTN_MEMBER inline Work work_of(uint32_t block, uint32_t tiles, uint32_t he
   return {int(tiles - 1 - within / width), int(first + within % width)};
 }
 
-// How many heads make a section where the blocks of each read the same `bytes` of memory.
-inline int64_t section_of(int64_t heads, int64_t bytes) {
-  constexpr int64_t small_cache = 8 << 20;
-  const int64_t fit = bytes < small_cache ? small_cache / bytes : 1;
+// How many heads make a section where the blocks of each read the same `bytes` of memory, in half
+// of a `cache`: through the other half passes what is read and written once.
+inline int64_t section_of(int64_t heads, int64_t bytes, int64_t cache) {
+  const int64_t fit = bytes < cache / 2 ? cache / 2 / bytes : 1;
   return fit < heads ? fit : heads;
 }
 

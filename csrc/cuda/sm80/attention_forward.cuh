@@ -265,7 +265,8 @@ template <class T, int head_dim, Memory memory>
 void launch_forward(Forward f, Launch launch) {
   constexpr ForwardShape shape = forward_shape(head_dim, memory);
   const int64_t head_bytes = 2 * f.longest_k() * (f.head_dim() + f.head_dim_v());
-  f.section = uint32_t(f.group() * section_of(f.batch() * f.heads_kv(), head_bytes));
+  f.section = uint32_t(
+      f.group() * section_of(f.batch() * f.heads_kv(), head_bytes, cache_bytes(launch.device)));
   f.tiles = uint32_t(ceil_div(f.longest_q(), shape.queries));
   launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
   launch.block = shape.threads();

@@ -299,3 +299,13 @@ class TestMachineCode:
         for kernel in found:
             for instruction in ("HMMA", "LDGSTS", "LDSM"):
                 assert kernel.count(instruction + r"\..*") > 0, (instruction, kernel)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_sums_of_dq_are_added_16_bytes_at_a_time(self, built: Built, target: str) -> None:
+        """From sm_90 on; before there is no such instruction."""
+        packs = int(re.sub(r"\D", "", target)) >= 90
+        name = "attention_backward_keys<"
+        for kernel in (x for x in built.kernels if x.target == target and x.name.startswith(name)):
+            added = {x for x in kernel.instructions if x.startswith("RED")}
+            assert added, kernel
+            assert all(("F32x4" in x) == packs for x in added), kernel

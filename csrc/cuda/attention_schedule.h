@@ -71,4 +71,23 @@ inline int64_t section_of(int64_t heads, int64_t bytes, int64_t cache) {
   return fit < heads ? fit : heads;
 }
 
+// Into how many parts the keys are split, each of them the work of a block: one where so many
+// `blocks` fill a device that runs `wave` of them at a time. No part is so short that the copies
+// ahead of it are most of it.
+inline int64_t parts_of(int64_t blocks, int64_t wave, int64_t tiles) {
+  constexpr int64_t least = 4;  // tiles of keys
+  const int64_t fit = wave / blocks, most = tiles / least, parts = fit < most ? fit : most;
+  return parts < 2 ? 1 : ceil_div(tiles, ceil_div(tiles, parts));
+}
+
+// Of tiles [0, tiles) those of one part: [begin, end). The last parts may have none.
+struct Part {
+  int begin, end;
+};
+
+FUSEDATTN_MEMBER inline Part part_of(int tiles, int part, int parts) {
+  const int each = ceil_div(tiles, parts), begin = part * each;
+  return {begin, begin + each < tiles ? begin + each : tiles};
+}
+
 }  // namespace fusedattn::cuda

@@ -166,7 +166,7 @@ def expected(memory: int) -> dict[str, list[str]]:
     """By kernel, the flaws of which it has one at least."""
     kernels = {
         "attention_forward": [*ALWAYS, *COPIES, "early end", "late full"],
-        "attention_combine": ["no shuffle", "bound too high", "bound too low"],
+        "attention_combine": ["bound too high", "bound too low"],
         "attention_backward_keys": [*ALWAYS, *COPIES, "no atomic"],
         "attention_backward_round": ALWAYS,
     }

@@ -39,6 +39,7 @@ CASES = regimes(
     ("rows_that_see_nothing", {"batch": 2, "seq_q": 2, "seq_k": 520, "dim": 24,
                                "kv_lengths": (0, 0)}),
     ("softcap", {"seq_q": 9, "seq_k": 520, "softcap": 1.5}),
+    ("lse_of_parts_far_apart", {"seq_q": 9, "seq_k": 780, "scale": 30.0, "dtype": F16}),
     ("scale_negative", {"seq_q": 9, "seq_k": 520, "scale": -0.3}),
     ("two_tiles_of_queries", {"heads": 1, "seq_q": 140, "seq_k": 520, "causal": True}),
     ("dim_72_40", {"heads": 1, "seq_q": 9, "seq_k": 520, "dim": 72, "dim_v": 40}),

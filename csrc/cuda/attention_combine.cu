@@ -26,15 +26,11 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 4)
   if (!below(row, p.rows)) return;
   const int count = int(p.parts.count), column = lane() * columns;
   float highest = -INFINITY;
-  for (int i = lane(); below(i, count); i += warp_size)
-    highest = ::fmaxf(highest, load(p.parts.lse + i * p.rows + row));
-#pragma unroll
-  for (int apart = warp_size / 2; apart > 0; apart /= 2)
-    highest = ::fmaxf(highest, shuffle_xor(highest, apart));
+  for (int i = 0; i < count; ++i) highest = ::fmaxf(highest, load(p.parts.lse + i * p.rows + row));
   if (highest == -INFINITY) highest = 0.0f;  // nothing was seen
 
   const int64_t width = p.out.shape[3];
-  const bool mine = below(column, width);
+  const bool mine = column < width;
   float total = 0.0f;
   Pack<float, columns> sum = {};
   for (int i = 0; below(i, count); ++i) {

@@ -216,7 +216,7 @@ FUSEDATTN_DEVICE void write_part(const Forward& p, int row, const Softmax<m>& so
       float* to = p.parts.out + (first + query) * width + column_of(0);
 #pragma unroll
       for (int j = 0; j < w; ++j)
-        if (below(8 * j, width))
+        if (8 * j < width)
           store(to + 8 * j, Pack<float, 2>{out[i][j][2 * half], out[i][j][2 * half + 1]});
     }
 }

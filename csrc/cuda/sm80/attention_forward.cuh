@@ -17,8 +17,8 @@
 // While a warp computes on one slot, copies to the other slots are under way. One barrier per slot
 // says both that its tile has landed and that the slot before it is free again.
 //
-// A window would change `hide`, dropout what comes after `Softmax::update`; sequences of a varlen
-// batch would change where rows begin.
+// A window would change `hide` and `unite_groups`, dropout what comes after `Softmax::update`;
+// sequences of a varlen batch would change where rows begin.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,9 @@
 """What `make gpu` runs after the build: tests, the benchmark and compute-sanitizer, in one time.
 
-The stages follow each other; the parts of a stage run side by side. Only the benchmark is alone,
-for it is the one that measures. A part ends when its own time is over, or that of the whole.
+The stages follow each other, what proves most first; the parts of a stage run side by side. Only
+the benchmark is alone, for it is the one that measures. A part ends when its own time is over, or
+that of the whole. Then gpu.log has all that it printed, and gpu.jsonl a line: who ends the whole
+loses what was still to come and no more.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -63,6 +66,11 @@ class Outcome:
         counts = [line for line in lines if re.search(r"\d (passed|skipped|failed)", line)]
         return (counts or lines)[-1].strip("= ")
 
+    def figures(self) -> dict[str, str | float]:
+        """Its line of gpu.jsonl."""
+        named = {"part": self.part.name, "status": self.status}
+        return {**named, "seconds": round(self.seconds, 1), "last_line": self.last_line}
+
     @property
     def failed(self) -> bool:
         return self.part.required and self.status != PASSED
@@ -72,7 +80,7 @@ class Outcome:
 
 # The tests of kernels in CUDA C++ have "cuda" in their names, by their file or by their backend.
 # These are looked at by compute-sanitizer; those of `test_cuda_attention_large.py` are too large.
-ATTENTION_TESTS = ["tests/test_cuda_attention.py"]
+ATTENTION_TESTS = ["tests/test_cuda_attention.py", "tests/test_cuda_split.py"]
 OTHER_TESTS = [f"tests/test_{op}_kernels.py" for op in ("rotary", "sinusoidal")]
 OTHER_TESTS += [f"tests/test_cuda_{op}.py" for op in ("rowwise", "softmax", "swiglu")]
 # Calls that torch makes and expects to fail are no errors. Our kernels alone are looked at: torch's
@@ -114,7 +122,7 @@ def sanitizer_parts(python: str, sanitizer: str | None, seconds: float) -> list[
 
 
 def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) -> list[list[Part]]:
-    """Right before fast, and what compiles for long last: it may find the time to be over."""
+    """Right before fast, and last what the kernels have passed on the emulator as well."""
     ahead = [python, "-m", "fusedattn.benchmarks.ahead"]
     bench = [python, "-m", "fusedattn.cli", "bench", "--device", "cuda", "--output", str(output)]
     ours = pytest_command(python, "-k", "cuda", "tests", workers=4)
@@ -124,13 +132,11 @@ def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) 
     return [
         [
             Part("CUDA C++ tests", ours, 100.0, spare=25.0),
-            Part("compiling for the benchmark", ahead, 100.0, required=False),
-        ],
-        [Part("benchmark", bench, 280.0, grace=25.0)],
-        [
-            *sanitizer_parts(python, sanitizer, 150.0),
             Part("Triton tests", triton, 150.0, spare=45.0),
+            Part("compiling for the benchmark", ahead, 150.0, required=False),
         ],
+        [Part("benchmark", bench, 250.0, grace=25.0)],
+        sanitizer_parts(python, sanitizer, 130.0),
     ]
 
 
@@ -262,13 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "/usr/local/cuda/bin/compute-sanitizer"
     )
     outcomes: list[Outcome] = []
-    with (output / "gpu.log").open("w") as log:
+    with (output / "gpu.log").open("w") as log, (output / "gpu.jsonl").open("w") as record:
         say = Both(log)
         say.write(f"built after {time.time() - arguments.started:.0f} s\n")
 
         def tell(outcome: Outcome) -> None:
             say.write(f"\n--- {outcome.part.name} ---\n{outcome.text}\n")
             say.flush()
+            record.write(json.dumps(outcome.figures()) + "\n")
+            record.flush()
 
         for stage in stages(sys.executable, output, os.cpu_count() or 1, sanitizer):
             outcomes += run_stage(stage, arguments.started + arguments.seconds, tell)

@@ -79,3 +79,11 @@ def test_gradients(case: AttentionCase, shared: int, deterministic: bool) -> Non
     made = case.inputs()
     found = backward(made, case, deterministic)
     check_results(found, made, case, label=f"deterministic={deterministic} {case}")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_dq_is_added_float_by_float_before_sm_90(dim: int) -> None:
+    emulated.device(capability=80)
+    case = AttentionCase(batch=1, seq_q=70, seq_k=150, dim=dim, dtype=BF16, causal=True)
+    made = case.inputs()
+    check_results(backward(made, case), made, case, label=str(case))

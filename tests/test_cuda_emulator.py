@@ -177,6 +177,15 @@ def test_launch_is_refused(rows: int, width: int, message: str) -> None:
 
 
 @needs_emulator
+def test_more_blocks_than_a_grid_has_are_refused() -> None:
+    x = torch.zeros(1, 64).expand(2**31, 64)
+    before = emulated.switches()
+    with pytest.raises(ValueError, match="reverse needs 2147483648 blocks, a grid has"):
+        emulated.planted("reverse", x, x)
+    assert emulated.switches() == before
+
+
+@needs_emulator
 def test_clusters_need_hopper() -> None:
     try:
         emulated.device(capability=80)

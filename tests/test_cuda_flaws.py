@@ -42,7 +42,7 @@ class Run:
         self.out = exact["out"].to(case.dtype)
         self.config = configure(case.dim, **case.options(), deterministic=kind == "deterministic")
         self.kernels = {
-            "forward": ("attention_forward",),
+            "forward": ("attention_forward", "attention_combine"),
             "atomics": ("attention_backward_norms", "attention_backward_rows",
                         "attention_backward_keys", "attention_backward_round"),
             "deterministic": ("attention_backward_keys", "attention_backward_queries"),
@@ -133,6 +133,8 @@ def runs(head_dim: int, memory: int) -> list[Run]:
     # The kernel of the deterministic dQ has one shape for all sizes of memory.
     kinds = ("forward", "atomics", "deterministic")[: 3 if memory == LARGE else 2]
     found = [Run(case, kind) for case in cases for kind in kinds]
+    # Keys split between blocks.
+    found.append(Run(AttentionCase(**common, seq_q=10, seq_k=520, causal=True), "forward"))
     if dtype == torch.float16:
         # ds as large as its bound: with a smaller norm of these rows, of which the first lane of a
         # team has nothing, it would overflow.
@@ -164,6 +166,7 @@ def expected(memory: int) -> dict[str, list[str]]:
     """By kernel, the flaws of which it has one at least."""
     kernels = {
         "attention_forward": [*ALWAYS, *COPIES, "early end", "late full"],
+        "attention_combine": ["bound too high", "bound too low"],
         "attention_backward_keys": [*ALWAYS, *COPIES, "no atomic"],
         "attention_backward_round": ALWAYS,
     }

@@ -132,34 +132,37 @@ def test_each_block_has_its_work(tiles: int, heads: int, section: int) -> None:
 
 
 KB, MB = 1 << 10, 1 << 20
+CACHES = [4 * MB, 16 * MB, 50 * MB, 126 * MB]  # of GPUs, second-level
 
 
-def test_sections_fill_a_small_cache() -> None:
-    """As many heads as fit in 8 MB, but one at least, and no more than there are."""
+@pytest.mark.parametrize("cache", CACHES)
+def test_sections_fill_half_of_the_cache(cache: int) -> None:
+    """As many heads as fit, but one at least, and no more than there are."""
     for heads, each in itertools.product([1, 2, 5, 16, 1024], [1, KB, MB, 3 * MB, 8 * MB, 64 * MB]):
-        section = emulated.section_of(heads, each)
+        section = emulated.section_of(heads, each, cache)
         assert 1 <= section <= heads
-        assert section == 1 or section * each <= 8 * MB
-        assert section == heads or (section + 1) * each > 8 * MB
+        assert section == 1 or section * each <= cache / 2
+        assert section == heads or (section + 1) * each > cache / 2
 
 
 @pytest.mark.parametrize("by", [-1, 0, 1])
 def test_section_where_one_head_just_fits(by: int) -> None:
-    assert emulated.section_of(8, 8 * MB + by) == 1
-    assert emulated.section_of(8, 4 * MB + by) == (1 if by > 0 else 2)
+    assert emulated.section_of(8, 8 * MB + by, 16 * MB) == 1
+    assert emulated.section_of(8, 4 * MB + by, 16 * MB) == (1 if by > 0 else 2)
 
 
 def test_section_of_long_sequences_does_not_overflow() -> None:
-    assert emulated.section_of(3, 1 << 62) == 1
-    assert emulated.section_of(1 << 40, 1) == 8 * MB
+    assert emulated.section_of(3, 1 << 62, 16 * MB) == 1
+    assert emulated.section_of(1 << 40, 1, 16 * MB) == 8 * MB
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize(("heads", "each"), [(12, MB), (12, 3 * MB), (7, 16 * MB), (4, KB)])
-def test_blocks_of_other_sections_wait(heads: int, each: int) -> None:
+def test_blocks_of_other_sections_wait(heads: int, each: int, cache: int) -> None:
     """What the blocks that follow each other read, tiles · section of them, fits in the cache."""
-    tiles, section = 5, emulated.section_of(heads, each)
+    tiles, section = 5, emulated.section_of(heads, each, cache)
     work = [emulated.work_of(block, tiles, heads, section) for block in range(tiles * heads)]
     for i in range(0, len(work), tiles * section):
         together = {head for _, head in work[i : i + tiles * section]}
         assert together == set(range(min(together), min(together) + len(together)))
-        assert len(together) == 1 or len(together) * each <= 8 * MB
+        assert len(together) == 1 or len(together) * each <= cache / 2

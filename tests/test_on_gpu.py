@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -35,7 +36,7 @@ def run(*parts: Part, seconds: float = 60.0) -> list[on_gpu.Outcome]:
 def test_the_benchmark_is_alone_and_all_fits_into_ten_minutes(tmp_path):
     found = on_gpu.stages("python", tmp_path, 16, "compute-sanitizer")
     names = [[part.name for part in stage] for stage in found]
-    assert names[0][0] == "CUDA C++ tests"
+    assert names[0][:2] == ["CUDA C++ tests", "Triton tests"]
     assert names[1] == ["benchmark"]
     assert {"memcheck, attention", "racecheck, attention", "racecheck, other ops"} <= set(names[2])
     # The build has the rest.
@@ -223,6 +224,23 @@ time.sleep(600)
     assert not child.exists() or "zombie" in child.read_text()
 
 
+def test_what_has_ended_is_on_disk_before_the_rest(monkeypatch, tmp_path):
+    """The second part finds what became of the first in both files, written by then."""
+    look = f"""
+        import json, pathlib
+        folder = pathlib.Path({str(tmp_path)!r})
+        found = json.loads((folder / "gpu.jsonl").read_text())
+        assert found["part"] == "first"
+        assert found["status"] == "failed: exit status 3"
+        assert found["last_line"] == "three"
+        assert "--- first ---\\nthree" in (folder / "gpu.log").read_text()
+        """
+    first = python("first", "print('three'); raise SystemExit(3)", required=False)
+    monkeypatch.setattr(on_gpu, "stages", lambda *arguments: [[first], [python("second", look)]])
+    monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: True)
+    assert on_gpu.main(["--output", str(tmp_path)]) == 0
+
+
 def test_main_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: False)
     assert on_gpu.main([]) == 2
@@ -237,6 +255,9 @@ def test_main_writes_a_log_and_fails_where_a_part_does(monkeypatch, capsys, tmp_
     assert on_gpu.main(["--output", str(tmp_path / "out")]) == int(code != 0)
     printed = capsys.readouterr().out
     assert (tmp_path / "out/gpu.log").read_text() == printed
+    lines = (tmp_path / "out/gpu.jsonl").read_text().splitlines()
+    assert [json.loads(line)["part"] for line in lines] == ["first", "second"]
+    assert json.loads(lines[1])["status"] == "passed"
     assert "--- first ---\none\n" in printed
     assert "second" in printed.partition("--- second ---")[2]
 

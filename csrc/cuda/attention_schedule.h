@@ -62,11 +62,30 @@ FUSEDATTN_MEMBER inline Work work_of(uint32_t block, uint32_t tiles, uint32_t he
   return {int(tiles - 1 - within / width), int(first + within % width)};
 }
 
-// How many heads make a section where the blocks of each read the same `bytes` of memory.
-inline int64_t section_of(int64_t heads, int64_t bytes) {
-  constexpr int64_t small_cache = 8 << 20;
-  const int64_t fit = bytes < small_cache ? small_cache / bytes : 1;
+// How many heads make a section where the blocks of each read the same `bytes` of memory, in half
+// of a `cache`: through the other half passes what is read and written once.
+inline int64_t section_of(int64_t heads, int64_t bytes, int64_t cache) {
+  const int64_t fit = bytes < cache / 2 ? cache / 2 / bytes : 1;
   return fit < heads ? fit : heads;
+}
+
+// Into how many parts the keys are split, each of them the work of a block: one where so many
+// `blocks` fill a device that runs `wave` of them at a time. No part is so short that the copies
+// ahead of it are most of it.
+inline int64_t parts_of(int64_t blocks, int64_t wave, int64_t tiles) {
+  constexpr int64_t least = 4;  // tiles of keys
+  const int64_t fit = wave / blocks, most = tiles / least, parts = fit < most ? fit : most;
+  return parts < 2 ? 1 : ceil_div(tiles, ceil_div(tiles, parts));
+}
+
+// Of tiles [0, tiles) those of one part: [begin, end). The last parts may have none.
+struct Part {
+  int begin, end;
+};
+
+FUSEDATTN_MEMBER inline Part part_of(int tiles, int part, int parts) {
+  const int each = ceil_div(tiles, parts), begin = part * each;
+  return {begin, begin + each < tiles ? begin + each : tiles};
 }
 
 }  // namespace fusedattn::cuda

@@ -17,6 +17,8 @@
 //     load_streaming(p) load_streaming<N>(p) store_streaming(p, x)    used once
 //     load_integer(view, at)                                          of an int32 or int64 tensor
 //     atomic_add(p, x) atomic_max(p, x)                               float; x ≥ 0 for the latter
+//     adds_packs() atomic_add(p, pack)                                of four floats at once, where
+//                                                                     there is an instruction
 //     Workspace(bytes, stream, device)                                for partial results
 //   shared memory of the block
 //     shared_memory() load_shared(p) load_shared<N>(p) store_shared(p, x)
@@ -42,6 +44,7 @@
 #include <type_traits>
 
 #include "tensor_view.h"
+#include "workspace.h"
 
 #ifdef FUSEDATTN_EMULATED
 #define FUSEDATTN_KERNEL
@@ -104,6 +107,16 @@ struct Launch {
            ", device " + std::to_string(device);
   }
 };
+
+// The blocks of a launch, in the bits that CUDA has for them (CUDA guide, "Technical
+// Specifications").
+inline unsigned grid_of(const char* kernel, const Launch& shape) {
+  constexpr int64_t most = (int64_t{1} << 31) - 1;
+  if (shape.grid <= most) return unsigned(shape.grid);
+  throw std::invalid_argument(std::string("fusedattn: ") + kernel + " needs " +
+                              std::to_string(shape.grid) + " blocks, a grid has at most " +
+                              std::to_string(most) + "; pass the tensors in parts");
+}
 
 // visit(dtype, [&](auto element) { using T = decltype(element); … }) for the dtypes of kernels.
 template <class Function>

@@ -203,6 +203,26 @@ FUSEDATTN_DEVICE uint32_t to_bf16_pair(float low, float high) {
 // PTX: red.global.add.f32; guide: Atomic Functions.
 FUSEDATTN_DEVICE void atomic_add(float* to, float x) { atomicAdd(to, x); }
 
+// PTX: red.global.add.v4.f32, on sm_90 and later.
+FUSEDATTN_DEVICE bool adds_packs() {
+#if __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
+FUSEDATTN_DEVICE void atomic_add(float* to, const Pack<float, 4>& x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+#else
+  for (int i = 0; i < 4; ++i) atomicAdd(to + i, x[i]);
+#endif
+}
+
 // PTX: red.global.max.s32: as integers, numbers that are not negative have the same order.
 FUSEDATTN_DEVICE void atomic_max(float* to, float x) {
   atomicMax(reinterpret_cast<int*>(to), __float_as_int(x));
@@ -272,18 +292,32 @@ inline int attribute(cudaDeviceAttr what, int device) {
   return value;
 }
 
-inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+// What launchers ask of a device, which never changes: asked for once.
+struct Device {
+  int multiprocessors;
+  int capability;        // 10 · major + minor
+  int max_shared_bytes;  // dynamic, that a block may ask for
+  int cache_bytes;       // of the second level
+};
 
-// 10 · major + minor of the compute capability.
-inline int capability(int device) {
-  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-         attribute(cudaDevAttrComputeCapabilityMinor, device);
+inline const Device& properties(int device) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const Device asked = {attribute(cudaDevAttrMultiProcessorCount, device),
+                        10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                            attribute(cudaDevAttrComputeCapabilityMinor, device),
+                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                        attribute(cudaDevAttrL2CacheSize, device)};
+  return known.emplace(device, asked).first->second;
 }
 
-// Dynamic shared memory that a block may ask for.
-inline int max_shared_bytes(int device) {
-  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
+inline int multiprocessors(int device) { return properties(device).multiprocessors; }
+inline int capability(int device) { return properties(device).capability; }
+inline int max_shared_bytes(int device) { return properties(device).max_shared_bytes; }
+inline int cache_bytes(int device) { return properties(device).cache_bytes; }
 
 // Blocks of a kernel that fit on one multiprocessor at a time (guide: Occupancy Calculator).
 template <class... Parameters>
@@ -300,6 +334,8 @@ int resident_blocks(void (*kernel)(Parameters...), const Launch& launch) {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape,
             const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid_of(name, shape));
   const DeviceGuard guard(shape.device);
   if (shape.shared_bytes > 48 * 1024)  // more has to be asked for
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -308,8 +344,6 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape
   if (shape.cluster > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name,
           shape.text());
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(shape.grid));
   config.blockDim = dim3(unsigned(shape.block));
   config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(shape.stream);
@@ -330,51 +364,5 @@ inline void set_zero(void* at, int64_t bytes, Stream stream, int device) {
   check(cudaMemsetAsync(at, 0, size_t(bytes), reinterpret_cast<cudaStream_t>(stream)),
         "cudaMemsetAsync", std::to_string(bytes) + " bytes on device " + std::to_string(device));
 }
-
-// The memory pool of workspaces on a device. It keeps what it has got; the default pool would give
-// it back whenever the GPU is idle, and allocating would take longer than a kernel.
-inline cudaMemPool_t workspace_pool(int device) {
-  static std::mutex mutex;
-  static std::map<int, cudaMemPool_t> pools;
-  const std::lock_guard<std::mutex> lock(mutex);
-  cudaMemPool_t& pool = pools[device];
-  if (pool == nullptr) {
-    cudaMemPoolProps properties = {};
-    properties.allocType = cudaMemAllocationTypePinned;
-    properties.location.type = cudaMemLocationTypeDevice;
-    properties.location.id = device;
-    check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
-    uint64_t keep = UINT64_MAX;
-    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep),
-          "cudaMemPoolSetAttribute");
-  }
-  return pool;
-}
-
-// Memory for the partial results of one call, ordered on its stream: free for the next call as
-// soon as the stream is past this one (guide: Stream Ordered Memory Allocator).
-class Workspace {
- public:
-  Workspace(int64_t bytes, Stream stream, int device)
-      : stream_(reinterpret_cast<cudaStream_t>(stream)) {
-    const DeviceGuard guard(device);
-    check(cudaMallocFromPoolAsync(&data_, size_t(bytes), workspace_pool(device), stream_),
-          "allocating a workspace",
-          std::to_string(bytes) + " bytes on device " + std::to_string(device));
-  }
-  ~Workspace() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
-  }
-  Workspace(const Workspace&) = delete;
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  cudaStream_t stream_;
-};
 
 }  // namespace fusedattn::cuda

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind_all.h"
+#include "bindings/workspace.h"
 #include "cuda/kernels.h"
 #include "cuda/targets.h"
 
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels. fusedattn.ops checks their arguments first, and says more.";
   bindings::import_exchange(dlpack::device_cuda);
   bindings::bind_all(m, [](const auto& params, Stream stream) { cuda::run(params, stream); });
+  bindings::bind_allocator(m, std::identity());
   m.def(
       "attention_tiles",
       [] {

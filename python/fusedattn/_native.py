@@ -6,7 +6,8 @@ import functools
 import importlib
 from typing import Any
 
-import torch  # noqa: F401
+import torch
+from torch import Tensor
 
 REMEDY = (
     "install GCC and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: "
@@ -28,11 +29,30 @@ def _load(name: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
+def cuda_workspace(size: int, index: int, stream: int) -> Tensor:
+    """So many bytes on a GPU, for what is on `stream` and comes later on it."""
+    device = torch.device("cuda", index)
+    if torch.cuda.current_stream(device).cuda_stream == stream:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def emulated_workspace(size: int, index: int, stream: int) -> Tensor:
+    """The same of the emulator, which has no streams."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
 cpu, cpu_error = _load("_cpu")
 cuda, cuda_error = _load("_cuda")
+if cuda is not None:
+    cuda.allocate_by(cuda_workspace)
 
 
 @functools.cache
 def cuda_emulated() -> Any:
     """The CUDA kernels on the host emulator, built for the tests only; None where it is not."""
-    return _load("_cuda_emulated")[0]
+    emulated = _load("_cuda_emulated")[0]
+    if emulated is not None:
+        emulated.allocate_by(emulated_workspace)
+    return emulated

@@ -38,4 +38,15 @@ void checked(const Params& params, Stream stream) {
   checked_call(outputs, [&] { cuda::run(params, stream); });
 }
 
+// An allocator of the same memory, which the emulator fills with NaN and watches.
+template <class Allocate>
+auto watched(const Allocate& allocate) {
+  return [allocate](int64_t bytes, int device, Stream stream) {
+    const std::shared_ptr<void> memory = allocate(bytes, device, stream);
+    Memory::here().add_workspace(memory.get(), bytes);
+    return std::shared_ptr<void>(memory.get(),
+                                 [memory](void* data) { Memory::here().remove_workspace(data); });
+  };
+}
+
 }  // namespace fusedattn::emulator

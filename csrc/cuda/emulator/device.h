@@ -152,21 +152,28 @@ inline float flush(float x) {
 
 namespace machine {
 
-inline void note_atomic(const float* to, const Where& where) {
+inline void note_atomic(const float* to, int bytes, const Where& where) {
   const bool flawed = emulator::flawed(emulator::Flaw::no_atomic, where);
-  emulator::note(to, sizeof(float), Space::global,
+  emulator::note(to, bytes, Space::global,
                  flawed ? emulator::Access::store : emulator::Access::atomic);
 }
 
 }  // namespace machine
 
 inline void atomic_add(float* to, float x, Where where = Where::current()) {
-  machine::note_atomic(to, where);
+  machine::note_atomic(to, sizeof x, where);
   *to += x;
 }
 
+inline bool adds_packs() { return emulator::device.capability >= 90; }
+
+inline void atomic_add(float* to, const Pack<float, 4>& x, Where where = Where::current()) {
+  machine::note_atomic(to, sizeof x, where);
+  for (int i = 0; i < 4; ++i) to[i] += x[i];
+}
+
 inline void atomic_max(float* to, float x, Where where = Where::current()) {
-  machine::note_atomic(to, where);
+  machine::note_atomic(to, sizeof x, where);
   *to = std::max(*to, x);
 }
 
@@ -190,6 +197,7 @@ inline void sincospi(float x, float* sine, float* cosine) {
 inline int multiprocessors(int) { return emulator::device.multiprocessors; }
 inline int capability(int) { return emulator::device.capability; }
 inline int max_shared_bytes(int) { return emulator::device.max_shared_bytes; }
+inline int cache_bytes(int) { return emulator::device.cache_bytes; }
 
 template <class... Parameters>
 int resident_blocks(void (*)(Parameters...), const Launch&) {
@@ -199,30 +207,10 @@ int resident_blocks(void (*)(Parameters...), const Launch&) {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape,
             const Arguments&... arguments) {
+  (void)grid_of(name, shape);
   emulator::run(name, shape, [&] { kernel(Parameters(arguments)...); });
 }
 
 inline void set_zero(void* at, int64_t bytes, Stream, int) { emulator::set_zero(at, bytes); }
-
-class Workspace {
- public:
-  Workspace(int64_t bytes, Stream, int)
-      : data_(std::aligned_alloc(256, size_t(bytes + 255) / 256 * 256)) {
-    emulator::Memory::here().add_workspace(data_, bytes);
-  }
-  ~Workspace() {
-    emulator::Memory::here().remove_workspace(data_);
-    std::free(data_);
-  }
-  Workspace(const Workspace&) = delete;
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_;
-};
 
 }  // namespace fusedattn::cuda

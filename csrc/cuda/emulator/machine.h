@@ -68,6 +68,7 @@ struct Device {
   int capability = 90;
   int multiprocessors = 3;
   int max_shared_bytes = 227 * 1024;
+  int cache_bytes = 16 << 20;
 };
 extern Device device;
 

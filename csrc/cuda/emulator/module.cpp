@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind_all.h"
+#include "bindings/workspace.h"
 #include "cuda/emulator/call.h"
 #include "cuda/emulator/flaws.h"
 #include "cuda/emulator/machine.h"
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   bindings::import_exchange();
   bindings::seen = emulator::add_tensor;
   bindings::bind_all(m, [](const auto& params, Stream stream) { checked(params, stream); });
+  bindings::bind_allocator(m, [](const auto& allocate) { return emulator::watched(allocate); });
   emulator::bind_instructions(m);
   emulator::bind_planted(m);
   emulator::bind_schedule(m);
@@ -34,9 +36,10 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("switches", &emulator::switches, "Times that a thread was resumed.");
   m.def(
       "device",
-      [](int capability, int multiprocessors, int max_shared_bytes) {
-        emulator::device = {capability, multiprocessors, max_shared_bytes};
+      [](int capability, int multiprocessors, int max_shared_bytes, int cache_bytes) {
+        emulator::device = {capability, multiprocessors, max_shared_bytes, cache_bytes};
       },
       pybind11::arg("capability") = 90, pybind11::arg("multiprocessors") = 3,
-      pybind11::arg("max_shared_bytes") = 227 * 1024, "What launchers are told of the device.");
+      pybind11::arg("max_shared_bytes") = 227 * 1024, pybind11::arg("cache_bytes") = 16 << 20,
+      "What launchers are told of the device.");
 }

@@ -39,9 +39,9 @@ void launch_keys(Backward b, Launch launch) {
     b.dq_sum = zeros;
     b.dq_tiles = uint32_t(tiles);
   }
-  const int64_t row_bytes = 2 * (b.head_dim() + b.head_dim_v());
+  const int64_t row_bytes = 2 * (b.head_dim() + b.head_dim_v()), cache = cache_bytes(launch.device);
   b.tiles = uint32_t(ceil_div(b.longest_k(), shape.keys));
-  b.section = uint32_t(section_of(heads_kv, b.group() * b.longest_q() * row_bytes));
+  b.section = uint32_t(section_of(heads_kv, b.group() * b.longest_q() * row_bytes, cache));
   launch.block = shape.threads();
   launch.grid = b.tiles * heads_kv;
   launch.shared_bytes = shape.shared_bytes;
@@ -55,7 +55,7 @@ void launch_keys(Backward b, Launch launch) {
   } else {
     constexpr QueriesShape queries = queries_shape(head_dim);
     b.tiles = uint32_t(ceil_div(b.longest_q(), queries.queries));
-    b.section = uint32_t(b.group() * section_of(heads_kv, b.longest_k() * row_bytes));
+    b.section = uint32_t(b.group() * section_of(heads_kv, b.longest_k() * row_bytes, cache));
     launch.block = queries.threads();
     launch.grid = b.tiles * heads;
     launch.shared_bytes = queries.shared_bytes;

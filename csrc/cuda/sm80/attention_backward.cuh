@@ -394,8 +394,7 @@ class KeysKernel {
     ds.round(dp);
   }
 
-  // dQ += ds K. The order of a tile in the workspace is that of fragments: 32 lanes add to 32
-  // neighbours.
+  // dQ += ds K.
   FUSEDATTN_DEVICE void add_dq(const At& at) const {
     Pack<float, 4> dq[DqShape::m][DqShape::n];
     clear(dq);
@@ -406,10 +405,7 @@ class KeysKernel {
 #pragma unroll
     for (int i = 0; i < DqShape::m; ++i)
 #pragma unroll
-      for (int j = 0; j < DqShape::n; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          atomic_add(sum + ((i * DqShape::n + j) * 4 + e) * warp_size, dq[i][j][e]);
+      for (int j = 0; j < DqShape::n; ++j) DqShape::add(sum, i, j, dq[i][j]);
   }
 
   // dK and dV, through the tiles of K and V.
@@ -459,10 +455,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threa
 #pragma unroll
   for (int i = 0; i < Shape::m; ++i)
 #pragma unroll
-    for (int j = 0; j < Shape::n; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        dq[i][j][e] = load_streaming(sum + ((i * Shape::n + j) * 4 + e) * warp_size);
+    for (int j = 0; j < Shape::n; ++j) dq[i][j] = Shape::read(sum, i, j);
   const Tile<shape.queries, head_dim> tile = {shared_memory()};
   round_to<T>(tile, Shape::row(), Shape::column() / chunk_size, dq,
               gradient_scale<T>(p, uint32_t(head)));

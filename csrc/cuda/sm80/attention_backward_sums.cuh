@@ -1,5 +1,6 @@
 // In which order the sums of dQ lie in the workspace: attention_backward_keys adds to them, and
-// attention_backward_round reads them, as fragments of a product.
+// attention_backward_round reads them, as fragments of a product. The 128 sums of a fragment: the
+// four of a lane side by side where one instruction adds them, else one of each lane.
 #pragma once
 
 #include "attention_config.h"
@@ -25,7 +26,23 @@ struct DqFragments {
   template <class P>
   FUSEDATTN_DEVICE static int64_t at(const P& p, uint32_t head, int tile) {
     return (int64_t(head) * p.dq_tiles + tile) * (shape.queries * head_dim) +
-           warp() * (4 * m * n * warp_size) + lane();
+           warp() * (4 * m * n * warp_size);
+  }
+
+  // To and from the fragment (i, j) of the sums that begin at `sums`.
+  FUSEDATTN_DEVICE static void add(float* sums, int i, int j, const Pack<float, 4>& x) {
+    sums += (i * n + j) * 4 * warp_size;
+    if (adds_packs()) return atomic_add(sums + 4 * anew(lane()), x);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) atomic_add(sums + e * warp_size + lane(), x[e]);
+  }
+  FUSEDATTN_DEVICE static Pack<float, 4> read(const float* sums, int i, int j) {
+    sums += (i * n + j) * 4 * warp_size;
+    if (adds_packs()) return load_streaming<4>(sums + 4 * lane());
+    Pack<float, 4> x;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = load_streaming(sums + e * warp_size + lane());
+    return x;
   }
 };
 

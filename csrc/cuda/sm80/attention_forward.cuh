@@ -11,11 +11,14 @@
 //   registers        o and the scores in fp32, p in the element type as the next product's operand,
 //                    queries as far as they fit
 //
+// Where there are few queries the keys are split between blocks, each of which writes its out and
+// lse to a workspace; attention_combine.cu makes one of them (Dao et al. 2023, Flash-Decoding).
+//
 // While a warp computes on one slot, copies to the other slots are under way. One barrier per slot
 // says both that its tile has landed and that the slot before it is free again.
 //
-// A window would change `hide`, dropout what comes after `Softmax::update`; sequences of a varlen
-// batch would change where rows begin.
+// A window would change `hide` and `unite_groups`, dropout what comes after `Softmax::update`;
+// sequences of a varlen batch would change where rows begin.
 #pragma once
 
 #include <cmath>
@@ -30,8 +33,9 @@ namespace fusedattn::cuda {
 struct Forward : AttentionForward {
   Rules rules;       // its factor is |scale| · log₂e, above 0
   float sign;        // of scale: 1, 0 or -1 (NaN where it is); 1 where scores bend
-  uint32_t tiles;    // of queries in a head
+  uint32_t tiles;    // blocks of a head: tiles of queries, times the parts of the keys
   uint32_t section;  // heads that are worked on together
+  Parts parts;
 };
 
 // --- the ring ------------------------------------------------------------------------------------
@@ -41,19 +45,19 @@ template <class Tile, int slots, int threads>
 class Ring {
  public:
   FUSEDATTN_DEVICE Ring(char* data, const Forward& p, int64_t b, int64_t head,
-                        const Sequence<int>& sequence, int tiles)
+                        const Sequence<int>& sequence, int end)
       : data_(data),
         k_(rows_of(p.k, b, head, sequence.first_k)),
         v_(rows_of(p.v, b, head, sequence.first_k)),
         width_k_(width_of(p.k)),
         width_v_(width_of(p.v)),
         keys_(sequence.seq_k),
-        tiles_(tiles) {}
+        end_(end) {}
 
-  // Fills all slots but one. Copies that were begun before land with the first tile.
-  FUSEDATTN_DEVICE void start() {
+  // Fills all slots but one, from tile t on. Copies that were begun before land with the first.
+  FUSEDATTN_DEVICE void start(int t) {
 #pragma unroll
-    for (int item = 0; item < slots - 1; ++item) fetch(item / 2, item % 2, item);
+    for (int item = 0; item < slots - 1; ++item) fetch(t + item / 2, item % 2, item);
   }
 
   // The tile of keys, or of values, with number t, which has landed; begins to copy another one.
@@ -72,7 +76,7 @@ class Ring {
  private:
   // A group of copies for each tile, an empty one past the last.
   FUSEDATTN_DEVICE void fetch(int t, bool values, int slot) {
-    if (t < tiles_)
+    if (t < end_)
       copy_tile<threads>(Tile{data_ + slot * Tile::bytes}, values ? v_ : k_, t * Tile::rows, keys_,
                          values ? width_v_ : width_k_);
     commit_copies();
@@ -80,7 +84,7 @@ class Ring {
 
   char* data_;
   Rows k_, v_;
-  int width_k_, width_v_, keys_, tiles_;
+  int width_k_, width_v_, keys_, end_;  // end_: of the tiles
   int slot_ = 0;
 };
 
@@ -138,14 +142,24 @@ struct Softmax {
       }
   }
 
-  FUSEDATTN_DEVICE void finish() {
+  // out becomes out / sum, 0 of a row that has seen nothing.
+  template <int w>
+  FUSEDATTN_DEVICE void finish(Pack<float, 4> (&out)[m][w]) {
 #pragma unroll
     for (int i = 0; i < m; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         sum[i][half] += shuffle_xor(sum[i][half], 1);
         sum[i][half] += shuffle_xor(sum[i][half], 2);
+        const float share = sum[i][half] == 0.0f ? 0.0f : 1.0f / sum[i][half];
+#pragma unroll
+        for (int j = 0; j < w; ++j) out[i][j][2 * half] *= share, out[i][j][2 * half + 1] *= share;
       }
+  }
+
+  // In powers of 2.
+  FUSEDATTN_DEVICE float lse(int i, int half, float scale) const {
+    return shift(i, half, scale) + log2(sum[i][half]);
   }
 };
 
@@ -181,25 +195,46 @@ struct Queries {
   }
 };
 
-// out / l and lse, by way of the tile of queries: its rows are the warp's own, and were last read
-// before a barrier of the ring.
-template <class T, class Tile, int m, int w>
-FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Sequence<int>& sequence,
-                            int first, const Tile& tile, int row, Softmax<m>& softmax,
-                            Pack<float, 4> (&out)[m][w]) {
-  softmax.finish();
+// out and lse of a part of the keys, to the workspace.
+template <int tile, int m, int w>
+FUSEDATTN_DEVICE void write_part(const Forward& p, int row, const Softmax<m>& softmax,
+                                 const Pack<float, 4> (&out)[m][w]) {
+  // Worked out once more, to stay in no registers meanwhile.
+  const Work work =
+      work_of(uint32_t(anew(int(block()))), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
+  const int part = work.tile % p.parts.count, width = int(p.head_dim_v());
+  const int64_t first = (part * p.batch() * p.heads() + work.head) * p.longest_q();
+  row += work.tile / p.parts.count * tile;
 #pragma unroll
   for (int i = 0; i < m; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = softmax.sum[i][half];
-      const float share = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int query = row + 16 * i + row_of(2 * half);
+      if (!below(query, p.longest_q())) continue;
+      if (column_of(0) == 0)
+        store(p.parts.lse + first + query, softmax.lse(i, half, p.rules.factor));
+      float* to = p.parts.out + (first + query) * width + column_of(0);
 #pragma unroll
-      for (int j = 0; j < w; ++j) out[i][j][2 * half] *= share, out[i][j][2 * half + 1] *= share;
+      for (int j = 0; j < w; ++j)
+        if (8 * j < width)
+          store(to + 8 * j, Pack<float, 2>{out[i][j][2 * half], out[i][j][2 * half + 1]});
+    }
+}
+
+// out and lse, by way of the tile of queries: its rows are the warp's own, and were last read
+// before a barrier of the ring.
+template <class T, class Tile, int m, int w>
+FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Sequence<int>& sequence,
+                            int first, const Tile& tile, int row, const Softmax<m>& softmax,
+                            const Pack<float, 4> (&out)[m][w]) {
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       const int query = first + row + 16 * i + row_of(2 * half);
-      const float shift = softmax.shift(i, half, p.rules.factor);
       if (column_of(0) == 0 && query < sequence.seq_q)
-        store(p.lse.at<float>(b, h, sequence.query_row(query)), (shift + log2(sum)) * ln_2);
+        store(p.lse.at<float>(b, h, sequence.query_row(query)),
+              softmax.lse(i, half, p.rules.factor) * ln_2);
     }
   round_to<T>(tile, row, 0, out);
   sync_warp();
@@ -219,21 +254,22 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
 
   const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
   const int b = work.head / int(p.heads()), h = work.head % int(p.heads());
-  const int first = work.tile * shape.queries, row = warp() * 16 * m;
+  const int first = work.tile / p.parts.count * shape.queries, row = warp() * 16 * m;
   const Sequence<int> sequence = sequence_of(p, b);
   const Tiles tiles = key_tiles(sequence, first, shape.queries, shape.keys);
+  const Part part = part_of(tiles.end, work.tile % p.parts.count, p.parts.count);
 
   const QueryTile query_tile{shared_memory()};
   Ring<KeyTile, shape.slots, shape.threads()> ring(shared_memory() + QueryTile::bytes, p, b,
-                                                   h / int(p.group()), sequence, tiles.end);
+                                                   h / int(p.group()), sequence, part.end);
   Queries<T, QueryTile, m, shape.held> queries(query_tile, row);
   Softmax<m> softmax;
   Pack<float, 4> out[m][w];
   clear(out);
-  if (tiles.end > 0) {
+  if (part.begin < part.end) {
     copy_tile<shape.threads()>(query_tile, rows_of(p.q, b, h, sequence.first_q), first,
                                sequence.seq_q, width_of(p.q));
-    ring.start();
+    ring.start(part.begin);
     if constexpr (shape.held > 0) {
       wait_copies<shape.slots - 2>();
       sync_block();
@@ -241,7 +277,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
     }
   }
 #pragma unroll 1
-  for (int t = 0; t < tiles.end; ++t) {
+  for (int t = part.begin; t < part.end; ++t) {
     Pack<float, 4> s[m][n];
     clear(s);
     multiply<T, head_dim / 16>(s, queries,
@@ -256,21 +292,50 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
     weights.round(s);
     multiply<T, n / 2>(out, weights, OperandB<KeyTile, Sum::across>(ring.template next<true>(t)));
   }
-  write<T>(p, b, h, sequence, first, query_tile, row, softmax, out);
+  softmax.finish(out);
+  if (p.parts.count == 1)
+    write<T>(p, b, h, sequence, first, query_tile, row, softmax, out);
+  else
+    write_part<shape.queries>(p, row, softmax, out);
 }
 
 // --- launcher ------------------------------------------------------------------------------------
 
+// One query of each head: those of a group, which see the same keys, become the queries of one.
+inline void unite_groups(AttentionForward& p) {
+  if (p.longest_q() != 1 || p.options.causal == Causal::top_left) return;
+  const int64_t group = p.group(), heads_kv = p.heads_kv();
+  for (TensorView* x : {&p.q, &p.out, &p.lse}) {
+    x->shape[1] = heads_kv;
+    x->shape[2] = group;
+    x->stride[2] = x->stride[1];
+    x->stride[1] *= group;
+  }
+  p.options.causal = Causal::none;  // the last query sees all keys
+}
+
 template <class T, int head_dim, Memory memory>
 void launch_forward(Forward f, Launch launch) {
   constexpr ForwardShape shape = forward_shape(head_dim, memory);
+  const int64_t heads = f.batch() * f.heads(), tiles = ceil_div(f.longest_q(), shape.queries);
   const int64_t head_bytes = 2 * f.longest_k() * (f.head_dim() + f.head_dim_v());
-  f.section = uint32_t(f.group() * section_of(f.batch() * f.heads_kv(), head_bytes));
-  f.tiles = uint32_t(ceil_div(f.longest_q(), shape.queries));
-  launch.grid = int64_t(f.tiles) * f.batch() * f.heads();
+  const int64_t parts = parts_of(tiles * heads, multiprocessors(launch.device) * shape.blocks,
+                                 ceil_div(f.longest_k(), shape.keys));
+  f.section = uint32_t(
+      f.group() * section_of(f.batch() * f.heads_kv(), head_bytes, cache_bytes(launch.device)));
+  f.tiles = uint32_t(tiles * parts);
+  launch.grid = f.tiles * heads;
   launch.block = shape.threads();
   launch.shared_bytes = shape.shared_bytes;
-  cuda::launch("attention_forward", attention_forward<T, head_dim, memory>, launch, f);
+  const auto run = [&] {
+    cuda::launch("attention_forward", attention_forward<T, head_dim, memory>, launch, f);
+  };
+  if (parts == 1) return run();
+  const int64_t rows = parts * heads * f.longest_q(), outs = rows * f.head_dim_v();
+  const Workspace workspace((outs + rows) * int64_t(sizeof(float)), launch.stream, launch.device);
+  f.parts = {workspace.as<float>(), workspace.as<float>() + outs, uint32_t(parts)};
+  run();
+  launch_attention_combine(f, f.parts, launch);
 }
 
 template <class T, int head_dim>
@@ -278,6 +343,7 @@ void launch_attention_forward(const AttentionForward& p, Stream stream) {
   const float scale = float(p.options.scale);
   Forward f;
   static_cast<AttentionForward&>(f) = p;
+  unite_groups(f);
   f.rules = Rules(p.options);
   f.sign = f.rules.factor > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : scale;
   // With a scale of 0 the scores become 0, and the factor must only keep −∞ what it is.

@@ -36,6 +36,11 @@ void bind_schedule(pybind11::module_& m) {
     return std::tuple(work.tile, work.head);
   });
   m.def("section_of", &cuda::section_of);
+  m.def("parts_of", &cuda::parts_of);
+  m.def("part_of", [](int tiles, int part, int parts) {
+    const cuda::Part found = cuda::part_of(tiles, part, parts);
+    return std::pair(found.begin, found.end);
+  });
 }
 
 }  // namespace fusedattn::emulator

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_scores import sequence_of
-from .common import aligned, block_width, load_tile, matrix, rows_from, vector, view
+from .common import FMA, aligned, block_width, load_tile, matrix, rows_from, vector, view
 
 # --- in the backward -----------------------------------------------------------------------------
 
@@ -114,6 +114,6 @@ def largest_norms(
         view(v), view(dout), lse, None if dlse is None else view(dlse[:, :, None]),
         vector(kv_lengths), norms, heads, heads // kv_heads, seq_q, seq_k, of_values,
         DV=head_dim_v, BLOCK_DV=block_width(head_dim_v), ALIGNED=aligned(v, dout), ROWS=rows,
-        num_warps=4,
+        num_warps=4, **FMA,
     )  # fmt: skip
     return norms

@@ -152,6 +152,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 # --- launching -----------------------------------------------------------------------------------
 
 
+# Of every launch: a·b + c rounds once. Triton's default is a setting of the process, and changes.
+FMA = {"enable_fp_fusion": True}
+
+
 class Device(NamedTuple):
     """What decides a launch: compute capability × 10, shared memory per block, L2, processors."""
 

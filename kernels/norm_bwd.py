@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Device, block_width, device_of, vector
+from .common import FMA, Device, block_width, device_of, vector
 from .rowwise import (
     MOST_WARPS,
     NO_DROPOUT,
@@ -281,7 +281,7 @@ def _add_parts(
     block = min(1024, max(32, triton.next_power_of_2(width // (2 * device.processors))))
     parts_kernel[(triton.cdiv(width, block),)](
         weight_parts, bias_parts, dweight, dbias, count, width,
-        ROWS=2048 // block, BLOCK=block, num_warps=8,
+        ROWS=2048 // block, BLOCK=block, num_warps=8, **FMA,
     )  # fmt: skip
 
 
@@ -313,7 +313,7 @@ def norm_backward(
             means = rstd.new_empty(2, rows)
             means_kernel[(triton.cdiv(rows, tile.rows),)](
                 means=means, **tensors, **sizes,
-                ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+                ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **FMA,
             )  # fmt: skip
         block, rest = _blocks(tile, width)
         columns = 1 if rest else triton.cdiv(width, block)
@@ -325,7 +325,7 @@ def norm_backward(
             dz=matrix_of(dz), seed=None if drop is None else vector(seed), means=means,
             dx=matrix_of(dx), dresidual=matrix_of(dresidual), dweight=sums[0], dbias=sums[1],
             limit=limit, keep_scale=keep_scale, columns=columns, **tensors, **sizes,
-            ROWS=tile.rows, BLOCK=block, REST=rest, STAGES=stages, num_warps=tile.warps,
+            ROWS=tile.rows, BLOCK=block, REST=rest, STAGES=stages, num_warps=tile.warps, **FMA,
             **registers(device, 128),
         )  # fmt: skip
         _add_parts(*sums, dweight, dbias, device)

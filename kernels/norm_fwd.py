@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_of, vector
+from .common import FMA, device_of, vector
 from .rowwise import (
     NO_DROPOUT,
     at,
@@ -193,5 +193,5 @@ def norm_forward(
             None if drop is None else vector(seed), matrix_of(out), matrix_of(z), mean, rstd,
             config.eps, config.weight_offset or None, *(drop or NO_DROPOUT), rows, width,
             ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, EVEN=tile.block == width,
-            num_warps=tile.warps, **registers(device, most_registers),
+            num_warps=tile.warps, **FMA, **registers(device, most_registers),
         )  # fmt: skip

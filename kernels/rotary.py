@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_of, view
+from .common import FMA, device_of, view
 from .positions import load_positions, positions_view, sheets
 
 if TYPE_CHECKING:
@@ -243,4 +243,5 @@ def rotary_forward(call: RotaryCall, out: Tensor, out2: Tensor | None) -> None:
             BLOCK_S=block_s,
             BLOCK_C=block_c,
             num_warps=WARPS,
+            **FMA,
         )

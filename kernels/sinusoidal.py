@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import FMA
 from .positions import load_positions, positions_view, sheets
 
 if TYPE_CHECKING:
@@ -158,4 +159,5 @@ def sinusoidal_forward(call: SinusoidalCall, out: Tensor) -> None:
             BLOCK_S=block_s,
             PAIRS=columns // 2,
             num_warps=WARPS,
+            **FMA,
         )

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, broadcast_view, load_pairs, matrix, view
+from .common import FMA, LOG2E, broadcast_view, load_pairs, matrix, view
 from .rowwise import at, programs, row_views, store, tile_of, work_item
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ def _arguments(x: Tensor, sizes: list[int], per_thread: int, config: SoftmaxConf
         "BLOCK": tile.block,
         "WHOLE": tile.whole,
         "num_warps": tile.warps,
+        **FMA,
     }
 
 

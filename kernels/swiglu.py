@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, matrix, view
+from .common import FMA, LOG2E, matrix, view
 from .rowwise import at, row_views, store, work_item
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _launch(kernel: triton.JITFunction, tensors: list[Tensor], activation: int) 
     with torch.cuda.device_of(like):
         kernel[grid](
             *views, heads, rows, width, ACTIVATION=activation, ROWS=together, BLOCK=block,
-            num_warps=WARPS,
+            num_warps=WARPS, **FMA,
         )  # fmt: skip
 
 

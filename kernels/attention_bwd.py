@@ -143,6 +143,7 @@ def dkdv_kernel(
     begin, full, end = query_range(start, sequence, CAUSAL, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat) if norms is not None else None
     PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
+    # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
     SPLIT: tl.constexpr = CAUSAL and MASKED_APART
     bounds = (begin, full, end) if SPLIT else (begin, end)
 

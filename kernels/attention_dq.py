@@ -63,6 +63,7 @@ def dq_kernel(
     shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
     delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Two loops as in the forward.
     SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
     bounds = (begin, full, end) if SPLIT else (begin, end)
     for part in tl.static_range(1 + SPLIT):

@@ -37,7 +37,7 @@ class Nothing:
         )
 
     def get_current_device(self) -> int:
-        return 0
+        return self._arch  # a JITFunction keeps the first target that a device had
 
     def get_current_stream(self, device: int) -> int:
         return 0

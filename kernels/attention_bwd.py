@@ -102,6 +102,7 @@ def dkdv_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MASKED_APART: tl.constexpr = False,
 ):
     index, flat = work_item(tl.program_id(0), tl.cdiv(seq_k, BLOCK_N), heads_total, section, False)
     batch, kv_head = flat // (heads // group), flat % (heads // group)
@@ -113,6 +114,10 @@ def dkdv_kernel(
     # the row is dropped.
     begin, full, end = query_range(start, sequence, CAUSAL, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat) if norms is not None else None
+    PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
+    # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
+    SPLIT: tl.constexpr = CAUSAL and MASKED_APART
+    bounds = (begin, full, end) if SPLIT else (begin, end)
 
     k_head = rows_from(k, batch, kv_head, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, kv_head, sequence.first_k, ALIGNED)
@@ -125,24 +130,31 @@ def dkdv_kernel(
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
         dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
-        for at in tl.range(begin, end, BLOCK_M):
-            i = at + tl.arange(0, BLOCK_M)
-            inside = i < sequence.seq_q
-            q_tile = load_tile(q_head, at, sequence.seq_q, BLOCK_M, D, BLOCK_D)
-            do_tile = load_tile(dout_head, at, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
-            shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
-            delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
-            raw = dot(k_tile, tl.trans(q_tile), None, PRECISION)
-            s = scores(raw, rules, batch, head, sequence, i[None, :], j[:, None], scale, NATURAL)
-            if CAUSAL:  # noqa: SIM102
-                if at < full:
-                    s = hide(s, i[None, :], j[:, None], sequence, CAUSAL)
-            p = weights(s, shift_row[None, :], scale, NATURAL)
-            dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
-            dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
-            ds = p * less_delta(dp, delta_row[None, :], ds_scale)
-            ds = chain(ds, raw, rules, scale)
-            dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+        for part in tl.static_range(1 + SPLIT):
+            for at in tl.range(bounds[part], bounds[part + 1], BLOCK_M):
+                i = at + tl.arange(0, BLOCK_M)
+                inside = i < sequence.seq_q
+                q_tile = load_tile(q_head, at, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+                do_tile = load_tile(dout_head, at, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
+                shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
+                delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
+                raw = dot(k_tile, tl.trans(q_tile), None, PRECISION)
+                if not PAIRS:  # the exponentials run while the tensor cores work at this
+                    dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
+                s = scores(
+                    raw, rules, batch, head, sequence, i[None, :], j[:, None], scale, NATURAL
+                )
+                masked = part == 0 if SPLIT else at < full
+                if CAUSAL:  # noqa: SIM102
+                    if masked:
+                        s = hide(s, i[None, :], j[:, None], sequence, CAUSAL)
+                p = weights(s, shift_row[None, :], scale, NATURAL)
+                dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+                if PAIRS:  # later: no registers are left for it
+                    dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
+                ds = p * less_delta(dp, delta_row[None, :], ds_scale)
+                ds = chain(ds, raw, rules, scale)
+                dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
 
     exists = (j < keys)[:, None]
     dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
@@ -171,6 +183,7 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
     dbias: Tensor | None,
+    dalibi_slopes: Tensor | None = None,
 ) -> None:
     """Write dq, dk and dv (any strides) and, where not None, dbias, contiguous.
 
@@ -181,6 +194,7 @@ def attention_backward(
     arguments = common_arguments(call, call.dout, out, dq, dk, dv)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     about = (device, q.dtype, widths, pair_bytes(call))
+    padded = widths != (arguments["D"], arguments["DV"])
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
     dlse = row_view(call.dlse)
@@ -204,7 +218,7 @@ def attention_backward(
     ds = None if dbias is None else launches.zeros(dbias.shape)
     whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
     launches.tuned(
-        _dq_tuner, tuning(call, arguments, dq_tiles(*about), products=3), dq_kernel,
+        _dq_tuner, tuning(call, arguments, dq_tiles(*about, padded), products=3), dq_kernel,
         dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, heads_total=heads_q,
         section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
     )  # fmt: skip

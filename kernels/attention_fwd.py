@@ -99,24 +99,30 @@ def forward_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
-        v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
-        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-        if start >= full:
-            s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
-        highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
-        m_new = tl.maximum(m, highest)
-        # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = weights(s, shift[:, None], scale, NATURAL)
-        alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
-        acc = acc * alpha[:, None]
-        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
-        m = m_new
+    # Full tiles and masked ones have loops of their own: a branch between the products hides from
+    # Triton that they are a chain. A mask or a bias leaves no registers for a second loop.
+    SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
+    bounds = (begin, full, end) if SPLIT else (begin, end)
+    for part in tl.static_range(1 + SPLIT):
+        for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
+            v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
+            s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+            s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
+            masked = part == 1 if SPLIT else start >= full
+            if masked:
+                s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
+            highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
+            m_new = tl.maximum(m, highest)
+            # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = weights(s, shift[:, None], scale, NATURAL)
+            alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
+            l = l * alpha + tl.sum(p, 1)  # noqa: E741
+            acc = acc * alpha[:, None]
+            acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+            m = m_new
 
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
     out_head = rows_from(out, batch, head, sequence.first_q, ALIGNED)
@@ -152,6 +158,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
         return (heads_total * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)
 
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    found = forward_tiles(device, q.dtype, widths, pair_bytes(call))
+    padded = widths != (arguments["D"], arguments["DV"])
+    found = forward_tiles(device, q.dtype, widths, pair_bytes(call), padded)
     about = tuning(call, arguments, found, products=2)
     launches.tuned(_tuner, about, forward_kernel, grid, *views, **arguments)

@@ -49,11 +49,13 @@ def query_range(
     """(begin, full, end) for keys start … start + BLOCK_N: queries [begin, full) see a part of
     them, [full, end) all that exist."""
     begin, full = 0, 0
+    end = tl.where(start < sequence.seq_k, sequence.seq_q, 0)
     if CAUSAL:
         low = start - sequence.diagonal
         begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
-    return begin, full, tl.where(start < sequence.seq_k, sequence.seq_q, 0)
+        full = tl.minimum(full, end)
+    return begin, full, end
 
 
 class Rules(NamedTuple):

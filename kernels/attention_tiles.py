@@ -1,13 +1,20 @@
 """Which tiles the attention kernels may use: for each kernel, kind of arithmetic and head dim.
 
 "wgmma" is sm_90, "tcgen05" sm_100, "mma" every other GPU with half-precision tensor cores, "fp32"
-the scalar units, since fp32 products are IEEE. A mask or a bias takes registers of its own, so
-"+ pairs" has smaller tiles for head dims where that matters. The first tile of a list is the best
-guess, taken where nothing may be timed.
+the scalar units, since fp32 products are IEEE. "mma, 99 KB" has what differs on GPUs with as much
+shared memory: sm_86, sm_89 and sm_120. A mask or a bias takes registers of its own, so "+ pairs"
+has smaller tiles for head dims where that matters; so does "+ padded" for head dims like 72, of
+which each copy asks whether it is inside. The first tile of a list is the best guess, taken where
+nothing may be timed.
 
-Left out are tiles in which registers spill at head dims 64 and 128 (tests/test_triton_compile.py;
-of one dkdv tile float16 on sm_100 spills two, outside the loop) and those that do not fit in the
-GPU's shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120.
+mma.sync: a tile has at least as many rows as its result has columns, BLOCK_M ≥ D in the forward and
+dQ, BLOCK_N ≥ D in dK/dV. Else Triton lays the warps along the columns, and what is between the
+products crosses warps through shared memory. Copies are under way during the products from three
+stages on; with two they are waited for as soon as they begin.
+
+Left out are tiles in which registers spill at head dims to 128 (tests/test_triton_compile.py) and
+those that do not fit in the GPU's shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80,
+99 KB on sm_86, sm_89 and sm_120.
 """
 
 from __future__ import annotations
@@ -20,19 +27,25 @@ import triton
 
 from .common import INTERPRETED, Device
 
-Tile = tuple[int, int, int, int]  # queries, keys, warps, pipeline stages
+Tile = tuple[int | str, ...]  # queries, keys, warps, pipeline stages, constants that are set
 Tiles = dict[str, dict[int, tuple[Tile, ...]]]  # by kind of arithmetic, then by padded head dim
+
+APART = "MASKED_APART"  # of dkdv_kernel
 
 FORWARD: Tiles = {
     "wgmma": {
-        64: ((128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
+        64: ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        128: ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
         256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
         512: ((64, 32, 8, 1), (32, 32, 8, 1)),
     },
     "wgmma + pairs": {
         64: ((128, 64, 8, 3), (64, 64, 4, 3)),
         128: ((128, 64, 8, 3), (64, 64, 4, 2)),
+    },
+    "wgmma + padded": {
+        64: ((128, 128, 8, 2), (64, 64, 4, 3)),
+        128: ((128, 128, 8, 3), (128, 64, 8, 3)),
     },
     "tcgen05": {
         64: ((128, 64, 8, 3), (64, 64, 4, 3)),
@@ -46,9 +59,16 @@ FORWARD: Tiles = {
     },
     "mma": {
         64: ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        128: ((128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
         256: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
         512: ((32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    "mma + padded": {
+        64: ((128, 64, 8, 3), (64, 64, 4, 3)),
+        128: ((128, 32, 8, 3), (64, 64, 8, 2)),
+    },
+    "mma, 99 KB": {
+        64: ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
     },
     "mma + pairs": {
         64: ((128, 64, 8, 2), (64, 64, 4, 3)),
@@ -64,8 +84,8 @@ FORWARD: Tiles = {
 
 DKDV: Tiles = {
     "wgmma": {
-        64: ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2)),
-        128: ((32, 128, 8, 2), (32, 64, 8, 2)),
+        64: ((64, 128, 8, 3), (32, 128, 8, 3, APART), (64, 64, 4, 2)),
+        128: ((32, 128, 8, 3), (32, 128, 8, 2), (32, 64, 8, 2)),
         256: ((32, 64, 8, 2), (32, 32, 8, 1)),
         512: ((16, 16, 8, 1),),
     },
@@ -74,7 +94,7 @@ DKDV: Tiles = {
         128: ((32, 128, 8, 1), (32, 64, 8, 2)),
     },
     "tcgen05": {
-        64: ((64, 128, 8, 2), (32, 64, 4, 2)),
+        64: ((64, 128, 8, 3), (32, 64, 4, 2)),
         128: ((64, 128, 8, 1), (64, 64, 8, 1), (32, 64, 8, 2)),
         256: ((32, 64, 8, 1), (32, 32, 8, 1)),
         512: ((16, 16, 8, 1),),
@@ -84,14 +104,17 @@ DKDV: Tiles = {
         128: ((64, 128, 8, 1), (64, 64, 8, 1)),
     },
     "mma": {
-        64: ((32, 128, 8, 2), (32, 64, 8, 2)),
-        128: ((64, 64, 8, 2), (16, 64, 4, 2)),
+        64: ((32, 128, 8, 3, APART), (32, 64, 8, 3, APART)),
+        128: ((16, 128, 8, 3, APART), (64, 64, 8, 2), (32, 64, 8, 3, APART)),
         256: ((32, 64, 8, 2), (32, 32, 8, 1)),
         512: ((16, 16, 8, 1),),
     },
     "mma + pairs": {
         64: ((16, 128, 8, 2), (16, 64, 8, 2)),
         128: ((32, 64, 8, 2), (16, 64, 8, 2)),
+    },
+    "mma, 99 KB + pairs": {
+        128: ((16, 64, 8, 3), (16, 64, 8, 2)),
     },
     "fp32": {
         64: ((32, 32, 8, 2), (16, 32, 8, 1)),
@@ -103,23 +126,26 @@ DKDV: Tiles = {
 
 DQ: Tiles = {
     "wgmma": {
-        64: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
-        128: ((128, 64, 8, 2), (64, 64, 4, 2)),
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
         256: ((64, 64, 8, 2), (64, 32, 8, 2)),
         512: ((32, 32, 8, 1), (32, 16, 8, 1)),
     },
     "wgmma + pairs": {
         64: ((128, 64, 8, 2), (64, 64, 4, 2)),
     },
+    "wgmma + padded": {
+        128: ((128, 64, 8, 2),),
+    },
     "tcgen05": {
-        64: ((128, 64, 8, 2), (64, 64, 4, 2)),
-        128: ((128, 64, 8, 2), (64, 64, 4, 2)),
+        64: ((128, 64, 8, 3), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
         256: ((64, 32, 8, 2), (64, 32, 8, 1)),
         512: ((32, 32, 8, 1), (32, 16, 8, 1)),
     },
     "mma": {
-        64: ((128, 64, 8, 2), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2), (64, 32, 4, 2)),
+        64: ((128, 64, 8, 3), (64, 64, 4, 3)),
+        128: ((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
         512: ((32, 32, 8, 1), (16, 16, 8, 1)),
     },
@@ -160,43 +186,49 @@ def candidates(
     widths: tuple[int, int],
     extra: int,
     shared: Callable[[int, int, int], int],
+    padded: bool = False,
 ) -> tuple[triton.Config, ...]:
     """The tiles for a device and padded head dims that fit in its shared memory, in their order.
 
     extra: bytes of mask and bias for each query and key. shared(m, n, stages): an upper bound of
-    the elements of q, k, v, … that a tile keeps. If no tile fits, the last, smallest one.
+    the elements of q, k, v, … that a tile keeps. padded: the head dims are less than their widths.
+    If no tile fits, the last, smallest one.
     """
-    if INTERPRETED.value:
-        return (_config((32, 16, 4, 1)),)
-    kind = {9: "wgmma", 10: "tcgen05"}.get(device.arch // 10, "mma")
-    kind = "fp32" if dtype == torch.float32 else kind
+    kinds = {9: ("wgmma",), 10: ("tcgen05",)}.get(device.arch // 10, ("mma",))
+    if kinds == ("mma",) and device.shared < 100 << 10:
+        kinds = ("mma, 99 KB", "mma")
+    kinds = ("fp32",) if dtype == torch.float32 else kinds
+    if extra or padded:
+        special = "pairs" if extra else "padded"
+        kinds = (*(f"{kind} + {special}" for kind in kinds), *kinds)
     width = max(64, *widths)
-    found = tiles[kind][width]
-    if extra:
-        found = tiles.get(f"{kind} + pairs", {}).get(width, found)
+    found = next(tiles[kind][width] for kind in kinds if width in tiles.get(kind, ()))
+    if INTERPRETED.value:
+        return (_config((32, 16, 4, 1, *found[0][4:])),)
     fitting = [
-        (m, n, warps, stages)
-        for m, n, warps, stages in found
+        (m, n, warps, stages, *constants)
+        for m, n, warps, stages, *constants in found
         if dtype.itemsize * shared(m, n, stages) + stages * m * n * extra <= device.shared
     ]
     return tuple(_config(each) for each in fitting or found[-1:])
 
 
 def _config(each: Tile) -> triton.Config:
-    m, n, warps, stages = each
-    return triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+    m, n, warps, stages, *constants = each
+    options = {"BLOCK_M": m, "BLOCK_N": n} | dict.fromkeys(constants, True)
+    return triton.Config(options, num_warps=warps, num_stages=stages)
 
 
 @functools.cache
 def forward_tiles(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, padded: bool
 ) -> tuple[triton.Config, ...]:
-    """Candidates for forward_kernel; widths: padded D and Dv, extra: as in `candidates`."""
+    """Candidates for forward_kernel; widths: padded D and Dv, the rest as in `candidates`."""
 
     def shared(m: int, n: int, stages: int) -> int:
         return m * widths[0] + stages * n * sum(widths)
 
-    return candidates(FORWARD, device, dtype, widths, extra, shared)
+    return candidates(FORWARD, device, dtype, widths, extra, shared, padded)
 
 
 @functools.cache
@@ -217,10 +249,10 @@ def _dq_shared(widths: tuple[int, int]) -> Callable[[int, int, int], int]:
 
 @functools.cache
 def dq_tiles(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, padded: bool
 ) -> tuple[triton.Config, ...]:
     """Candidates for dq_kernel."""
-    return candidates(DQ, device, dtype, widths, extra, _dq_shared(widths))
+    return candidates(DQ, device, dtype, widths, extra, _dq_shared(widths), padded)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ kind on the steps are repeated with the addresses of the new tensors.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -22,6 +23,8 @@ from torch import Tensor
 from .common import INTERPRETED, with_data
 from .tuning import Tuner, is_warming
 
+# Of every launch: a·b + c rounds once. Triton's default is a setting of the process, and changes.
+FMA = {"enable_fp_fusion": True}
 _RUNTIME = triton.knobs.runtime
 MOST = 1024  # plans of a launcher, of which the oldest goes first
 
@@ -69,11 +72,13 @@ class Launches:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """`kernel[grid](*args, **options)`."""
+        options = FMA | options
         compiled = kernel[grid](*args, **options)
-        names = kernel.arg_names
+        names = inspect.signature(kernel.fn).parameters
         given = dict(zip(names, args, strict=False)) | options
-        options = {name: options[name] for name in options.keys() - names}
-        self._write(self._launch_step(kernel, compiled, grid, [given[x] for x in names], options))
+        arguments = [given.get(name, parameter.default) for name, parameter in names.items()]
+        options = {name: options[name] for name in options.keys() - names.keys()}
+        self._write(self._launch_step(kernel, compiled, grid, arguments, options))
 
     def tuned(
         self,
@@ -87,7 +92,7 @@ class Launches:
         """`launch` with what the tuner picks; about: what it asks, grid: from the tile."""
 
         def trial(config: triton.Config) -> None:
-            kernel[grid(config.kwargs)](*args, **arguments, **config.all_kwargs())
+            kernel[grid(config.kwargs)](*args, **FMA, **arguments, **config.all_kwargs())
 
         config = tuner.pick(launch=trial, **about)
         self.launch(kernel, grid(config.kwargs), *args, **arguments, **config.all_kwargs())

@@ -13,117 +13,63 @@ same for the kernels of Triton's tutorial on fused attention, fetched by hand.
 from __future__ import annotations
 
 import argparse
-import collections
 import importlib.util
 import json
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import test_triton_compile as compiler
 import torch
+from compiled_code import disassemble
 from fusedattn.benchmarks.host import Nothing
-from machine_code import TOOL
 from rich.console import Console
 from rich.table import Table
 
 # Multiply-adds of half precision that a processor's tensor cores do in a cycle. On sm_90 those of
 # mma.sync, which old code uses, are half as fast.
 RATE = {"sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90": 2048, "sm_100": 4096, "sm_120": 512}
+PARTS = {"forward_kernel": "forward", "dkdv_kernel": "dk, dv", "dq_kernel": "dq"}
 PRODUCTS = {"forward": 2, "dk, dv": 4, "dq": 3, "backward": 5}
-TENSOR = re.compile(r"HMMA|HGMMA|UTCHMMA|UTCQMMA")
-WAITS = re.compile(r"BAR\.|DEPBAR|WARPGROUP\.DEPBAR|SYNCS\.PHASECHK")
 
 
-class Line(NamedTuple):
-    address: int
-    name: str
-    operands: str
-
-
-def lines_of(sass: str) -> list[Line]:
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
-    return [Line(int(a, 16), name, rest) for a, name, rest in re.findall(pattern, sass)]
-
-
-def hot_loop(lines: list[Line]) -> list[Line]:
-    """The instructions of the loop that counts; empty without one."""
-    loops = []
-    for line in lines:
-        target = re.search(r"0x([0-9a-f]+)", line.operands) if line.name.startswith("BRA") else None
-        if target and (start := int(target[1], 16)) < line.address:
-            body = [x for x in lines if start <= x.address <= line.address]
-            if any(TENSOR.match(x.name) for x in body):
-                loops.append(body)
-    innermost = [
-        x for x in loops if not any(y is not x and x[0] <= y[0] and y[-1] <= x[-1] for y in loops)
-    ]
-    return min(innermost, key=len, default=[])
-
-
-def read(code: bytes) -> tuple[dict[str, int], list[Line]]:
-    """What cuobjdump says of a cubin: its resources, and its instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        sass, usage = (
-            subprocess.run([TOOL, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-sass", "--dump-resource-usage")
-        )
-    uses = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    return uses, lines_of(sass.stdout)
-
-
-def figures(target: str, kernel: Any, part: str, dim: int, tile: list[int]) -> dict[str, Any]:
-    """A row of the table; tile: queries, keys, warps, stages."""
-    uses, lines = read(kernel.asm["cubin"])
-    loop = hot_loop(lines)
-    counts = collections.Counter(x.name.split(".")[0] for x in loop)
+def figures(record: dict[str, Any], target: str, part: str, dim: int, tile: list) -> dict[str, Any]:
+    """A row of the table, from what `disassemble` says; tile: queries, keys, warps, stages."""
+    loop = min(record["loops"], key=lambda loop: loop["instructions"])
     queries, keys, warps, _ = tile
-    rate = RATE[target] / (2 if target == "sm_90" and counts["HMMA"] else 1)
+    rate = RATE[target] / (2 if target == "sm_90" and record["HMMA"] else 1)
     cycles = {
         "tensor": PRODUCTS[part] * queries * keys * dim / rate,
-        "exp": sum(x.name.startswith("MUFU.EX2") for x in loop) * warps * 32 / 16,
-        "issue": len(loop) * warps / 4,
+        "exp": loop["exponentials"] * warps * 32 / 16,
+        "issue": loop["instructions"] * warps / 4,
     }
     return {
-        "instructions": len(lines),
-        "registers": uses["REG"],
-        "spilled": uses["STACK"] + uses["LOCAL"],
-        "shared": kernel.metadata.shared,
-        "loop": {
-            "instructions": len(loop),
-            "tensor": sum(bool(TENSOR.match(x.name)) for x in loop),
-            "waits": sum(bool(WAITS.match(x.name)) for x in loop),
-            "shared stores": counts["STS"],
-        },
+        "target": target,
+        "kernel": part,
+        "dim": dim,
+        "tile": tile,
+        "instructions": record["instructions"],
+        "registers": record["REG"],
+        "spilled": record["STACK"] + record["LOCAL"],
+        "shared": record["shared"],
+        "loop": loop,
         "cycles": {name: round(x) for name, x in cycles.items()},
         "of tensor peak": round(cycles["tensor"] / max(cycles.values()), 2),
     }
 
 
-# --- in a process for each target ----------------------------------------------------------------
-
-PARTS = {"forward_kernel": "forward", "dkdv_kernel": "dk, dv", "dq_kernel": "dq"}
-
-
 def ours(target: str) -> list[dict[str, Any]]:
     """Every tile of the hot kernels in bfloat16, causal, at head dims 64 and 128."""
-    import test_triton_compile as compiler
+    found = compiler.compile_in_a_process(compiler.__file__, target)
+    return [
+        {"who": "fusedattn"} | figures(x, target, PARTS[x["kernel"]], x["dim"], x["tile"])
+        for x in found
+        if x["case"] == "causal" and x["kernel"] in PARTS
+    ]
 
-    compiler.CASES = compiler.SMALL_CASES = {"causal": compiler.CASES["causal"]}
-    compiler.disassemble = lambda kernel: {"compiled": kernel}
-    rows = []
-    for record in compiler.compile_target(target):
-        if (part := PARTS.get(record["kernel"])) is not None:
-            found = figures(target, record["compiled"], part, record["dim"], record["tile"])
-            rows.append(
-                {"who": "fusedattn", "target": target, "kernel": part, "dim": record["dim"]}
-                | {"tile": record["tile"]} | found
-            )  # fmt: skip
-    return rows
+
+# --- in a process of its own ---------------------------------------------------------------------
 
 
 def tutorial(target: str, path: str) -> list[dict[str, Any]]:
@@ -150,10 +96,8 @@ def tutorial(target: str, path: str) -> list[dict[str, Any]]:
         names = ("BLOCK_M", "BLOCK_N") if part == "forward" else ("BLOCK_M1", "BLOCK_N1")
         tile = [options[x] for x in (*names, "num_warps", "num_stages")]
         dim = options["HEAD_DIM"]
-        rows.append(
-            {"who": "tutorial", "target": target, "kernel": part, "dim": dim, "tile": tile}
-            | figures(target, kernel, part, dim, tile)
-        )
+        found = figures(disassemble(kernel), target, part, dim, tile)
+        rows.append({"who": "tutorial"} | found)
 
     triton.JITFunction.run = only_compile
     configs = module._attn_fwd.configs
@@ -172,8 +116,8 @@ def tutorial(target: str, path: str) -> list[dict[str, Any]]:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def in_a_process(target: str, *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-W", "ignore", __file__, "--rows", target, *arguments]
+def tutorial_in_a_process(target: str, path: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-W", "ignore", __file__, "--tutorial", path, "--rows", target]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         print(f"{target}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -207,17 +151,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     if arguments.rows:
-        file = arguments.tutorial
-        print(json.dumps(tutorial(arguments.rows, file) if file else ours(arguments.rows)))
+        print(json.dumps(tutorial(arguments.rows, arguments.tutorial)))
         return
     rows = []
     if arguments.before:
         earlier = json.loads(arguments.before.read_text())["rows"]
         rows += [x | {"who": "before"} for x in earlier if x["who"] == "fusedattn"]
     for target in arguments.targets:
-        rows += in_a_process(target)
+        rows += ours(target)
         if arguments.tutorial:
-            rows += in_a_process(target, "--tutorial", arguments.tutorial)
+            rows += tutorial_in_a_process(target, arguments.tutorial)
     Console(width=150).print(table_of(rows))
     if arguments.output:
         import triton

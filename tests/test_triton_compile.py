@@ -7,14 +7,11 @@ finds as JSON. The tests start one such process per target, outside the interpre
 
 from __future__ import annotations
 
-import collections
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_code import TENSOR_CORES, disassemble
 from fusedattn.benchmarks.host import Nothing
-from kept import KEPT, digest, imported_sources, load, store, triton_and_its_tools
-from processes import PATIENCE, wanted
+from kept import KEPT, imported_sources, load, store, triton_and_its_tools
+from processes import PATIENCE, in_a_new_process, wanted
 
 # Which tiles spill depends on the compiler: attention_tiles.py was made with this one.
 pytest.importorskip("triton", minversion="3.9")
@@ -36,8 +34,9 @@ TARGETS = {
     "sm_89": (89, 101_376),
     "sm_90": (90, 232_448),
     "sm_100": (100, 232_448),
+    "sm_120": (120, 101_376),
 }
-LITTLE_SHARED = {"sm_86", "sm_89"}
+LITTLE_SHARED = {"sm_86", "sm_89", "sm_120"}
 
 # name: dtype, head dim, causal, terms of the scores, whether every tile or only the first.
 CASES = {
@@ -53,52 +52,17 @@ CASES = {
 # The least shared memory: only what must fit.
 SMALL_CASES = {
     "causal": ("bfloat16", (64, 128), 2, "", True),
+    "mask and bias": ("bfloat16", (64, 128), 2, "mask bias", False),
+    "fp16": ("float16", (64, 128), 2, "", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
     "fp32": ("float32", (128, 512), 2, "", False),
 }
 PLAIN_CASES = ("causal", "full", "rows of 144 bytes")  # nothing is read for each pair
 MATRIX_KERNELS = {"forward_kernel", "dkdv_kernel", "dq_kernel"}
-WIDE = ("LDG", "STG")  # loads and stores of global memory; counted where they move 16 bytes
-TENSOR_CORE = dict.fromkeys(TARGETS, "HMMA") | {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_CORE = dict.fromkeys(TARGETS, TENSOR_CORES[0]) | {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
 # --- in the subprocess ---------------------------------------------------------------------------
-
-
-def disassemble(kernel: Any) -> dict[str, Any]:
-    """What a compiled kernel uses, and how often each instruction stands in it."""
-    code = kernel.asm["cubin"]
-    path = KEPT / "sass" / digest(code.hex(), triton_and_its_tools(), Path(__file__))
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(_read(code)))
-        path.with_suffix(f".{os.getpid()}").replace(path)
-    return {"shared": kernel.metadata.shared, **json.loads(path.read_text())}
-
-
-def _read(code: bytes) -> dict[str, Any]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        sass, usage = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-sass", "--dump-resource-usage")
-        )
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout)
-    counts = collections.Counter(each.split(".")[0] for each in found)
-    copies = [each for each in found if each.startswith("LDGSTS")]
-    uses = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    return {
-        "narrow copies": sum(".128" not in each for each in copies),
-        "wide copies": sum(".128" in each for each in copies),
-        **{name: sum(x.startswith(name) and ".128" in x for x in found) for name in WIDE},
-        "narrow": sum(x.startswith(("LDG", "STG")) and ".128" not in x for x in found),
-        **{name: int(value) for name, value in uses.items()},
-        **{name: counts[name] for name in ("LDL", "STL", *TENSOR_CORE.values())},
-    }
 
 
 def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
@@ -144,6 +108,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     about = {}
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert options["enable_fp_fusion"], self.__name__
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = [options.get(each) for each in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
         records.append(about | {"kernel": self.__name__, "tile": tile} | disassemble(kernel))
@@ -238,14 +203,63 @@ class TestMachineCode:
     def test_tiles_are_copied_in_16_bytes(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
             if record["case"] in PLAIN_CASES and record["kernel"] in MATRIX_KERNELS:
-                rows = 6 if record["kernel"] == "dkdv_kernel" else 0  # of lse and Δ: 4 bytes each
+                rows = 0  # of lse and Δ: 4 bytes of each stage
+                if record["kernel"] == "dkdv_kernel":
+                    rows = 2 * record["tile"][3] * len(record["loops"])
                 assert record["narrow copies"] <= rows, record
                 assert record["wide copies"] > 0, record
+
+    def test_copies_are_under_way_during_the_products(self, compiled: dict, target: str) -> None:
+        """The first guess has three stages: with two each copy is waited for at once."""
+        for record in half(compiled[target]):
+            if record["case"] == "full" and record["kernel"] in MATRIX_KERNELS:
+                one = (target, record["kernel"], record["dim"]) == ("sm_100", "dkdv_kernel", 128)
+                assert record["tile"][3] == (1 if one else 3), record
+
+    def test_nothing_crosses_warps_in_the_hot_loops(self, compiled: dict, target: str) -> None:
+        """On mma.sync, where a tile has as many rows as its result has columns."""
+        for record in half(compiled[target]):
+            kernel, plain = record["kernel"], record["case"] in PLAIN_CASES
+            if TENSOR_CORE[target] != "HMMA" or not plain or kernel not in MATRIX_KERNELS:
+                continue
+            if record["tile"][kernel == "dkdv_kernel"] >= (64 if record["dim"] <= 64 else 128):
+                masked = (record["case"], kernel) != ("full", "dkdv_kernel")
+                assert len(record["loops"]) == 1 + masked, record
+                for loop in record["loops"]:
+                    assert loop["STS"] + loop["STSM"] == 0, record
+                    assert loop["BAR"] <= 2, record
+
+    def test_exponentials_run_beside_products(self, compiled: dict, target: str) -> None:
+        for record in half(compiled[target]):
+            if target == "sm_90" and (record["case"], record["kernel"]) == ("full", "dkdv_kernel"):
+                assert max(loop["hidden"] for loop in record["loops"]) > 8, record
 
     def test_fp32_is_ieee(self, compiled: dict, target: str) -> None:
         for record in compiled[target]:
             if record["dtype"] == "float32":
-                assert not any(record[name] for name in TENSOR_CORE.values()), record
+                assert not any(record[name] for name in TENSOR_CORES), record
+
+
+def test_one_process_compiles_for_two_targets() -> None:
+    printed = in_a_new_process(f"""
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import re, torch
+from fusedattn.benchmarks.host import Nothing
+from fusedattn.kernels.attention_delta import delta_kernel
+from fusedattn.kernels.common import view
+from triton.runtime.driver import driver
+x, row = view(torch.empty(1, 1, 32, 16)), torch.empty(1, 1, 32)
+for arch in (80, 90, 80):
+    driver.set_active(Nothing(arch=arch))
+    kernel = delta_kernel.warmup(
+        x, x, row, None, row, row, None, None, 1, 1, 32,
+        False, 16, 16, True, 32, num_warps=4, grid=(1,),
+    )
+    print(*re.findall(r"[.]target (sm_[0-9]+)", kernel.asm["ptx"]))
+""")
+    assert printed.split() == ["sm_80", "sm_90", "sm_80"]
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     records, about = [], {}
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert options["enable_fp_fusion"], self.__name__
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         records.append(about | {"kernel": self.__name__} | disassemble(kernel))
 

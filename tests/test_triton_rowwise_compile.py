@@ -94,6 +94,7 @@ def compile_target(name: str) -> list[dict[str, Any]]:
     records, about = [], {}
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert options["enable_fp_fusion"], self.__name__
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         found = {"kernel": self.__name__, "warps": options["num_warps"]} | disassemble(kernel)
         records.append(about | found)

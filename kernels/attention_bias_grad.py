@@ -17,17 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import (
-    hide,
-    scores,
-    sequence_of,
-    weights,
-)
+from .attention_scores import distance, hide, scores, sequence_of, weights
 from .attention_tiles import bias_grad_tile
 from .common import dot, load_tile, rows_from
 from .plans import Launches
 
-_LENGTHS = ["seq_q", "seq_k", "diagonal", "tiles_m", "tiles_n", "splits", "summed"]
+_LENGTHS = ["seq_q", "seq_k", "lower", "upper", "tiles_m", "tiles_n", "splits", "summed"]
 
 
 @triton.jit(do_not_specialize=["heads", "group", "summed_heads", *_LENGTHS])
@@ -46,7 +41,8 @@ def bias_grad_kernel(
     group,  # Hq / Hkv
     seq_q,
     seq_k,
-    diagonal,  # query i sees keys up to i + diagonal
+    lower,  # query i sees keys i + lower … i + upper; None: all to that side
+    upper,
     splits,
     summed,  # tiles of ds that add to one tile of dbias
     summed_heads,  # Hq if the bias is shared by the heads, else 1
@@ -55,11 +51,11 @@ def bias_grad_kernel(
     bias_shape,  # (B or 1, Hq or 1, Sq or 1, Sk or 1)
     SUM_ROWS: tl.constexpr,
     SUM_COLS: tl.constexpr,
+    SLOPES: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -78,8 +74,8 @@ def bias_grad_kernel(
     share = tl.cast(summed, tl.int64)
     low = (share * part // splits).to(tl.int32)
     high = (share * (part + 1) // splits).to(tl.int32)
-    if CAUSAL and not SUM_ROWS and not SUM_COLS:
-        high = tl.where(n0 * BLOCK_N < (m0 + 1) * BLOCK_M + diagonal, high, low)  # else unseen
+    if upper is not None and not SUM_ROWS and not SUM_COLS:
+        high = tl.where(n0 * BLOCK_N < (m0 + 1) * BLOCK_M + upper, high, low)  # else unseen
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(low, high):
         # Which tile of ds: `step` counts the summed dimensions, keys fastest, batch slowest.
@@ -91,7 +87,7 @@ def bias_grad_kernel(
         head = head0 + rest % summed_heads
         batch = batch0 + rest // summed_heads
         i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-        sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+        sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
         inside, keys = i < sequence.seq_q, sequence.seq_k
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
@@ -106,10 +102,13 @@ def bias_grad_kernel(
         delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
         s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-        s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
+        s = hide(s, i[:, None], j[None, :], sequence)
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
-        acc += p * (dp - delta_row[:, None])
+        ds = p * (dp - delta_row[:, None])
+        if SLOPES:
+            ds *= -distance(sequence, i[:, None], j[None, :])
+        acc += ds
 
     shape_m, shape_n = bias_shape[2], bias_shape[3]
     i, j = m0 * BLOCK_M + tl.arange(0, BLOCK_M), n0 * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -135,11 +134,13 @@ def broadcast_bias_gradient(
     arguments: dict[str, Any],
     about: tuple,
     q: Tensor,
+    slopes: bool = False,
 ) -> None:
     """Write the gradient of a bias that has size 1 where the scores do not.
 
-    dbias: fp32, of the bias's four dimensions. views, arguments: what `bias_grad_kernel` shares
-    with the other kernels of the backward; about: what its tile is chosen by, the device first.
+    dbias: fp32, of the bias's four dimensions, or where `slopes` of those of ALiBi's. views,
+    arguments: what `bias_grad_kernel` shares with the other kernels of the backward; about: what
+    its tile is chosen by, the device first.
     """
     batch, heads, seq_q, _ = q.shape
     seq_k = arguments["seq_k"]
@@ -158,6 +159,7 @@ def broadcast_bias_gradient(
     launches.launch(
         bias_grad_kernel, (splits * owned,), *views, parts, **arguments, splits=splits,
         summed=summed, summed_heads=summed_heads, tiles_m=tiles_m, tiles_n=tiles_n,
-        bias_shape=tuple(dbias.shape), SUM_ROWS=sum_rows, SUM_COLS=sum_cols, **options.all_kwargs(),
+        bias_shape=tuple(dbias.shape), SUM_ROWS=sum_rows, SUM_COLS=sum_cols, SLOPES=slopes,
+        **options.all_kwargs(),
     )  # fmt: skip
     launches.apply(_sum_parts, parts, dbias)

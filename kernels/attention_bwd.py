@@ -41,6 +41,7 @@ from .attention_launch import (
     tuning,
 )
 from .attention_scores import (
+    UNSPECIALISED,
     chain,
     hide,
     query_range,
@@ -69,9 +70,7 @@ if TYPE_CHECKING:
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(
-    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def dkdv_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
@@ -90,13 +89,13 @@ def dkdv_kernel(
     group,  # Hq / Hkv
     seq_q,
     seq_k,
-    diagonal,  # query i sees keys up to i + diagonal
+    lower,  # query i sees keys i + lower … i + upper; None: all to that side
+    upper,
     section,  # key heads that are worked on together
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -104,20 +103,20 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     MASKED_APART: tl.constexpr = False,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_k, BLOCK_N), heads_total, section, False)
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_k, BLOCK_N), heads_total, section, None)
     batch, kv_head = flat // (heads // group), flat % (heads // group)
     start = index * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
-    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
     keys = sequence.seq_k
     # The tail of the keys is not masked here: a key is a row, what it gets stays in that row, and
     # the row is dropped.
-    begin, full, end = query_range(start, sequence, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = query_range(start, sequence, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat) if norms is not None else None
     PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
     # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
-    SPLIT: tl.constexpr = CAUSAL and MASKED_APART
-    bounds = (begin, full, end) if SPLIT else (begin, end)
+    SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART
+    bounds = (begin, whole, end) if SPLIT else (begin, end)
 
     k_head = rows_from(k, batch, kv_head, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, kv_head, sequence.first_k, ALIGNED)
@@ -144,10 +143,12 @@ def dkdv_kernel(
                 s = scores(
                     raw, rules, batch, head, sequence, i[None, :], j[:, None], scale, NATURAL
                 )
-                masked = part == 0 if SPLIT else at < full
-                if CAUSAL:  # noqa: SIM102
+                masked = part == 0 if SPLIT else at < whole
+                if lower is not None:
+                    masked = masked | (at >= full)
+                if upper is not None or lower is not None:  # noqa: SIM102
                     if masked:
-                        s = hide(s, i[None, :], j[:, None], sequence, CAUSAL)
+                        s = hide(s, i[None, :], j[:, None], sequence)
                 p = weights(s, shift_row[None, :], scale, NATURAL)
                 dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
                 if PAIRS:  # later: no registers are left for it
@@ -185,7 +186,7 @@ def attention_backward(
     dbias: Tensor | None,
     dalibi_slopes: Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv (any strides) and, where not None, dbias, contiguous.
+    """Write dq, dk and dv (any strides) and, where not None, dbias and dalibi_slopes, contiguous.
 
     dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero).
     """
@@ -222,6 +223,9 @@ def attention_backward(
         dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, heads_total=heads_q,
         section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
     )  # fmt: skip
+    if dalibi_slopes is not None:
+        given = (*views, delta)
+        broadcast_bias_gradient(launches, dalibi_slopes, given, arguments, about, q, slopes=True)
     if dbias is not None:
         if not whole:
             broadcast_bias_gradient(launches, ds, (*views, delta), arguments, about, q)

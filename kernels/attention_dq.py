@@ -6,13 +6,20 @@ import triton
 import triton.language as tl
 
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
-from .attention_scores import chain, hide, key_range, scores, sequence_of, weights, work_item
+from .attention_scores import (
+    UNSPECIALISED,
+    chain,
+    hide,
+    key_range,
+    scores,
+    sequence_of,
+    weights,
+    work_item,
+)
 from .common import dot, load_tile, matrix, rows_from, store_tile
 
 
-@triton.jit(
-    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def dq_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
@@ -31,29 +38,29 @@ def dq_kernel(
     group,  # Hq / Hkv
     seq_q,
     seq_k,
-    diagonal,  # query i sees keys up to i + diagonal
+    lower,  # query i sees keys i + lower … i + upper; None: all to that side
+    upper,
     section,  # heads that are worked on together
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, upper)
     batch, head = flat // heads, flat % heads
-    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
-    begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
@@ -65,17 +72,20 @@ def dq_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Two loops as in the forward.
     SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
-    bounds = (begin, full, end) if SPLIT else (begin, end)
-    for part in tl.static_range(1 + SPLIT):
+    UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
+    bounds = (begin, end)
+    if SPLIT:
+        bounds = (begin, full, end) if lower is None else (begin, whole, full, end)
+    for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
         for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
             v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
             raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
             s = scores(raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-            masked = part == 1 if SPLIT else start >= full
+            masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
             if masked:
-                s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
+                s = hide(s, i[:, None], j[None, :], sequence)
             p = weights(s, shift_row[:, None], scale, NATURAL)
             dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
             ds = p * less_delta(dp, delta_row[:, None], ds_scale)

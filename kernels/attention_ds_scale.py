@@ -82,7 +82,7 @@ def norms_kernel(
         tiles = tl.cdiv(seq_k, ROWS)
         flat, first = program // tiles, program % tiles * ROWS
         batch, head = flat // (heads // group), flat % (heads // group)
-        sequence = sequence_of(batch, seq_q, seq_k, 0, kv_lengths)
+        sequence = sequence_of(batch, seq_q, seq_k, None, None, kv_lengths)
         v_head = rows_from(v, batch, head, sequence.first_k, ALIGNED)
         x = load_tile(v_head, first, sequence.seq_k, ROWS, DV, BLOCK_DV).to(tl.float32)
         _raise(norms + 3 * flat, tl.sum(x * x, 1))

@@ -8,9 +8,9 @@ keeps, per query, the maximum m, the sum l of exp(s − m), and the output of th
 when m grows, l and the output are scaled by exp(m_old − m_new) (Milakov and Gimelshein 2018; Dao
 et al. 2022). Only tiles on the diagonal or at the end of the keys are masked:
 
-    keys →   0 …… full …… end           the tiles [0, full) are seen whole by every query of the
-    queries  . . . x \ - - -            program, [full, end) in part, the rest not at all
-             . . . x x \ - -
+    keys →   begin … whole …… full … end      the tiles [whole, full) are seen by every query of the
+    queries  - - \ x x x x x \ - - -          program, [begin, whole) and [full, end) in part, the
+             - - - \ x x x x x \ - -          rest not at all; without a window begin = whole = 0
 
 Scores in two units. Without a bias and with scale > 0, m is kept in units of log 2 and scale·log₂e
 is folded into the exponent: exp2(qk·scale·log₂e − m) is one fused multiply-add and one exp2. Else
@@ -33,14 +33,24 @@ from .attention_launch import (
     rules_of,
     tuning,
 )
-from .attention_scores import hide, key_range, scores, sequence_of, weights, work_item
+from .attention_scores import (
+    UNSPECIALISED,
+    hide,
+    key_range,
+    scores,
+    sequence_of,
+    weights,
+    work_item,
+)
 from .attention_tiles import forward_tiles
 from .common import (
     LN2,
     LOG2E,
+    broadcast_view,
     device_of,
     dot,
     load_tile,
+    matrix,
     rows_from,
     store_tile,
     view,
@@ -54,15 +64,14 @@ if TYPE_CHECKING:
 # --- kernel --------------------------------------------------------------------------------------
 
 
-@triton.jit(
-    do_not_specialize=["heads_total", "heads", "group", "seq_q", "seq_k", "diagonal", "section"]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
     v,  # View (B, Hkv, Sk, Dv)
     rules,
     kv_lengths,  # int32 or int64 (B,), or None
+    sinks,  # View (1, Hq, 1, 1) of fp32, or None
     out,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
     scale,
@@ -71,28 +80,28 @@ def forward_kernel(
     group,  # Hq / Hkv
     seq_q,
     seq_k,
-    diagonal,  # query i sees keys up to i + diagonal
+    lower,  # query i sees keys i + lower … i + upper; None: all to that side
+    upper,
     section,  # heads that are worked on together
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, CAUSAL)
+    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, upper)
     batch, head = flat // heads, flat % heads
-    sequence = sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths)
+    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
     rows, keys = sequence.seq_q, sequence.seq_k
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    begin, full, end = key_range(first, sequence, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
@@ -102,17 +111,20 @@ def forward_kernel(
     # Full tiles and masked ones have loops of their own: a branch between the products hides from
     # Triton that they are a chain. A mask or a bias leaves no registers for a second loop.
     SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
-    bounds = (begin, full, end) if SPLIT else (begin, end)
-    for part in tl.static_range(1 + SPLIT):
+    UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
+    bounds = (begin, end)
+    if SPLIT:
+        bounds = (begin, full, end) if lower is None else (begin, whole, full, end)
+    for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
         for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
             v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
             s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
             s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-            masked = part == 1 if SPLIT else start >= full
+            masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
             if masked:
-                s = hide(s, i[:, None], j[None, :], sequence, CAUSAL)
+                s = hide(s, i[:, None], j[None, :], sequence)
             highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
             m_new = tl.maximum(m, highest)
             # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
@@ -124,6 +136,17 @@ def forward_kernel(
             acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
             m = m_new
 
+    if sinks is not None:
+        sink = tl.load(matrix(sinks, batch, head).data)
+        sink = sink if NATURAL else sink * LOG2E
+        # A row that saw nothing stays one.
+        m_new = tl.where(m == float("-inf"), m, tl.maximum(m, sink))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
+        more = tl.exp2((sink - shift) * LOG2E if NATURAL else sink - shift)
+        l = tl.where(m == float("-inf"), l, l * alpha + more)  # noqa: E741
+        acc = acc * alpha[:, None]
+        m = m_new
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
     out_head = rows_from(out, batch, head, sequence.first_q, ALIGNED)
     store_tile(out_head, acc * inverse[:, None], first, rows, BLOCK_M, DV, BLOCK_DV)
@@ -152,7 +175,8 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
     lengths = launches.vector(call.kv_lengths)
-    views = (view(q), view(k), view(v), rules_of(call), lengths, view(out), lse)
+    sinks = broadcast_view(call.sinks)
+    views = (view(q), view(k), view(v), rules_of(call), lengths, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_total * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)

@@ -13,13 +13,31 @@ from .common import Device, aligned, block_width, broadcast_view, bucket, dot_pr
 from .tuning import Key, settings
 
 if TYPE_CHECKING:
-    from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
+    from fusedattn.ops.attention_config import (
+        AttentionBackwardCall,
+        AttentionCall,
+        AttentionConfig,
+    )
 
 
 def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
     """The rules of a call, as the kernels take them."""
     softcap = call.config.softcap or None
-    return Rules(broadcast_view(call.mask), broadcast_view(call.bias), softcap)
+    return Rules(
+        broadcast_view(call.mask),
+        broadcast_view(call.bias),
+        softcap,
+        broadcast_view(call.alibi_slopes),
+    )
+
+
+def bounds_of(config: AttentionConfig, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
+    """(lower, upper): query i sees keys i + lower … i + upper; None for all to that side."""
+    diagonal = 0 if config.causal == 1 else seq_k - seq_q
+    left, right = config.window_left, 0 if config.causal else config.window_right
+    most = seq_q + seq_k  # no wider than the scores, so that sums stay in 32 bits
+    lower = None if left < 0 else diagonal - min(left, most)
+    return lower, None if right < 0 else diagonal + min(right, most)
 
 
 def common_arguments(
@@ -32,20 +50,22 @@ def common_arguments(
     q, k, v, config = call.q, call.k, call.v, call.config
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     seq_q, seq_k = q.shape[2], k.shape[2]
+    lower, upper = bounds_of(config, seq_q, seq_k)
+    natural = call.bias is not None or call.alibi_slopes is not None or config.softcap > 0
     return {
         "scale": config.scale,
         "heads": q.shape[1],
         "group": q.shape[1] // k.shape[1],
         "seq_q": seq_q,
         "seq_k": seq_k,
-        "diagonal": seq_k - seq_q if config.causal == 2 else 0,
+        "lower": lower,
+        "upper": upper,
         "D": head_dim,
         "DV": head_dim_v,
         "BLOCK_D": block_width(head_dim),
         "BLOCK_DV": block_width(head_dim_v),
-        "CAUSAL": config.causal != 0,
         "ALIGNED": aligned(q, k, v, *(x for x in further if x is not None)),
-        "NATURAL": call.bias is not None or config.softcap > 0 or not config.scale > 1e-30,
+        "NATURAL": natural or not config.scale > 1e-30,
         "PRECISION": dot_precision(q),
     }
 
@@ -64,7 +84,8 @@ def tuning(
     """What `Tuner.pick` asks of a call with so many products of matrices."""
     q, k = call.q, call.k
     kind = (
-        q.device, q.dtype, arguments["D"], arguments["DV"], arguments["CAUSAL"],
+        q.device, q.dtype, arguments["D"], arguments["DV"], arguments["lower"] is None,
+        arguments["upper"] is None, call.alibi_slopes is None,
         arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
         arguments["group"],
     )  # fmt: skip

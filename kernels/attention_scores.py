@@ -9,6 +9,11 @@ import triton.language as tl
 
 from .common import LOG2E, load_pairs, matrix
 
+# Kernel arguments that change from call to call.
+UNSPECIALISED = [
+    "heads_total", "heads", "group", "seq_q", "seq_k", "lower", "upper", "section",
+]  # fmt: skip
+
 
 class Sequence(NamedTuple):
     """One sequence of the batch; its queries i and keys j are counted from its own first."""
@@ -17,45 +22,56 @@ class Sequence(NamedTuple):
     seq_q: Any
     first_k: Any  # of k, v, dk, dv
     seq_k: Any  # that exist
-    diagonal: Any  # query i sees keys up to i + diagonal where causal
+    lower: Any  # query i sees keys i + lower … i + upper; None: all to that side
+    upper: Any
+    offset: Any  # Sk − Sq: where ALiBi counts distances from
 
 
 @triton.jit
-def sequence_of(batch, seq_q, seq_k, diagonal, kv_lengths):
+def sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths):
     """That of a batch element; seq_q and seq_k: what the tensors have room for."""
     keys = seq_k
     if kv_lengths is not None:
         # Only what is at most seq_k has its dtype.
         keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k).to(seq_k.dtype)
-    return Sequence(0, seq_q, 0, keys, diagonal)
+    return Sequence(0, seq_q, 0, keys, lower, upper, seq_k - seq_q)
 
 
 @triton.jit
-def key_range(first, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(begin, full, end) for queries first … first + BLOCK_M: the drawing in attention_fwd.py."""
+def key_range(first, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, whole, full, end) for queries first … first + BLOCK_M: see attention_fwd.py."""
+    begin, whole = 0, 0
     full = sequence.seq_k
     end = sequence.seq_k
-    if CAUSAL:
-        past = first + sequence.diagonal
+    if sequence.upper is not None:
+        past = first + sequence.upper
         full = tl.maximum(tl.minimum(full, past + 1), 0)
         end = tl.maximum(tl.minimum(end, past + BLOCK_M), 0)
-    return 0, full // BLOCK_N * BLOCK_N, end
+    if sequence.lower is not None:
+        low = first + sequence.lower
+        begin = tl.maximum(low, 0) // BLOCK_N * BLOCK_N
+        whole = tl.cdiv(tl.maximum(low + BLOCK_M - 1, 0), BLOCK_N) * BLOCK_N
+        whole = tl.minimum(whole, tl.maximum(end, begin))
+    return begin, whole, tl.maximum(full // BLOCK_N * BLOCK_N, whole), end
 
 
 @triton.jit
-def query_range(
-    start, sequence, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(begin, full, end) for keys start … start + BLOCK_N: queries [begin, full) see a part of
-    them, [full, end) all that exist."""
-    begin, full = 0, 0
+def query_range(start, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, whole, full, end) for keys start … start + BLOCK_N: queries [begin, end) see any of
+    them, [whole, full) all that exist."""
+    begin, whole = 0, 0
     end = tl.where(start < sequence.seq_k, sequence.seq_q, 0)
-    if CAUSAL:
-        low = start - sequence.diagonal
+    if sequence.lower is not None:
+        full = tl.maximum(start - sequence.lower + 1, 0) // BLOCK_M * BLOCK_M
+        end = tl.minimum(end, tl.maximum(start - sequence.lower + BLOCK_N, 0))
+    else:
+        full = end
+    if sequence.upper is not None:
+        low = start - sequence.upper
         begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
-        full = tl.minimum(full, end)
-    return begin, full, end
+        whole = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
+        whole = tl.minimum(whole, end)
+    return begin, whole, full, end
 
 
 class Rules(NamedTuple):
@@ -64,6 +80,7 @@ class Rules(NamedTuple):
     mask: Any  # View (B, Hq, Sq, Sk) of bool
     bias: Any  # View (B, Hq, Sq, Sk)
     softcap: Any  # float
+    alibi_slopes: Any  # View (B, Hq, 1, 1) of fp32
 
 
 @triton.jit
@@ -90,6 +107,12 @@ def chain(ds, raw, rules, scale):
 
 
 @triton.jit
+def distance(sequence, i, j):
+    """Of query i and key j, as ALiBi has it."""
+    return tl.abs(i + sequence.offset - j).to(tl.float32)
+
+
+@triton.jit
 def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
     """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
 
@@ -102,6 +125,9 @@ def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
     if rules.bias is not None:
         bias = load_pairs(matrix(rules.bias, batch, head), i, j, sequence.seq_q, sequence.seq_k)
         s = s + bias.to(tl.float32)
+    if rules.alibi_slopes is not None:
+        slope = tl.load(matrix(rules.alibi_slopes, batch, head).data)
+        s = s - slope * distance(sequence, i, j)
     if rules.mask is not None:
         seen = load_pairs(matrix(rules.mask, batch, head), i, j, sequence.seq_q, sequence.seq_k)
         s = tl.where(seen != 0, s, float("-inf"))
@@ -109,12 +135,15 @@ def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def hide(s, i, j, sequence, CAUSAL: tl.constexpr):
-    """−inf where key j does not exist or lies after the diagonal of query i."""
+def hide(s, i, j, sequence):
+    """−inf where key j does not exist or is not between the bounds of query i."""
     limit = sequence.seq_k
-    if CAUSAL:
-        limit = tl.minimum(limit, i + sequence.diagonal + 1)
-    return tl.where(j < limit, s, float("-inf"))
+    if sequence.upper is not None:
+        limit = tl.minimum(limit, i + sequence.upper + 1)
+    seen = j < limit
+    if sequence.lower is not None:
+        seen = seen & (j >= i + sequence.lower)
+    return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
@@ -126,12 +155,13 @@ def weights(s, shift, scale, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def work_item(program, tiles, heads_total, section, LAST_FIRST: tl.constexpr):
-    """(tile, head): in sections of heads that fit in L2 together, the longest tiles first."""
+def work_item(program, tiles, heads_total, section, upper):
+    """(tile, head): in sections of heads that fit in L2 together, the longest tiles first, which
+    are the last ones where `upper` bounds the keys of the first."""
     first = program // (section * tiles) * section
     width = tl.minimum(section, heads_total - first)
     program -= first * tiles
     index = program // width
-    if LAST_FIRST:
+    if upper is not None:
         index = tiles - 1 - index
     return index, first + program % width

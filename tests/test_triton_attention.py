@@ -47,6 +47,16 @@ REGIMES = {
     "softcap, bias and grouped heads": case_of(
         heads=4, kv_heads=2, seq_q=37, softcap=2.0, bias=(1, 4, 37, 37), scale=-0.6
     ),
+    "window": case_of(seq_q=100, window=(40, 5), heads=4, kv_heads=2),
+    "window, causal, Sq < Sk": case_of(seq_q=35, seq_k=130, window=(9, None), causal=True),
+    "window, top-left, Sq > Sk": case_of(seq_q=130, seq_k=35, window=(20, 0), causal="top_left"),
+    "window to the right": case_of(seq_q=40, seq_k=70, window=(None, 3)),
+    "window of one key, softcap": case_of(seq_q=70, window=(0, 0), softcap=2.0, dtype=BF16),
+    "window, bias": case_of(seq_q=70, window=(20, 2), bias=(1, 2, 70, 70)),
+    "alibi": case_of(seq_q=70, seq_k=50, heads=4, kv_heads=2, alibi_slopes=(1, 4)),
+    "alibi, causal, bf16": case_of(seq_q=70, alibi_slopes=(2,), causal=True, dtype=BF16, dim=64),
+    "sinks": case_of(seq_q=70, heads=4, kv_heads=2, sinks=True, causal=True, window=(30, None)),
+    "sinks, bias": case_of(seq_q=37, sinks=True, bias=(1, 2, 37, 37)),
     "one query": case_of(seq_q=1, seq_k=40, causal=True),
     "two keys": case_of(seq_q=40, seq_k=2),
     "grouped heads": case_of(heads=4, kv_heads=2, seq_q=33, causal=True),

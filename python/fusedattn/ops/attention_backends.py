@@ -182,13 +182,6 @@ def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     widest = max(call.q.shape[3], call.v.shape[3])
     if widest > 512:
         return Refusal(f"head dim {widest} is above 512", "use at most 512")
-    for name, x in (
-        ("window", call.config.window),
-        ("alibi_slopes", call.alibi_slopes),
-        ("sinks", call.sinks),
-    ):
-        if x is not None:
-            return Refusal(f"{name} is not supported yet", f"leave {name} out")
     return _refuse_pending(call)
 
 

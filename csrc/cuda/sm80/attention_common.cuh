@@ -30,7 +30,9 @@ FUSEDATTN_DEVICE Sequence<int> sequence_of(const AttentionForward& p, int64_t b)
     const int n = load(static_cast<const int32_t*>(p.kv_lengths.data) + b * p.kv_lengths.stride[0]);
     keys = n < 0 ? 0 : n < p.longest_k() ? n : keys;
   }
-  return p.with_keys(keys);
+  Sequence<int> sequence = p.with_keys(keys);
+  sequence.left = -1;  // a window is refused before: attention.cu
+  return sequence;
 }
 
 }  // namespace fusedattn::cuda

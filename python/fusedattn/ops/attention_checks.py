@@ -17,6 +17,7 @@ from ._checks import (
     check_tensor,
     is_causal_bias,
 )
+from ._library import plain
 from .attention_config import AttentionBackwardCall, AttentionCall
 
 
@@ -175,7 +176,13 @@ def validate_heads(name: str, x: Tensor, q: Tensor, batches: bool) -> Tensor:
         raise ValueError(
             f"attention: got {name} of shape {tuple(shape)}, expected (Hq,) = {(heads,)}{also}"
         )
-    x = x.to(wide)
+    if x.dtype is not wide:
+        if plain(x) and x.numel() != 0 and x.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                f"attention: got {name} of shape {tuple(shape)} that has elements but no data: its "
+                "storage was freed"
+            )
+        x = x.to(wide)
     return x if x.dim() == 4 else x[..., None, None] if x.dim() == 2 else x[None, :, None, None]
 
 

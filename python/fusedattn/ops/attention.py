@@ -82,7 +82,7 @@ def _prepare(
     seed: int | Tensor | None = None,
 ) -> AttentionCall:
     if _autocast_anywhere():
-        q, k, v, bias = autocast(q, k, v, bias)
+        q, k, v, bias, alibi_slopes, sinks = autocast(q, k, v, bias, alibi_slopes, sinks)
     head_dim = validate(q, k, v)
     if deterministic is None:
         deterministic = _deterministic()

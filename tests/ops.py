@@ -181,10 +181,12 @@ def raw_calls(backend: str = "cpu") -> Iterator[tuple[str, tuple]]:
     R = torch.randn
     q, k, dout, lse = R(2, 2, 5, 8), R(2, 1, 6, 8), R(2, 2, 5, 8), R(2, 2, 5)
     extras = (torch.ones(2, 1, 5, 6, dtype=torch.bool), R(1, 2, 5, 6), torch.tensor([6, 4]))
-    *inputs, config = AttentionCall(q, k, k.clone(), *extras, config=AttentionConfig(2, 0.3))
+    of_heads = (R(2, 2, 1, 1), R(1, 2, 1, 1))
+    config = AttentionConfig(2, 0.3, window_left=3)
+    *inputs, _ = AttentionCall(q, k, k.clone(), *extras, *of_heads)
     yield "attention_fwd", (*inputs, backend, *config)
     grads = (dout, lse.clone(), dout.clone(), lse)
-    yield "attention_bwd", (*grads, *inputs, backend, *config, True)
+    yield "attention_bwd", (*grads, *inputs, backend, *config, True, True, True)
     x, w, b, rows = R(4, 3, 8), R(8), R(8), R(4, 3)
     seed, f32, bf16 = torch.tensor([7]), torch.float32, torch.bfloat16
     for centre in (True, False):

@@ -185,6 +185,22 @@ def test_infinite_scores_follow_torch(backend):
     assert torch.equal(found["dq"][:, :, 1], torch.zeros_like(found["dq"][:, :, 1]))
 
 
+@pytest.mark.parametrize("seq_q", [6, 40])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.backends("cpu", "reference")
+def test_a_sink_follows_torch(bad, seq_q, backend):
+    """As a score does, in the rows of its head that see a key; the others don't see it either."""
+    case = AttentionCase(seq_q=seq_q, seq_k=40, dtype=F32, sinks=True, kv_lengths=(40, 0))
+    made = case.inputs()
+    clean = fused(made, case, backend)
+    made["sinks"][1] = bad
+    found = fused(made, case, backend)
+    for name in ("out", "lse", "dq"):
+        assert found[name][0, 1].isnan().all(), name
+        assert torch.equal(found[name][0, 0], clean[name][0, 0]), name
+        assert torch.equal(found[name][1], clean[name][1]), name
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_future_has_no_influence(masked, backend):
     """transformers#48748: causal with a mask; later tokens change no bit of earlier outputs."""

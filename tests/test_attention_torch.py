@@ -111,6 +111,24 @@ def test_autocast_casts_all_of_them(dtype, fast_backend):
         assert torch.equal(grad, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_autocast_takes_every_dtype_of_what_belongs_to_the_heads(dtype, fast_backend):
+    """As it does of a bias: a model in bfloat16 may run in float16."""
+    x = {name: torch.randn(2, 2, 20, 16) for name in ("q", "k", "v")}
+    heads = {n: torch.rand(2, dtype=dtype, requires_grad=True) for n in ("alibi_slopes", "sinks")}
+    with torch.autocast("cpu", torch.float16):
+        out = fusedattn.attention(**x, **heads, backend=fast_backend)
+    cast = {name: y.half() for name, y in x.items()}
+    same = {name: y.float() for name, y in heads.items()}
+    want = fusedattn.attention(**cast, **same, backend=fast_backend)
+    assert torch.equal(out, want)
+    grads = torch.autograd.grad(out.float().sum(), list(heads.values()))
+    assert [grad.dtype for grad in grads] == [dtype, dtype]
+    wanted = torch.autograd.grad(want.float().sum(), list(same.values()))
+    for grad, other in zip(grads, wanted, strict=True):
+        assert torch.equal(grad, other.to(dtype))
+
+
 def test_raw_op_under_autocast():
     """The op's own rule: q, k and v are cast, but no float64, and a float32 bias is not."""
     q, k, v = torch.randn(3, 1, 2, 6, 4)

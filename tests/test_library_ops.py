@@ -170,6 +170,21 @@ def test_hostile_calls_of_raw_ops():
     assert int(in_a_new_process(path + code)) > 900
 
 
+def test_a_raw_call_trains_on_the_backend_that_it_chose():
+    def gradients(backend: str) -> list:
+        torch.manual_seed(3)
+        found = []
+        for name, args in raw_calls(backend):
+            if name.endswith("_fwd"):
+                x = args[0].requires_grad_()
+                y, *_ = outputs(getattr(torch.ops.fusedattn, name)(*args))
+                found += torch.autograd.grad(y.float().square().sum(), x)
+        return found
+
+    for x, want in zip(gradients("auto"), gradients("cpu"), strict=True):
+        assert torch.equal(x, want)
+
+
 def test_the_raw_op_in_place_has_no_gradient():
     (args,) = (args for name, args in raw_calls() if name == "rotary_")
     x = args[0].requires_grad_().clone()

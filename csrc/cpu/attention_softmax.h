@@ -98,8 +98,8 @@ template <class S>
 static RowSum<S> with_sink(RowSum<S> x, S sink) {
   const S above = (sink - x.base) * S(log2e);
   if (above <= 0) return {x.base, x.l + power_of_two(above)};
-  const S factor = power_of_two(-above);
-  return {sink, x.l * factor + 1, factor};
+  const S factor = power_of_two(-above), own = 1 + (sink - sink);  // of an infinite one NaN
+  return {sink, x.l * factor + own, factor};
 }
 
 // out = o / l and lse = m + log l, in row i; 0 and −inf for a query that saw nothing.

@@ -162,6 +162,7 @@ class _Whole(_Differentiable):
             return tuple(outputs)
 
         first = _serve(ctx, 4, op, call, backend, served)
+        ctx.backend = op.choose(backend, call)  # the gradient's is never "auto"
         ctx.mark_non_differentiable(*(x for x in outputs[len(first) :] if x is not None))
         return tuple(outputs)
 

@@ -82,7 +82,7 @@ def _prepare(
     seed: int | Tensor | None = None,
 ) -> AttentionCall:
     if _autocast_anywhere():
-        q, k, v, bias = autocast(q, k, v, bias)
+        q, k, v, bias, alibi_slopes, sinks = autocast(q, k, v, bias, alibi_slopes, sinks)
     head_dim = validate(q, k, v)
     if deterministic is None:
         deterministic = _deterministic()
@@ -173,8 +173,8 @@ def attention(
         out (B, Hq, Sq, Dv) in the dtype of q; with `return_lse` also lse (B, Hq, Sq), natural
         logarithm, float32 (float64 for float64 inputs), differentiable. A query that may attend
         to nothing gets out 0, lse −inf and zero gradients. Kernels take rowsum(dout ∘ out) from the
-        rounded out (Dao et al. 2022): dq and dk of queries that see few keys err by that rounding
-        times the mean of v, which eager attention cancels.
+        rounded out (Dao et al. 2022): dq and dk of queries that see few keys, and the gradient of
+        alibi_slopes, err by that rounding times the mean of v, which eager attention cancels.
 
     Raises:
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.

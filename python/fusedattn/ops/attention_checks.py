@@ -22,20 +22,33 @@ from .attention_config import AttentionBackwardCall, AttentionCall
 
 
 def autocast(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v and bias in autocast's dtype where it is on; what is float64 stays as it is."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The floats of a call in autocast's dtype where it is on; q, k and v in float64 stay so.
+
+    So does what is added to the scores in float32; of the heads it always is.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor("attention", name, x)
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
-        return q, k, v, bias
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    # A bias in float32 is more exact, and one that is not floating point is an error.
-    if q.dtype == dtype and isinstance(bias, Tensor) and bias.dtype in (torch.float64, *HALVES):
-        bias = bias.to(dtype)
-    return q, k, v, bias
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        if q.dtype == dtype:
+            bias = _unless_single(bias, dtype)
+            alibi_slopes, sinks = (_unless_single(x, torch.float32) for x in (alibi_slopes, sinks))
+    return q, k, v, bias, alibi_slopes, sinks
+
+
+def _unless_single(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`x` in `dtype`: one in float32 is more exact, and one that is no float is an error."""
+    floats = isinstance(x, Tensor) and x.dtype in (torch.float64, *HALVES)
+    return x.to(dtype) if floats else x  # type: ignore[union-attr]
 
 
 def validate(q: Tensor, k: Tensor, v: Tensor) -> int:

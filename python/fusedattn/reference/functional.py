@@ -148,13 +148,16 @@ def attention(
         return out, s.sum(-1) - float("inf")
     highest = s.detach().amax(-1, keepdim=True)
     nothing = highest == float("-inf")
+    sink = None
     if sinks is not None:
-        highest = torch.maximum(highest, per_head(sinks, s).detach())
+        # Rows that see nothing don't see it either: it may be NaN.
+        sink = per_head(sinks, s).expand_as(highest).masked_fill(nothing, float("-inf"))
+        highest = torch.maximum(highest, sink.detach())
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
     e = torch.exp(s - highest)
     total = e.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(per_head(sinks, s) - highest)
+    if sink is not None:
+        total = total + torch.exp(sink - highest)
     total = total.masked_fill(nothing, 1.0)
     out = torch.matmul((e / total).to(v.dtype), v)
     lse = (highest + torch.log(total)).masked_fill(nothing, float("-inf"))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -68,7 +69,7 @@ FORWARD: Tiles = {
         128: ((128, 32, 8, 3), (64, 64, 8, 2)),
     },
     "mma, 99 KB": {
-        64: ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     },
     "mma + pairs": {
         64: ((128, 64, 8, 2), (64, 64, 4, 3)),
@@ -179,20 +180,49 @@ BIAS_GRAD: Tiles = {
 BIAS_GRAD["tcgen05"] = BIAS_GRAD["wgmma"]
 
 
+class Elements(NamedTuple):
+    """How many elements of q, k, v, … a tile keeps."""
+
+    held: int  # all the while
+    walked: int  # in each copy of what it walks over
+    rows: int  # of p, and of the results
+
+
+Operands = Callable[[int, int, tuple[int, int]], Elements]  # of queries, keys and widths
+
+
+def shared_bytes(
+    tile: Tile, operands: Operands, arch: int, dtype: torch.dtype, widths: tuple[int, int],
+    extra: int,
+) -> int:  # fmt: skip
+    """The shared memory of a tile, in bytes; arguments as in `candidates`.
+
+    Exact for mma.sync in half precision at head dims to 128, without mask and bias: a copy begins
+    stages − 1 tiles before its products, and p crosses warps where its rows are fewer than the
+    columns of the result. Else an estimate that counts every stage; wgmma and tcgen05 read shared
+    memory themselves, while the next copies are under way.
+    """
+    m, n, _, stages, *_ = tile
+    held, walked, rows = operands(m, n, widths)
+    if arch // 10 in (8, 12) and dtype.itemsize == 2 and not extra:
+        crossing = m * n if rows < max(widths) else 0
+        return 2 * (held + max(stages - 1, 1) * walked + crossing)
+    return dtype.itemsize * (held + stages * walked) + stages * m * n * extra
+
+
 def candidates(
     tiles: Tiles,
     device: Device,
     dtype: torch.dtype,
     widths: tuple[int, int],
     extra: int,
-    shared: Callable[[int, int, int], int],
+    operands: Operands,
     padded: bool = False,
 ) -> tuple[triton.Config, ...]:
     """The tiles for a device and padded head dims that fit in its shared memory, in their order.
 
-    extra: bytes of mask and bias for each query and key. shared(m, n, stages): an upper bound of
-    the elements of q, k, v, … that a tile keeps. padded: the head dims are less than their widths.
-    If no tile fits, the last, smallest one.
+    extra: bytes of mask and bias for each query and key. padded: the head dims are less than their
+    widths. If no tile fits, the last, smallest one.
     """
     kinds = {9: ("wgmma",), 10: ("tcgen05",)}.get(device.arch // 10, ("mma",))
     if kinds == ("mma",) and device.shared < 100 << 10:
@@ -205,11 +235,8 @@ def candidates(
     found = next(tiles[kind][width] for kind in kinds if width in tiles.get(kind, ()))
     if INTERPRETED.value:
         return (_config((32, 16, 4, 1, *found[0][4:])),)
-    fitting = [
-        (m, n, warps, stages, *constants)
-        for m, n, warps, stages, *constants in found
-        if dtype.itemsize * shared(m, n, stages) + stages * m * n * extra <= device.shared
-    ]
+    about = (operands, device.arch, dtype, widths, extra)
+    fitting = [each for each in found if shared_bytes(each, *about) <= device.shared]
     return tuple(_config(each) for each in fitting or found[-1:])
 
 
@@ -219,32 +246,33 @@ def _config(each: Tile) -> triton.Config:
     return triton.Config(options, num_warps=warps, num_stages=stages)
 
 
+def forward_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
+    return Elements(m * widths[0], n * sum(widths), m)
+
+
+def dkdv_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
+    """Among them two fp32 statistics of each row."""
+    return Elements(n * sum(widths), m * (sum(widths) + 4), n)
+
+
+def dq_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
+    return Elements(m * sum(widths), n * sum(widths), m)
+
+
 @functools.cache
 def forward_tiles(
     device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, padded: bool
 ) -> tuple[triton.Config, ...]:
     """Candidates for forward_kernel; widths: padded D and Dv, the rest as in `candidates`."""
-
-    def shared(m: int, n: int, stages: int) -> int:
-        return m * widths[0] + stages * n * sum(widths)
-
-    return candidates(FORWARD, device, dtype, widths, extra, shared, padded)
+    return candidates(FORWARD, device, dtype, widths, extra, forward_operands, padded)
 
 
 @functools.cache
 def dkdv_tiles(
     device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int
 ) -> tuple[triton.Config, ...]:
-    """Candidates for dkdv_kernel, which also keeps two statistics of each row and a tile of p."""
-
-    def shared(m: int, n: int, stages: int) -> int:
-        return (n + stages * m) * sum(widths) + m * n + stages * m * 4
-
-    return candidates(DKDV, device, dtype, widths, extra, shared)
-
-
-def _dq_shared(widths: tuple[int, int]) -> Callable[[int, int, int], int]:
-    return lambda m, n, stages: (m + stages * n) * sum(widths)
+    """Candidates for dkdv_kernel."""
+    return candidates(DKDV, device, dtype, widths, extra, dkdv_operands)
 
 
 @functools.cache
@@ -252,7 +280,7 @@ def dq_tiles(
     device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, padded: bool
 ) -> tuple[triton.Config, ...]:
     """Candidates for dq_kernel."""
-    return candidates(DQ, device, dtype, widths, extra, _dq_shared(widths), padded)
+    return candidates(DQ, device, dtype, widths, extra, dq_operands, padded)
 
 
 @functools.cache
@@ -260,4 +288,4 @@ def bias_grad_tile(
     device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int
 ) -> triton.Config:
     """The one tile of bias_grad_kernel, whose sum takes as many registers as the scores."""
-    return candidates(BIAS_GRAD, device, dtype, widths, extra, _dq_shared(widths))[0]
+    return candidates(BIAS_GRAD, device, dtype, widths, extra, dq_operands)[0]

@@ -206,6 +206,25 @@ class TestMachineCode:
         for record in compiled[target]:
             assert record["shared"] <= TARGETS[target][1], record
 
+    def test_tiles_are_chosen_by_what_they_take(self, compiled: dict, target: str) -> None:
+        """The bytes of shared memory, which on mma.sync are few enough to decide."""
+        from fusedattn.kernels import attention_tiles as tiles
+        from fusedattn.kernels.common import block_width
+
+        operands = {
+            "forward_kernel": tiles.forward_operands,
+            "dkdv_kernel": tiles.dkdv_operands,
+            "dq_kernel": tiles.dq_operands,
+        }
+        for record in half(compiled[target]):
+            plain = record["case"] in (*PLAIN_CASES, "fp16")
+            if TENSOR_CORE[target] == "HMMA" and plain and record["kernel"] in operands:
+                width = block_width(record["dim"])
+                assert record["shared"] == tiles.shared_bytes(
+                    record["tile"], operands[record["kernel"]], TARGETS[target][0],
+                    torch.float16, (width, width), 0,
+                ), record  # fmt: skip
+
     def test_tiles_are_copied_in_16_bytes(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
             if record["case"] in PLAIN_CASES and record["kernel"] in MATRIX_KERNELS:
@@ -218,7 +237,7 @@ class TestMachineCode:
     def test_copies_are_under_way_during_the_products(self, compiled: dict, target: str) -> None:
         """The first guess has three stages: with two each copy is waited for at once."""
         for record in half(compiled[target]):
-            if record["case"] == "full" and record["kernel"] in MATRIX_KERNELS:
+            if record["case"] == "fp16" and record["kernel"] in MATRIX_KERNELS:
                 one = (target, record["kernel"], record["dim"]) == ("sm_100", "dkdv_kernel", 128)
                 assert record["tile"][3] == (1 if one else 3), record
 

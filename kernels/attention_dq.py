@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
 from .attention_scores import (
@@ -70,32 +71,37 @@ def dq_kernel(
     shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
     delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Two loops as in the forward.
+    # Two loops, on sm_90 never skipped, as in the forward.
     SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
     bounds = (begin, end)
     if SPLIT:
         bounds = (begin, full, end) if lower is None else (begin, whole, full, end)
+    WGMMA: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(10)
     for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
-        for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            j = start + tl.arange(0, BLOCK_N)
-            k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
-            v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
-            raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-            s = scores(raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-            masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
-            if masked:
-                s = hide(s, i[:, None], j[None, :], sequence)
-            p = weights(s, shift_row[:, None], scale, NATURAL)
-            dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
-            ds = p * less_delta(dp, delta_row[:, None], ds_scale)
-            if dbias is not None:
-                of_head = matrix(dbias, batch, head)
-                at = i.to(tl.int64)[:, None] * of_head.row + j.to(tl.int64)[None, :] * of_head.col
-                exists = inside[:, None] & (j < sequence.seq_k)[None, :]
-                tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
-            ds = chain(ds, raw, rules, scale)
-            dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+        if not WGMMA or bounds[part] < bounds[part + 1]:
+            for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
+                v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
+                raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+                s = scores(
+                    raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL
+                )
+                masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
+                if masked:
+                    s = hide(s, i[:, None], j[None, :], sequence)
+                p = weights(s, shift_row[:, None], scale, NATURAL)
+                dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+                ds = p * less_delta(dp, delta_row[:, None], ds_scale)
+                if dbias is not None:
+                    of_head = matrix(dbias, batch, head)
+                    at = i.to(tl.int64)[:, None] * of_head.row
+                    at += j.to(tl.int64)[None, :] * of_head.col
+                    exists = inside[:, None] & (j < sequence.seq_k)[None, :]
+                    tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
+                ds = chain(ds, raw, rules, scale)
+                dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
     dq_tile = unscaled(dq_tile * scale, ds_scale)
     dq_head = rows_from(dq, batch, head, sequence.first_q, ALIGNED)
     store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)

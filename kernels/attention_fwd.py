@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from .attention_launch import (
     common_arguments,
@@ -115,26 +116,30 @@ def forward_kernel(
     bounds = (begin, end)
     if SPLIT:
         bounds = (begin, full, end) if lower is None else (begin, whole, full, end)
+    # After a loop that may be skipped, sums under way join those from before it: for that ptxas has
+    # each wgmma wait (its remark C7515).
+    WGMMA: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(10)
     for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
-        for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            j = start + tl.arange(0, BLOCK_N)
-            k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
-            v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
-            s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-            s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-            masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
-            if masked:
-                s = hide(s, i[:, None], j[None, :], sequence)
-            highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
-            m_new = tl.maximum(m, highest)
-            # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = weights(s, shift[:, None], scale, NATURAL)
-            alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
-            l = l * alpha + tl.sum(p, 1)  # noqa: E741
-            acc = acc * alpha[:, None]
-            acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
-            m = m_new
+        if not WGMMA or bounds[part] < bounds[part + 1]:
+            for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
+                v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
+                s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+                s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
+                masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
+                if masked:
+                    s = hide(s, i[:, None], j[None, :], sequence)
+                highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
+                m_new = tl.maximum(m, highest)
+                # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                p = weights(s, shift[:, None], scale, NATURAL)
+                alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
+                l = l * alpha + tl.sum(p, 1)  # noqa: E741
+                acc = acc * alpha[:, None]
+                acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+                m = m_new
 
     if sinks is not None:
         sink = tl.load(matrix(sinks, batch, head).data)

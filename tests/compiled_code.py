@@ -56,13 +56,17 @@ def _loops(sass: str) -> list[list[str]]:
 
 
 def _about_a_loop(body: list[str]) -> dict[str, int]:
-    """`hidden`: exponentials between two products that are not waited for in between."""
+    """`chains`: products of sm_90 that begin together.
+
+    `hidden`: exponentials between two products that are not waited for in between.
+    """
     counts = collections.Counter(name.split(".")[0] for name in body)
     told = {"HGMMA": "p", "WARPGROUP.DEPBAR": "w", "MUFU.EX2": "e"}
     order = "".join(next((x for name, x in told.items() if y.startswith(name)), "") for y in body)
     return {
         "instructions": len(body),
         "products": sum("MMA" in name for name in body),
+        "chains": sum(name == "WARPGROUP.ARRIVE" for name in body),
         "exponentials": order.count("e"),
         "waits": sum(bool(WAITS.match(name)) for name in body),
         "hidden": sum(len(each) for each in re.findall(r"(?<=p)e+(?=p)", order)),

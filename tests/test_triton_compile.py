@@ -196,9 +196,9 @@ class TestMachineCode:
     def test_no_registers_spill(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
             spilled = {name: record[name] for name in ("STACK", "LOCAL", "LDL", "STL")}
-            # Three loops, with all terms: four words, outside the one that counts.
-            most = 16 if record["case"] == "window, slopes, sinks" else 0
-            assert max(spilled.values()) <= most, record
+            # Three loops with all terms: ten words, outside the loop that counts.
+            all_terms = record["case"] == "window, slopes, sinks"
+            assert max(spilled.values()) <= (40 if all_terms else 0), record
             loop = min(record["loops"], key=lambda loop: loop["instructions"], default={"LDL": 0})
             assert loop["LDL"] == 0, record
 
@@ -254,9 +254,18 @@ class TestMachineCode:
                     assert loop["STS"] + loop["STSM"] == 0, record
                     assert loop["BAR"] <= 2, record
 
+    def test_no_product_waits_for_its_neighbour(self, compiled: dict, target: str) -> None:
+        """ptxas has each wgmma wait where it cannot prove that nothing else writes the sums."""
+        chains = {"forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3}
+        for record in half(compiled[target]):
+            if target == "sm_90" and record["kernel"] in chains:
+                for loop in record["loops"]:
+                    assert loop["chains"] == chains[record["kernel"]], record
+
     def test_exponentials_run_beside_products(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
-            if target == "sm_90" and (record["case"], record["kernel"]) == ("full", "dkdv_kernel"):
+            backward = record["kernel"] in ("dkdv_kernel", "dq_kernel")
+            if target == "sm_90" and record["case"] == "full" and backward:
                 assert max(loop["hidden"] for loop in record["loops"]) > 8, record
 
     def test_fp32_is_ieee(self, compiled: dict, target: str) -> None:

@@ -93,6 +93,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):
     index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, upper)
     batch, head = flat // heads, flat % heads
@@ -119,13 +120,19 @@ def forward_kernel(
     # After a loop that may be skipped, sums under way join those from before it: for that ptxas has
     # each wgmma wait (its remark C7515).
     WGMMA: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(10)
+    # AHEAD: qkᵀ of the next tile beside the exponentials of this one (Shah et al. 2024), for tiles
+    # of which the registers suffice. The last one is of keys that do not exist or are not seen.
+    if AHEAD:
+        k_tile = load_tile(k_head, begin, keys, BLOCK_N, D, BLOCK_D)
+        ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
     for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
         if not WGMMA or bounds[part] < bounds[part + 1]:
             for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)
-                k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
+                k_start = start + BLOCK_N if AHEAD else start
+                k_tile = load_tile(k_head, k_start, keys, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
-                s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+                s = ahead if AHEAD else dot(q_tile, tl.trans(k_tile), None, PRECISION)
                 s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
                 masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
                 if masked:
@@ -134,6 +141,8 @@ def forward_kernel(
                 m_new = tl.maximum(m, highest)
                 # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                if AHEAD:
+                    ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
                 p = weights(s, shift[:, None], scale, NATURAL)
                 alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
                 l = l * alpha + tl.sum(p, 1)  # noqa: E741

@@ -31,12 +31,12 @@ from .common import INTERPRETED, Device
 Tile = tuple[int | str, ...]  # queries, keys, warps, pipeline stages, constants that are set
 Tiles = dict[str, dict[int, tuple[Tile, ...]]]  # by kind of arithmetic, then by padded head dim
 
-APART = "MASKED_APART"  # of dkdv_kernel
+APART, AHEAD = "MASKED_APART", "AHEAD"  # of dkdv_kernel, of forward_kernel
 
 FORWARD: Tiles = {
     "wgmma": {
         64: ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 3, AHEAD), (64, 64, 4, 2)),
         256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
         512: ((64, 32, 8, 1), (32, 32, 8, 1)),
     },

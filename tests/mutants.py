@@ -164,7 +164,7 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/attention_fwd.py",
-        ("alpha[:, None]\n            acc", "1.0\n            acc",
+        ("alpha[:, None]\n                acc", "1.0\n                acc",
          "triton_attention.py::test_regimes"),
         ("l * alpha + more)", "l * alpha)", "triton_attention.py::test_regimes"),
     ),

@@ -20,10 +20,10 @@ from fusedattn.ops.attention_config import (
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-from fusedattn.kernels import attention_launch  # noqa: E402
+from fusedattn.kernels import attention_fwd, attention_launch  # noqa: E402
 from fusedattn.kernels.attention_bwd import attention_backward  # noqa: E402
 from fusedattn.kernels.attention_fwd import attention_forward  # noqa: E402
 from fusedattn.kernels.common import aligned  # noqa: E402
@@ -235,6 +235,24 @@ def test_offsets_past_two_billion_elements(seq: int, stride: int) -> None:
     want = launch(made)
     for name in ("q", "k", "v", "dout"):
         assert_equal(launch(made | {name: compare.far_apart(made[name], stride)}), want)
+
+
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, (20, None))])
+def test_scores_ahead(causal: bool, window: tuple | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AHEAD, which no first tile of a list has."""
+    tile = triton.Config({"BLOCK_M": 32, "BLOCK_N": 16, "AHEAD": True}, num_stages=2)
+    monkeypatch.setattr(attention_fwd, "forward_tiles", lambda *args: (tile,))
+    case = case_of(
+        batch=3,
+        heads=1,
+        seq_q=35,
+        seq_k=59,
+        dim=24,
+        causal=causal,
+        window=window,
+        kv_lengths=(0, 32, 59),
+    )
+    check_attention(case, "triton")
 
 
 @pytest.mark.gpu

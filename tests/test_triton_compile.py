@@ -113,7 +113,8 @@ def compile_target(name: str) -> list[dict[str, Any]]:
         assert options["enable_fp_fusion"], self.__name__
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = [options.get(each) for each in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
-        records.append(about | {"kernel": self.__name__, "tile": tile} | disassemble(kernel))
+        told = {"kernel": self.__name__, "tile": tile, "ahead": options.get("AHEAD", False)}
+        records.append(about | told | disassemble(kernel))
 
     def pick(self: Any, candidates: Any, launch: Any, **about_the_call: Any) -> Any:
         for each in candidates[1:] if about["every tile"] else ():
@@ -267,6 +268,8 @@ class TestMachineCode:
             backward = record["kernel"] in ("dkdv_kernel", "dq_kernel")
             if target == "sm_90" and record["case"] == "full" and backward:
                 assert max(loop["hidden"] for loop in record["loops"]) > 8, record
+            if record["ahead"]:
+                assert all(loop["hidden"] > 20 for loop in record["loops"]), record
 
     def test_fp32_is_ieee(self, compiled: dict, target: str) -> None:
         for record in compiled[target]:

@@ -237,7 +237,7 @@ def test_offsets_past_two_billion_elements(seq: int, stride: int) -> None:
         assert_equal(launch(made | {name: compare.far_apart(made[name], stride)}), want)
 
 
-@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, (20, None))])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, (20, None))])
 def test_scores_ahead(causal: bool, window: tuple | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """AHEAD, which no first tile of a list has."""
     tile = triton.Config({"BLOCK_M": 32, "BLOCK_N": 16, "AHEAD": True}, num_stages=2)

@@ -107,18 +107,16 @@ class AttentionRow(NamedTuple):
     threads: int
     blocks: int
     shared_bytes: int
-    registers: list[int]  # sm_80, 86, 90, 100, 120; 0 where the row is not chosen
 
 
-def attention_table(module: Path) -> tuple[dict[tuple[str, int, int], AttentionRow], str]:
-    """The tiles of attention as they were compiled, by kernel, head dim and memory class; and the
-    release of nvcc that gave their registers."""
+def attention_table(module: Path) -> dict[tuple[str, int, int], AttentionRow]:
+    """The tiles of attention as they were compiled, by kernel, head dim and memory class."""
     code = (
         "import torch, json, importlib.util as u; s = u.spec_from_file_location('_cuda', "
         f"{str(module)!r}); m = u.module_from_spec(s); s.loader.exec_module(m); "
-        "print(json.dumps([m.attention_tiles(), m.attention_registers_release()]))"
+        "print(json.dumps(m.attention_tiles()))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows, release = json.loads(done.stdout.splitlines()[-1])
-    return {(kernel, d, memory): AttentionRow(*rest) for kernel, d, memory, *rest in rows}, release
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return {(kernel, d, memory): AttentionRow(*rest) for kernel, d, memory, *rest in rows}

@@ -37,7 +37,7 @@ TURN = {"cos": TABLE, "sin": TABLE * 2, "positions": POSITIONS}
 CALLS = {
     "attention": {
         "q": Q, "k": Q + 1, "v": Q - 1, "mask": torch.rand(4, 4) < 0.9, "bias": torch.randn(4, 4),
-        "kv_lengths": torch.tensor([3, 4]),
+        "kv_lengths": torch.tensor([3, 4]), "alibi_slopes": torch.rand(2), "sinks": torch.randn(2),
     },
     "softmax": {"x": X, "mask": torch.rand(3, 8) < 0.9, "bias": torch.randn(8)},
     "layer_norm": {**NORM, "bias": torch.randn(8)},
@@ -96,7 +96,6 @@ TAKEN = {
     "softcap": NUMBERS, "dropout_p": NUMBERS - {"2**63"}, "window": {"a tuple"},
     "residual_dtype": {"float16"}, "normalized_shape": set(), "backend": set(),
     "activation": set(),
-    "alibi_slopes": {*VALUES, *TENSORS}, "sinks": {*VALUES, *TENSORS},
 }  # fmt: skip
 SCORES = {"subclass", "no dimension"}
 MORE = {

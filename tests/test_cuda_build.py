@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import re
 import shlex
@@ -186,8 +185,6 @@ ATTENTION = (
     r"(attention_forward|attention_backward_keys|attention_backward_queries)"
     r"<(f16|bf16), (\d+)(?:, (\d))?>"
 )
-# Which of a row's figures a target has.
-REGISTERS_OF = {"sm_80": 0, "sm_86": 1, "sm_89": 1, "sm_90a": 2, "sm_100": 3, "sm_120": 4}
 
 
 @pytest.fixture(scope="module")
@@ -261,15 +258,12 @@ class TestMachineCode:
     @pytest.mark.parametrize("target", TARGETS)
     def test_attention_takes_what_its_table_says(self, built: Built, target: str) -> None:
         """A block has no shared memory but what the launcher asks for, the table's, to which the
-        kernels' layouts are held when compiling. Registers are the table's for the nvcc that gave
-        them, and with any other few enough for its blocks."""
+        kernels' layouts are held when compiling. Registers are few enough for its blocks."""
         from machine_code import attention_table
 
-        tiles, release = attention_table(built.module)
-        exact = f"release {release}," in run(NVCC, "--version", cwd=ROOT)
+        tiles = attention_table(built.module)
         reserved = 1024 if target in ("sm_90a", "sm_100", "sm_120") else 0
         found = 0
-        listed, most = {}, collections.Counter()  # registers, of the dtype that takes more
         for kernel in built.kernels:
             named = re.fullmatch(ATTENTION, kernel.name)
             if kernel.target != target or not named:
@@ -279,11 +273,7 @@ class TestMachineCode:
             assert kernel.shared == reserved, kernel
             enough = min(65536 // (row.threads * row.blocks) // 8 * 8, 255)
             assert kernel.registers <= enough, kernel
-            if exact and (registers := row.registers[REGISTERS_OF[target]]):
-                name = kernel.name.replace(named[2], "…")
-                listed[name], most[name] = registers, max(most[name], kernel.registers)
         assert found == 2 * len(tiles), "one of each row for each dtype"
-        assert most == listed
 
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("name", ["forward", "backward_keys", "backward_queries"])

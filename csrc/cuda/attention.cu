@@ -61,14 +61,7 @@ void instantiation(const AttentionForward& p, const Function& call) {
 
 template <class Shape>
 AttentionTiles tiles_of(const char* kernel, int head_dim, int memory, const Shape& s) {
-  const Registers& r = s.registers;
-  return {kernel,
-          head_dim,
-          memory,
-          s.threads(),
-          s.blocks,
-          s.shared_bytes,
-          {r.sm80, r.sm86, r.sm90, r.sm100, r.sm120}};
+  return {kernel, head_dim, memory, s.threads(), s.blocks, s.shared_bytes};
 }
 
 }  // namespace
@@ -87,8 +80,6 @@ std::vector<AttentionTiles> attention_tiles() {
     all.push_back(tiles_of("attention_backward_queries", row.head_dim, -1, row.shape));
   return all;
 }
-
-std::string attention_registers_release() { return registers_release; }
 
 void run(const AttentionForward& p, Stream stream) {
   check(p, {&p.q, &p.k, &p.v, &p.out});

@@ -2,7 +2,6 @@
 // launches on the stream and on the device of the first tensor, and returns without waiting.
 #pragma once
 
-#include <array>
 #include <string>
 #include <vector>
 
@@ -16,11 +15,8 @@ struct AttentionTiles {
   int head_dim;
   int memory;  // which instantiation: 0 much shared memory, 1 little, -1 one for both
   int threads, blocks, shared_bytes;
-  std::array<int, 5> registers;  // sm_80, 86, 90, 100, 120; 0 where the row is not chosen
 };
 std::vector<AttentionTiles> attention_tiles();
-// The release of nvcc that gave these registers.
-std::string attention_registers_release();
 
 #define FUSEDATTN_DECLARE(op, Forward, ...) \
   void run(const Forward&, Stream);         \

@@ -24,12 +24,11 @@ PYBIND11_MODULE(_cuda, m) {
         pybind11::list rows;
         for (const cuda::AttentionTiles& row : cuda::attention_tiles())
           rows.append(pybind11::make_tuple(row.kernel, row.head_dim, row.memory, row.threads,
-                                           row.blocks, row.shared_bytes, row.registers));
+                                           row.blocks, row.shared_bytes));
         return rows;
       },
       "Rows of sm80/attention_config.h: kernel, head dim, memory class, threads, blocks, shared "
-      "bytes, registers on sm_80, 86, 90, 100 and 120.");
-  m.def("attention_registers_release", &cuda::attention_registers_release);
+      "bytes.");
   m.def("architectures", &cuda::architectures, "Compute capabilities (80, 90, …) compiled for.");
   m.def("runs_on", &cuda::runs_on, pybind11::arg("capability"),
         "Whether a GPU of this compute capability (10 · major + minor) can run the kernels.");

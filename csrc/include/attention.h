@@ -20,31 +20,25 @@ struct AttentionOptions {
 };
 
 // One sequence of the batch, and what its queries see of its keys. Queries and keys are counted
-// from its own first; key j of those that exist is row `key_row(j)` of k and v.
-template <class Int>
+// from its own first; key j of those that exist is row `key_row(j)` of k and v. Where nothing is
+// `windowed`, a query sees all keys before its last one, and no code asks for the first.
+template <class Int, bool windowed = true>
 struct Sequence {
   Int first_q, seq_q;  // rows of q, out and lse
   Int first_k, seq_k;  // of k and v
-  // Query i sees keys i + diagonal − left … i + diagonal + right; below 0: all to that side.
-  Int diagonal, left, right;
+  Int lower, upper;    // query i sees keys i + lower … i + upper − 1 of those that exist
 
   FUSEDATTN_MEMBER Int query_row(Int i) const { return first_q + i; }
   FUSEDATTN_MEMBER Int key_row(Int j) const { return first_k + j; }
 
   // Query i sees keys [begin(i), end(i)).
-  FUSEDATTN_MEMBER Int begin(Int i) const {
-    return left < 0 ? 0 : within(i + diagonal - left, seq_k);
-  }
-  FUSEDATTN_MEMBER Int end(Int i) const {
-    return right < 0 ? seq_k : within(i + diagonal + right + 1, seq_k);
-  }
+  FUSEDATTN_MEMBER Int begin(Int i) const { return windowed ? within(i + lower, seq_k) : 0; }
+  FUSEDATTN_MEMBER Int end(Int i) const { return within(i + upper, seq_k); }
 
   // The same from the side of the keys: key j is seen by queries [first_query(j), past_query(j)).
-  FUSEDATTN_MEMBER Int first_query(Int j) const {
-    return right < 0 ? 0 : within(j - diagonal - right, seq_q);
-  }
+  FUSEDATTN_MEMBER Int first_query(Int j) const { return within(j - upper + 1, seq_q); }
   FUSEDATTN_MEMBER Int past_query(Int j) const {
-    return left < 0 ? seq_q : within(j - diagonal + left + 1, seq_q);
+    return windowed ? within(j - lower + 1, seq_q) : seq_q;
   }
 
  private:
@@ -84,20 +78,18 @@ struct AttentionForward {
     return with_keys(keys);
   }
 
-  // The sequence of a batch element of which so many keys exist.
-  template <class Int>
-  FUSEDATTN_MEMBER Sequence<Int> with_keys(Int keys) const {
-    const Int diagonal =
-        options.causal == Causal::top_left ? 0 : Int(longest_k()) - Int(longest_q());
-    const Int right = options.causal == Causal::none ? Int(side(options.window_right)) : 0;
-    return {0, Int(longest_q()), 0, keys, diagonal, Int(side(options.window_left)), right};
-  }
-
- private:
-  // No wider than the scores, so that sums stay in the range of Int.
-  FUSEDATTN_MEMBER int64_t side(int64_t window) const {
-    const int64_t most = longest_q() + longest_k();
-    return window < most ? window : most;
+  // The sequence of a batch element of which so many keys exist. The bounds are no wider than the
+  // tensors, so that sums stay in the range of Int.
+  template <class Int, bool windowed = true>
+  FUSEDATTN_MEMBER Sequence<Int, windowed> with_keys(Int keys) const {
+    const int64_t queries = longest_q(), all = longest_k();
+    const int64_t diagonal = options.causal == Causal::top_left ? 0 : all - queries;
+    const int64_t left = options.window_left;
+    const int64_t right = options.causal == Causal::none ? options.window_right : 0;
+    const bool all_left = left < 0 || left > diagonal + queries;
+    const bool all_right = right < 0 || right >= all - diagonal;
+    return {0, Int(queries), 0, keys, Int(all_left ? -queries : diagonal - left),
+            Int(all_right ? all : diagonal + right + 1)};
   }
 };
 

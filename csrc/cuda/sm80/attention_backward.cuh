@@ -100,7 +100,7 @@ struct ScoresOf {
   }
 
   // Zeros where a key is hidden; the scores begin at `query` and `key`.
-  FUSEDATTN_DEVICE static void hide(Fragments& s, const Sequence<int>& sequence, int query,
+  FUSEDATTN_DEVICE static void hide(Fragments& s, const Unwindowed& sequence, int query,
                                     int key) {
     constexpr int query_step = transposed ? 8 : 16, key_step = transposed ? 16 : 8;
     query += transposed ? column_of(0) : row_of(0);
@@ -183,7 +183,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
   const int64_t at = block() * (terms_threads / terms_team) + thread() / terms_team;
   const int64_t head = at / p.rows, i = at - head * p.rows;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
-  const Sequence<int> sequence = sequence_of(p, b);
+  const Unwindowed sequence = sequence_of(p, b);
   const bool exists = i < sequence.seq_q;
   const int64_t row = sequence.query_row(int(i));
   float sum = 0.0f;
@@ -426,7 +426,7 @@ class KeysKernel {
   const Backward& p;
   uint32_t heads_end;  // past the heads of queries, of B · Hq, whose keys these are
   int first_key;
-  Sequence<int> sequence;
+  Unwindowed sequence;
   int row, part;  // of the tile's keys; of the warps that share them
   Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
 };
@@ -449,7 +449,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threa
   const int64_t tiles = (p.longest_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
   const int query = int(block() - head * tiles) * shape.queries;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
-  const Sequence<int> sequence = sequence_of(p, b);
+  const Unwindowed sequence = sequence_of(p, b);
   const float* sum = p.dq_sum + Shape::at(p, uint32_t(head), query / shape.queries);
   Pack<float, 4> dq[Shape::m][Shape::n];
 #pragma unroll

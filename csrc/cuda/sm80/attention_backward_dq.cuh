@@ -121,7 +121,7 @@ class QueriesKernel {
   const Backward& p;
   int b, h;
   int first_query, row;  // of the block; of the warp, in the tile
-  Sequence<int> sequence;
+  Unwindowed sequence;
   Tiles tiles;  // of keys
   Pack<float, 2> shift[m], delta[m];
   Pack<float, 4> dq[m][head_dim / 8];

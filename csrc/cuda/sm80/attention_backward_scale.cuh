@@ -101,7 +101,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(norms_threads, 4)
   if (block() < of_values) {
     const int64_t head = block() / tiles_k, j = (block() - head * tiles_k) * norms_rows + row;
     const int64_t b = head / p.heads_kv(), h = head - b * p.heads_kv();
-    const Sequence<int> sequence = sequence_of(p, b);
+    const Unwindowed sequence = sequence_of(p, b);
     const int64_t at = sequence.key_row(int(j));
     const T* v = j < sequence.seq_k ? p.v.template at<T>(b, h, at) : nullptr;
     raise(p.norms + norms_of_head * head, square_of(v, p.head_dim_v()));
@@ -111,7 +111,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(norms_threads, 4)
   const int64_t head = at / tiles, i = (at - head * tiles) * norms_rows + row;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
   float* norms = p.norms + norms_of_head * (head / p.group());
-  const Sequence<int> sequence = sequence_of(p, b);
+  const Unwindowed sequence = sequence_of(p, b);
   const int64_t row_q = sequence.query_row(int(i));
   const bool sees = i < sequence.seq_q && load(p.lse.template at<float>(b, h, row_q)) != -INFINITY;
   if (present(p.dout)) {

@@ -22,17 +22,17 @@ FUSEDATTN_DEVICE int width_of(const TensorView& view) {
   return present(view) ? int(view.shape[3]) : 0;
 }
 
+using Unwindowed = Sequence<int, false>;  // a window is refused before: attention.cu
+
 // AttentionForward::sequence in 32 bits, which make masks cheap: lengths are less than 2³¹ less a
 // tile, and kv_lengths int32.
-FUSEDATTN_DEVICE Sequence<int> sequence_of(const AttentionForward& p, int64_t b) {
+FUSEDATTN_DEVICE Unwindowed sequence_of(const AttentionForward& p, int64_t b) {
   int keys = int(p.longest_k());
   if (present(p.kv_lengths)) {
     const int n = load(static_cast<const int32_t*>(p.kv_lengths.data) + b * p.kv_lengths.stride[0]);
     keys = n < 0 ? 0 : n < p.longest_k() ? n : keys;
   }
-  Sequence<int> sequence = p.with_keys(keys);
-  sequence.left = -1;  // a window is refused before: attention.cu
-  return sequence;
+  return p.with_keys<int, false>(keys);
 }
 
 }  // namespace fusedattn::cuda

@@ -4,8 +4,8 @@
 // Shared memory decides between two rows of a head dim. `large`: 163 KB for a block, 164 on a
 // multiprocessor (sm_80; sm_90 and sm_100 have 227, 228). `little`: 99 and 100 (sm_86, sm_89,
 // sm_120). A resident block takes 1 KB more than it asks for. A multiprocessor has 65536 registers,
-// a thread gets at most 255, in eights. Below, shared bytes are held to the layout and both to the
-// blocks of a row when compiling, registers to the machine code by tests/test_cuda_build.py.
+// a thread gets at most 255, in eights. Below, shared bytes are held to the layout and to the blocks
+// of a row when compiling; tests/test_cuda_build.py holds the machine code's registers to the blocks.
 //
 // All of them stand against one limit, the 255 registers of a thread: a warp with 32 rows of its
 // accumulators reads half as much shared memory for each product as one with 16, so rows of a warp
@@ -24,15 +24,6 @@ constexpr Memory memory_of(int max_shared_bytes) {
   return max_shared_bytes >= 163 * 1024 ? Memory::large : Memory::little;
 }
 
-// Of a thread, as nvcc 13.0 compiles a row for the targets that choose it, for the dtype that takes
-// more; 0 for the others. sm_89 is as sm_86.
-constexpr const char* registers_release = "13.0";
-struct Registers {
-  int sm80, sm86, sm90, sm100, sm120;
-};
-constexpr Registers large(int sm80, int sm90, int sm100) { return {sm80, 0, sm90, sm100, 0}; }
-constexpr Registers little(int sm86, int sm120) { return {0, sm86, 0, 0, sm120}; }
-
 template <class Shape>
 struct Row {
   int head_dim;
@@ -49,7 +40,6 @@ struct ForwardShape {
   int held;     // of the queries, columns that stay in registers; the others are read again
   int blocks;   // on a multiprocessor
   int shared_bytes;
-  Registers registers;
 
   constexpr int threads() const { return warps * warp_size; }
   constexpr int layout(int head_dim) const { return 2 * head_dim * (queries + slots * keys); }
@@ -60,20 +50,20 @@ struct ForwardShape {
 // decides keys and held, shared memory decides slots and the keys of `little`.
 constexpr Row<ForwardShape> forward_rows[] = {
     {64,
-     {128, 64, 4, 3, 64, 2, 40960, large(242, 243, 243)},
-     {128, 64, 4, 3, 64, 2, 40960, little(242, 244)}},
+     {128, 64, 4, 3, 64, 2, 40960},
+     {128, 64, 4, 3, 64, 2, 40960}},
     {96,
-     {128, 64, 4, 3, 32, 2, 61440, large(255, 255, 255)},
-     {128, 64, 4, 2, 16, 2, 49152, little(249, 244)}},
+     {128, 64, 4, 3, 32, 2, 61440},
+     {128, 64, 4, 2, 16, 2, 49152}},
     {128,
-     {128, 48, 4, 3, 0, 2, 69632, large(251, 252, 255)},
-     {128, 32, 4, 2, 0, 2, 49152, little(243, 242)}},
+     {128, 48, 4, 3, 0, 2, 69632},
+     {128, 32, 4, 2, 0, 2, 49152}},
     {192,
-     {128, 64, 8, 3, 192, 1, 122880, large(244, 246, 248)},
-     {128, 64, 8, 2, 192, 1, 98304, little(243, 244)}},
+     {128, 64, 8, 3, 192, 1, 122880},
+     {128, 64, 8, 2, 192, 1, 98304}},
     {256,
-     {128, 64, 8, 3, 0, 1, 163840, large(241, 243, 243)},
-     {128, 32, 8, 2, 0, 1, 98304, little(236, 232)}},
+     {128, 64, 8, 3, 0, 1, 163840},
+     {128, 32, 8, 2, 0, 1, 98304}},
 };
 
 // --- backward: dK and dV -------------------------------------------------------------------------
@@ -87,7 +77,6 @@ struct KeysShape {
   int stages;        // tiles of queries in shared memory
   int blocks;        // on a multiprocessor
   int shared_bytes;
-  Registers registers;
 
   constexpr int threads() const { return warps * warp_size; }
   constexpr int layout(int head_dim) const {
@@ -100,20 +89,20 @@ struct KeysShape {
 // warps share keys to stay there. `little` gives up the second stage, then keys or queries.
 constexpr Row<KeysShape> keys_rows[] = {
     {64,
-     {128, 64, 4, 1, 32, 2, 2, 82944, large(255, 255, 255)},
-     {64, 64, 4, 1, 32, 1, 2, 41472, little(173, 175)}},
+     {128, 64, 4, 1, 32, 2, 2, 82944},
+     {64, 64, 4, 1, 32, 1, 2, 41472}},
     {96,
-     {128, 64, 8, 1, 64, 2, 1, 115712, large(239, 248, 255)},
-     {128, 64, 8, 1, 32, 1, 1, 90624, little(212, 215)}},
+     {128, 64, 8, 1, 64, 2, 1, 115712},
+     {128, 64, 8, 1, 32, 1, 1, 90624}},
     {128,
-     {128, 64, 8, 1, 32, 2, 1, 148480, large(249, 255, 252)},
-     {128, 32, 8, 1, 32, 1, 1, 90368, little(242, 247)}},
+     {128, 64, 8, 1, 32, 2, 1, 148480},
+     {128, 32, 8, 1, 32, 1, 1, 90368}},
     {192,
-     {64, 64, 8, 4, 16, 2, 1, 164864, large(215, 235, 248)},
-     {64, 32, 8, 2, 16, 1, 1, 82176, little(200, 209)}},
+     {64, 64, 8, 4, 16, 2, 1, 164864},
+     {64, 32, 8, 2, 16, 1, 1, 82176}},
     {256,
-     {64, 64, 8, 4, 16, 1, 1, 147968, large(255, 255, 255)},
-     {32, 32, 4, 2, 16, 1, 1, 69888, little(247, 253)}},
+     {64, 64, 8, 4, 16, 1, 1, 147968},
+     {32, 32, 4, 2, 16, 1, 1, 69888}},
 };
 
 // --- backward: dQ where it must be the same each time --------------------------------------------
@@ -126,7 +115,6 @@ struct QueriesShape {
   int stages;  // tiles of keys in shared memory
   int blocks;  // on a multiprocessor with much shared memory; one on the others
   int shared_bytes;
-  Registers registers;
 
   constexpr int threads() const { return warps * warp_size; }
   constexpr int layout(int head_dim) const { return 4 * head_dim * (queries + stages * keys); }
@@ -140,11 +128,11 @@ struct QueriesRow {
 // One row for both classes, within 99 KB: dQ takes half the registers that dK and dV take, shared
 // memory decides.
 constexpr QueriesRow queries_rows[] = {
-    {64, {128, 64, 4, 32, 2, 2, 65536, {209, 209, 211, 223, 224}}},
-    {96, {128, 64, 8, 64, 2, 1, 98304, {186, 186, 196, 204, 203}}},
-    {128, {128, 32, 8, 32, 2, 1, 98304, {160, 160, 171, 189, 180}}},
-    {192, {64, 32, 4, 32, 2, 1, 98304, {195, 195, 207, 224, 217}}},
-    {256, {64, 32, 4, 32, 1, 1, 98304, {242, 242, 250, 249, 234}}},
+    {64, {128, 64, 4, 32, 2, 2, 65536}},
+    {96, {128, 64, 8, 64, 2, 1, 98304}},
+    {128, {128, 32, 8, 32, 2, 1, 98304}},
+    {192, {64, 32, 4, 32, 2, 1, 98304}},
+    {256, {64, 32, 4, 32, 1, 1, 98304}},
 };
 
 // --- rows by head dim ----------------------------------------------------------------------------
@@ -182,9 +170,6 @@ constexpr int row_for(int64_t head_dim, int64_t head_dim_v) {
 
 template <class Shape>
 constexpr bool holds(const Shape& s, int head_dim, int blocks, int per_block) {
-  const Registers& r = s.registers;
-  for (const int each : {r.sm80, r.sm86, r.sm90, r.sm100, r.sm120})
-    if (each > 255 || (each + 7) / 8 * 8 * s.threads() * s.blocks > 65536) return false;
   return s.shared_bytes == s.layout(head_dim) && s.shared_bytes <= per_block &&
          (s.shared_bytes + 1024) * blocks <= per_block + 1024;
 }

@@ -45,7 +45,7 @@ template <class Tile, int slots, int threads>
 class Ring {
  public:
   FUSEDATTN_DEVICE Ring(char* data, const Forward& p, int64_t b, int64_t head,
-                        const Sequence<int>& sequence, int end)
+                        const Unwindowed& sequence, int end)
       : data_(data),
         k_(rows_of(p.k, b, head, sequence.first_k)),
         v_(rows_of(p.v, b, head, sequence.first_k)),
@@ -165,7 +165,7 @@ struct Softmax {
 
 // −∞ for the keys that a query does not see. first: the warp's first query; start: the first key.
 template <int m, int n>
-FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Sequence<int>& sequence, int first,
+FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Unwindowed& sequence, int first,
                            int start) {
 #pragma unroll
   for (int i = 0; i < m; ++i)
@@ -224,7 +224,7 @@ FUSEDATTN_DEVICE void write_part(const Forward& p, int row, const Softmax<m>& so
 // out and lse, by way of the tile of queries: its rows are the warp's own, and were last read
 // before a barrier of the ring.
 template <class T, class Tile, int m, int w>
-FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Sequence<int>& sequence,
+FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Unwindowed& sequence,
                             int first, const Tile& tile, int row, const Softmax<m>& softmax,
                             const Pack<float, 4> (&out)[m][w]) {
 #pragma unroll
@@ -255,7 +255,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
   const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
   const int b = work.head / int(p.heads()), h = work.head % int(p.heads());
   const int first = work.tile / p.parts.count * shape.queries, row = warp() * 16 * m;
-  const Sequence<int> sequence = sequence_of(p, b);
+  const Unwindowed sequence = sequence_of(p, b);
   const Tiles tiles = key_tiles(sequence, first, shape.queries, shape.keys);
   const Part part = part_of(tiles.end, work.tile % p.parts.count, p.parts.count);
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..ops._library import with_defaults
+from ..ops.attention_config import AttentionCall, AttentionConfig
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -61,7 +62,19 @@ def _place(letters: str, way: str, otherwise: Any) -> Any:
     return next((Shard(dim) for dim, letter in enumerate(letters) if letter in way), otherwise)
 
 
+def _refuse_dropout(op: str, dropout_p: float, whole: str) -> None:
+    if dropout_p != 0.0:
+        raise NotImplementedError(
+            f"{op}: got dropout_p={dropout_p} with a DTensor, expected 0: the mask depends on the "
+            f"place of a {whole}"
+        )
+
+
 # --- attention: along the batch, or along the heads of queries and keys together -----------------
+
+
+# Among the arguments of attention_fwd: behind the tensors and the backend.
+_DROPOUT_P = len(AttentionCall._fields) + AttentionConfig._fields.index("dropout_p")
 
 
 def _attention_ways(q: Any, k: Any) -> list[str]:
@@ -80,11 +93,13 @@ def _attention_inputs(q, k, v, mask, bias, kv_lengths, slopes, sinks) -> list[tu
 
 def _attention_fwd(*given: Any):
     q, k = given[:2]
+    _refuse_dropout("attention", given[_DROPOUT_P], "weight in the whole batch, of all heads")
     return _shardings(_attention_ways(q, k), _attention_inputs(*given[:8]), ["bh..", "bh."])
 
 
 def _attention_bwd(dout, dlse, out, lse, *given: Any):
     q, k, v, _, bias, _, slopes, sinks = given[:8]
+    _refuse_dropout("attention", given[_DROPOUT_P], "weight in the whole batch, of all heads")
     like_out = [(dout, "bh.."), (dlse, "bh."), (out, "bh.."), (lse, "bh.")]
     inputs = like_out + _attention_inputs(*given[:8])
     wanted = zip((bias, slopes, sinks), given[-5:-2], strict=True)
@@ -98,11 +113,8 @@ def _attention_bwd(dout, dlse, out, lse, *given: Any):
 
 
 def _rows(x: Any, dims: int, dropout_p: float) -> str:
-    if dropout_p != 0.0:
-        raise NotImplementedError(
-            f"norm: got dropout_p={dropout_p} with a DTensor, expected 0: the mask depends on the "
-            "place of a row in the whole tensor; call torch.nn.functional.dropout on x before"
-        )
+    remedy = "call torch.nn.functional.dropout on x before"
+    _refuse_dropout("norm", dropout_p, f"row in the whole tensor; {remedy}")
     return _LETTERS[: x.ndim - dims]
 
 

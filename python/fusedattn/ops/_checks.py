@@ -206,6 +206,20 @@ def check_seed(op: str, seed: Any, x: Tensor) -> int | Tensor:
     return seed
 
 
+def seed_tensor(name: str, seed: int | Tensor | None, x: Tensor) -> Tensor:
+    """The seed of a dropout as one int64 where x is; None draws it from torch's generator.
+
+    Raises:
+        TypeError, ValueError: neither an integer of 64 bits nor a tensor with one.
+    """
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = check_seed(name, seed, x)
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(1).to(x.device, torch.int64)
+    return torch.full((1,), seed, dtype=torch.int64, device=x.device)
+
+
 def _scalar(value: Any) -> Any:
     """numpy's scalars and tensors without dimensions as Python's; anything else as it is."""
     try:

@@ -1,12 +1,14 @@
-"""Attention: softmax(scale · qkᵀ + bias) v, and its gradients.
+"""Attention: dropout(softmax(scale · qkᵀ + bias)) v, and its gradients.
 
-With p = softmax(s) over the visible keys and lse = log Σ exp(s) (natural log, per query):
+With p = softmax(s) over the visible keys, lse = log Σ exp(s) (natural log, per query) and z = 1, or
+with dropout 1 / (1 − dropout_p) where a weight is kept and 0 where it is not:
 
-    r = scale · q kᵀ     s = r + bias, with a softcap c · tanh(r / c) + bias     out = p v
-    ds = p ∘ (dout·vᵀ − rowsum(dout ∘ out) + dlse)     dr = ds, or ds ∘ (1 − tanh²(r / c))
-    dq = scale · dr k     dk = scale · drᵀ q     dv = pᵀ dout     dbias = ds, summed as broadcast
+    r = scale · q kᵀ   s = r + bias, with a softcap c · tanh(r / c) + bias   out = (p ∘ z) v
+    ds = p ∘ (z ∘ dout·vᵀ − rowsum(dout ∘ out) + dlse)     dr = ds, or ds ∘ (1 − tanh²(r / c))
+    dq = scale · dr k   dk = scale · drᵀ q   dv = (p ∘ z)ᵀ dout   dbias = ds, summed as broadcast
 
-Only q, k, v, out and lse are kept for the backward; p is recomputed tile by tile, so nothing of
+since rowsum(dout ∘ out) = Σ p ∘ z ∘ dout·vᵀ. z is a function of the seed and the place of a weight
+(reference.attention_dropout), so that it is never stored. Only q, k, v, out and lse are kept for the backward; p is recomputed tile by tile, so nothing of
 size Sq·Sk is ever stored (Milakov and Gimelshein 2018; Dao et al. 2022).
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_flag, check_seed
+from ._checks import check_flag, check_seed, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
 from .attention_backends import BACKENDS, backward_formula, formula
@@ -41,7 +43,8 @@ _autocast_anywhere = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
-_NOTHING = (None,) * 10  # of the call's tensors, what no public argument gives
+_NOTHING = (None,) * 10  # of the call's tensors, what has no gradient yet, or never
+_NOT_YET = (None,) * 8  # what no public argument gives
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -93,8 +96,6 @@ def _prepare(
         alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, batches=True)
     if sinks is not None:
         sinks = validate_heads("sinks", sinks, q, batches=False)
-    if seed is not None:
-        check_seed("attention", seed, q)
     # 1 == True == np.float32(1), a tensor may change, and dynamo warns about a cache.
     usual = (
         (type(causal) is bool or type(causal) is str)
@@ -109,7 +110,14 @@ def _prepare(
     config = (remembered if usual else configure)(
         head_dim, causal, scale, window, softcap, dropout_p, deterministic
     )
-    return AttentionCall(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, *_NOTHING, config)
+    if config.dropout_p != 0.0:
+        seed = seed_tensor("attention", seed, q)
+    elif seed is not None:
+        check_seed("attention", seed, q)
+        seed = None
+    return AttentionCall(
+        q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, None, seed, *_NOT_YET, config
+    )
 
 
 def attention(
@@ -132,7 +140,7 @@ def attention(
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale · qkᵀ + bias) v over the keys that each query may attend to.
+    """dropout(softmax(scale · qkᵀ + bias)) v over the keys that each query may attend to.
 
     Fused, in O(Sq + Sk) memory, and differentiable. Second derivatives, forward mode and
     `torch.func` transforms run the reference's formula, which stores all scores. Tensors may have
@@ -160,7 +168,12 @@ def attention(
             query i and key j (Press et al. 2022), whatever `causal` is.
         sinks: (Hq,), in the dtype of q or float32: one more logit in the softmax of each head, that
             gives no value, as in gpt-oss. It is part of the log-sum-exp.
-        dropout_p, seed: not supported yet.
+        dropout_p: each weight of the softmax is dropped with this probability, else divided by
+            1 − dropout_p; at 1 all are dropped. The log-sum-exp is that without dropout.
+        seed: of what is dropped, an int of 64 bits or a tensor with one, which is not read on the
+            host. `None` draws one from torch's generator, where dropout_p is not 0. A seed drops
+            the same weights on every backend, forward and backward: a function of it and of the
+            numbers of batch, head, query and key (Philox; Salmon et al. 2011).
         kv_lengths: (B,) int32 or int64, any value; keys at and past it do not exist. It moves no
             diagonal.
         return_lse: also return the log-sum-exp of the scores.

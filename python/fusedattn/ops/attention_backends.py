@@ -42,20 +42,21 @@ from .attention_config import (
 # --- backends ------------------------------------------------------------------------------------
 
 
-# What no kernel takes yet: tensors from scales on, options from dropout_p on.
+# What no kernel takes yet: tensors from scales on but for the seed, options from max_seqlen_q on.
 _PENDING = AttentionCall._fields[8:-1]
-_NO_OPTION = AttentionConfig()[6:]
+_SEED = _PENDING.index("seed")
+_NO_OPTION = AttentionConfig()[7:]
 
 
 def _refuse_pending(call: Any) -> Refusal | None:
     given = call[8:18] if type(call) is AttentionCall else call[12:22]
     for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
-        if x is not None:
+        if x is not None and i != _SEED:
             return _not_yet(_PENDING[i])
-    options = call.config[6:]
+    options = call.config[7:]
     if options == _NO_OPTION:
         return None
-    names = zip(call.config._fields[6:], options, _NO_OPTION, strict=True)
+    names = zip(call.config._fields[7:], options, _NO_OPTION, strict=True)
     name = next(name for name, x, usual in names if x != usual)
     return _not_yet(name)
 
@@ -102,6 +103,8 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
             return Refusal(f"{name} is not supported", f"leave {name} out")
     if call.config.window is not None:
         return Refusal("window is not supported", "leave window out")
+    if call.config.dropout_p != 0.0:
+        return Refusal("dropout_p is not supported", "leave dropout_p out")
     for name, x in (("D", call.q), ("Dv", call.v)):
         width = x.shape[3]
         if width % 8 != 0 or width > 256:
@@ -238,6 +241,8 @@ def _options(call: Any) -> dict[str, Any]:
         "softcap": call.config.softcap or None,
         "alibi_slopes": call.alibi_slopes,
         "sinks": call.sinks,
+        "dropout_p": call.config.dropout_p,
+        "seed": call.seed,
     }
 
 

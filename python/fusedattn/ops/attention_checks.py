@@ -14,6 +14,7 @@ from ._checks import (
     check_broadcast,
     check_device,
     check_like,
+    check_probability,
     check_tensor,
     is_causal_bias,
 )
@@ -210,8 +211,16 @@ def check_call(call: AttentionCall) -> AttentionCall:
         sinks = validate_heads("sinks", sinks, q, batches=False)
     if call.config.causal not in (0, 1, 2):
         raise ValueError(f"attention: got causal={call.config.causal}, expected 0, 1 or 2")
+    seed = None
+    if check_probability("attention", "dropout_p", call.config.dropout_p) != 0.0:
+        seed = call.seed
+        if seed is None:
+            raise ValueError(
+                f"attention: got dropout_p={call.config.dropout_p} without a seed, expected one"
+            )
+        check_like("attention", "seed", seed, (1,), torch.int64, q.device)
     return call._replace(
-        mask=mask, bias=bias, kv_lengths=kv_lengths, alibi_slopes=slopes, sinks=sinks
+        mask=mask, bias=bias, kv_lengths=kv_lengths, alibi_slopes=slopes, sinks=sinks, seed=seed
     )
 
 
@@ -230,5 +239,5 @@ def check_backward_call(call: AttentionBackwardCall) -> AttentionBackwardCall:
     ):  # fmt: skip
         if x is not None:
             check_like("attention_bwd", name, x, of, dtype, q.device)
-    names = ("mask", "bias", "kv_lengths", "alibi_slopes", "sinks")
+    names = ("mask", "bias", "kv_lengths", "alibi_slopes", "sinks", "seed")
     return call._replace(**{name: getattr(checked, name) for name in names})

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..reference import functional as reference
-from ._checks import check_seed
+from ._checks import check_seed, seed_tensor
 from ._library import cpu_at_once, watched
 from ._op import Op, Outputs
 from .norm_config import (
@@ -35,7 +35,6 @@ from .norm_config import (
     configure,
     matrix_shape,
     remembered,
-    seed_tensor,
     shape_of,
     stream_dtype,
 )

@@ -17,7 +17,6 @@ from ._checks import (
     check_like,
     check_number,
     check_probability,
-    check_seed,
     check_tensor,
 )
 
@@ -150,20 +149,6 @@ def check_parameter(name: str, what: str, y: Tensor, x: Tensor, shape: Sequence[
             f"{name}: got {what} of shape {tuple(given)}, expected that of {of}, {tuple(shape)}"
         )
     check_device(name, what, y, "x", x)
-
-
-def seed_tensor(name: str, seed: int | Tensor | None, x: Tensor) -> Tensor:
-    """The seed of a dropout as one int64 where x is; None draws it from torch's generator.
-
-    Raises:
-        TypeError, ValueError: neither an integer of 64 bits nor a tensor with one.
-    """
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    seed = check_seed(name, seed, x)
-    if isinstance(seed, Tensor):
-        return seed.detach().reshape(1).to(x.device, torch.int64)
-    return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
 def stream_dtype(name: str, residual: Tensor, residual_dtype: torch.dtype | None) -> torch.dtype:

@@ -13,6 +13,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# --- dropout -------------------------------------------------------------------------------------
+
+
+def philox(seed: Tensor, width: int, *counter: Tensor) -> Tensor:
+    """Philox-4x32-10 (Salmon et al. 2011): random words in [0, 2³²), int64 (…, width).
+
+    Key: the low and the high half of `seed` (one int64). Counter: (column // 4, *counter), three
+    integers of 32 bits, each (…, 1); of its four words a column takes number column % 4.
+    """
+    low = 0xFFFFFFFF
+    c = list(torch.broadcast_tensors(torch.arange((width + 3) // 4, device=seed.device), *counter))
+    key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
+    for _ in range(10):
+        # int64 products wrap around, which leaves their 64 bits as they should be.
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [((b >> 32) & low) ^ c[1] ^ key[0], b & low, ((a >> 32) & low) ^ c[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return torch.stack(c, dim=-1).flatten(-2)[..., :width]
+
+
+def _drop(x: Tensor, p: float, words: Tensor) -> Tensor:
+    """x / (1 − p) where the random word is at least p·2³², else 0."""
+    factor = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    return torch.where(words >= int(p * 2.0**32), x * factor, 0.0)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x (rows, width), with the halves of the row as the counter."""
+    if p == 0.0 or seed is None:
+        return x
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    return _drop(x, p, philox(seed, x.shape[1], row & 0xFFFFFFFF, row >> 32, row * 0))
+
+
+def attention_dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """Dropout of attention's weights (B, Hq, Sq, Sk), with (query, head, batch) as the counter."""
+    if p == 0.0 or seed is None:
+        return x
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], device=x.device)
+    batch, head, query = (torch.arange(n, device=x.device) for n in x.shape[:3])
+    at = query[:, None], head[:, None, None], batch[:, None, None, None]
+    return _drop(x, p, philox(seed, x.shape[3], *at))
+
+
 # --- attention -----------------------------------------------------------------------------------
 
 
@@ -132,8 +177,10 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v and its log-sum-exp, in the dtype of q; see `scores`.
+    """dropout(softmax(scores)) v and the log-sum-exp, in the dtype of q; see `scores`.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) → out (B, Hq, Sq, Dv),
     lse (B, Hq, Sq). Sinks are one more logit of each head, in the sum and of no value. A query that
@@ -159,7 +206,8 @@ def attention(
     if sink is not None:
         total = total + torch.exp(sink - highest)
     total = total.masked_fill(nothing, 1.0)
-    out = torch.matmul((e / total).to(v.dtype), v)
+    p = attention_dropout(e / total, dropout_p, seed)
+    out = torch.matmul(p.to(v.dtype), v)
     lse = (highest + torch.log(total)).masked_fill(nothing, float("-inf"))
     return out, lse.squeeze(-1)
 
@@ -180,13 +228,16 @@ def attention_backward(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `attention` as a formula: (dq, dk, dv, ds, dsinks).
 
     ds (B, Hq, Sq, Sk) and, with sinks, dsinks (B, Hq, Sq, 1) are not yet summed.
 
     dv = pᵀ·do,  ds = p ∘ (do·vᵀ − rowsum(do ∘ out) + dlse),  dq = scale·dr·k,  dk = scale·drᵀ·q
-    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is that of `chain`.
+    (Dao et al. 2022, appendix B.2, with the term of the log-sum-exp); dr is that of `chain`. With
+    dropout p in dv and do·vᵀ in ds are what it leaves of them.
     The gradient of the bias is ds, summed over the dimensions along which the bias was broadcast.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -200,7 +251,7 @@ def attention_backward(
     p = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     p, p_sink = (p, None) if sink is None else (p[..., :-1], p[..., -1:])
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
-    dp = torch.matmul(dout, v.transpose(-1, -2))
+    dp = attention_dropout(torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed)
     row = (p * dp).sum(-1, keepdim=True)
     if dlse is not None:
         row = row - dlse.to(row.dtype)[..., None]
@@ -209,41 +260,13 @@ def attention_backward(
     dr = chain(ds, q, k, scale, softcap)
     dq = scale * torch.matmul(dr, k)
     dk = scale * torch.matmul(dr.transpose(-1, -2), q)
-    dv = torch.matmul(p.transpose(-1, -2), dout)
+    dv = torch.matmul(attention_dropout(p, dropout_p, seed).transpose(-1, -2), dout)
     dk, dv = (drop_absent(sum_heads(x, heads_kv), kv_lengths) for x in (dk, dv))
     dsinks = None if p_sink is None else torch.where(p_sink == 0, 0.0, -p_sink * row)
     return dq, dk, dv, ds, dsinks
 
 
 # --- layer norm and RMS norm ----------------------------------------------------------------------
-
-
-def philox(seed: Tensor, rows: int, width: int) -> Tensor:
-    """Philox-4x32-10 (Salmon et al. 2011): a random word in [0, 2³²) per element, int64.
-
-    Key: the low and the high half of `seed` (one int64). Counter (col // 4, low half of row, high
-    half of row, 0); of its four words element `col` takes number col % 4.
-    """
-    low = 0xFFFFFFFF
-    row = torch.arange(rows, device=seed.device)[:, None]
-    block = torch.arange((width + 3) // 4, device=seed.device)[None, :]
-    zero = torch.zeros_like(row * block)
-    c = [zero + block, zero + (row & low), zero + (row >> 32), zero]
-    key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
-    for _ in range(10):
-        # int64 products wrap around, which leaves their 64 bits as they should be.
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [((b >> 32) & low) ^ c[1] ^ key[0], b & low, ((a >> 32) & low) ^ c[3] ^ key[1], a & low]
-        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    return torch.stack(c, dim=-1).flatten(-2)[:, :width]
-
-
-def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x / (1 − p) where the random word is at least p·2³², else 0; x (rows, width)."""
-    if p == 0.0 or seed is None:
-        return x
-    keep = philox(seed, *x.shape) >= int(p * 2.0**32)
-    return torch.where(keep, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 
 def norm(

@@ -1,6 +1,6 @@
 """The gradient of an attention bias that was broadcast: ds summed over what shared it.
 
-    ds = p ∘ (dout vᵀ − Δ), p = exp(s − lse)       (attention_bwd.py)
+    ds = p ∘ (z ∘ dout vᵀ − Δ), p = exp(s − lse)       (attention_bwd.py)
     dbias[b, h, i, j] = Σ ds over every index along which bias has size 1
 
 One program owns one tile of dbias and walks over all tiles of ds that add to it, recomputing each
@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import distance, hide, scores, sequence_of, weights
+from .attention_scores import (
+    distance,
+    hide,
+    kept_weights,
+    load_seed,
+    scores,
+    sequence_of,
+    weights,
+)
 from .attention_tiles import bias_grad_tile
 from .common import dot, load_tile, rows_from
 from .plans import Launches
@@ -25,7 +33,7 @@ from .plans import Launches
 _LENGTHS = ["seq_q", "seq_k", "lower", "upper", "tiles_m", "tiles_n", "splits", "summed"]
 
 
-@triton.jit(do_not_specialize=["heads", "group", "summed_heads", *_LENGTHS])
+@triton.jit(do_not_specialize=["dropout", "heads", "group", "summed_heads", *_LENGTHS])
 def bias_grad_kernel(
     q,  # View (B, Hq, Sq, D)
     k,  # View (B, Hkv, Sk, D)
@@ -37,6 +45,7 @@ def bias_grad_kernel(
     delta,  # fp32 (B, Hq, Sq), contiguous
     parts,  # fp32 (splits, *bias.shape), contiguous
     scale,
+    dropout,  # Dropped, or None
     heads,  # Hq
     group,  # Hq / Hkv
     seq_q,
@@ -76,6 +85,7 @@ def bias_grad_kernel(
     high = (share * (part + 1) // splits).to(tl.int32)
     if upper is not None and not SUM_ROWS and not SUM_COLS:
         high = tl.where(n0 * BLOCK_N < (m0 + 1) * BLOCK_M + upper, high, low)  # else unseen
+    dropout = load_seed(dropout)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(low, high):
         # Which tile of ds: `step` counts the summed dimensions, keys fastest, batch slowest.
@@ -105,6 +115,9 @@ def bias_grad_kernel(
         s = hide(s, i[:, None], j[None, :], sequence)
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+        if dropout is not None:
+            keep = kept_weights(dropout, batch, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
+            dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
         ds = p * (dp - delta_row[:, None])
         if SLOPES:
             ds *= -distance(sequence, i[:, None], j[None, :])

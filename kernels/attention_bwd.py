@@ -1,9 +1,9 @@
 """Attention backward: dq, dk, dv and, where nothing was broadcast, dbias.
 
 With p = exp(s − lse), recomputed tile by tile, and Δ = rowsum(dout ∘ out) − dlse, one number per
-query:
+query, and z which weights dropout keeps, times 1 / (1 − dropout_p):
 
-    ds = p ∘ (dout vᵀ − Δ)     dv = pᵀ dout     dq = scale · ds k     dk = scale · dsᵀ q
+    ds = p ∘ (z ∘ dout vᵀ − Δ)   dv = (p ∘ z)ᵀ dout   dq = scale · ds k   dk = scale · dsᵀ q
     dbias = ds
 
 (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) In float16 ds is kept times a
@@ -44,6 +44,8 @@ from .attention_scores import (
     UNSPECIALISED,
     chain,
     hide,
+    kept_weights,
+    load_seed,
     query_range,
     scores,
     sequence_of,
@@ -84,6 +86,7 @@ def dkdv_kernel(
     dk,  # View (B, Hkv, Sk, D)
     dv,  # View (B, Hkv, Sk, Dv)
     scale,
+    dropout,  # Dropped, or None
     heads_total,  # B·Hkv
     heads,  # Hq
     group,  # Hq / Hkv
@@ -112,7 +115,8 @@ def dkdv_kernel(
     # The tail of the keys is not masked here: a key is a row, what it gets stays in that row, and
     # the row is dropped.
     begin, whole, full, end = query_range(start, sequence, BLOCK_M, BLOCK_N)
-    ds_scale = load_ds_scale(norms, flat) if norms is not None else None
+    dropout = load_seed(dropout)
+    ds_scale = load_ds_scale(norms, flat, dropout) if norms is not None else None
     PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
     # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
     SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART
@@ -150,14 +154,23 @@ def dkdv_kernel(
                     if masked:
                         s = hide(s, i[None, :], j[:, None], sequence)
                 p = weights(s, shift_row[None, :], scale, NATURAL)
-                dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+                kept_p = p
+                if dropout is not None:
+                    keep = kept_weights(dropout, batch, head, at, start, BLOCK_M, BLOCK_N)
+                    keep = tl.trans(keep)
+                    kept_p = tl.where(keep, p, 0.0)
+                dv_tile = dot(kept_p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
                 if PAIRS:  # later: no registers are left for it
                     dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
+                if dropout is not None:
+                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                 ds = p * less_delta(dp, delta_row[None, :], ds_scale)
                 ds = chain(ds, raw, rules, scale)
                 dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
 
     exists = (j < keys)[:, None]
+    if dropout is not None:
+        dv_tile *= dropout.keep_scale
     dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
     dv_tile = tl.where(exists, dv_tile, 0.0)
     dk_head = rows_from(dk, batch, kv_head, sequence.first_k, ALIGNED)

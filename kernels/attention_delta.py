@@ -13,7 +13,7 @@ from .common import LOG2E, View, load_tile, matrix, rows_from, view
 from .plans import Launches
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seq_q"])
+@triton.jit(do_not_specialize=["dropout", "heads", "group", "seq_q"])
 def delta_kernel(
     out,  # View (B, Hq, Sq, Dv)
     dout,  # View (B, Hq, Sq, Dv)
@@ -23,6 +23,7 @@ def delta_kernel(
     delta,  # fp32 (B, Hq, Sq), contiguous: rowsum(dout ∘ out) − dlse
     scaled,  # the same times e, or None
     norms,  # of `load_ds_scale`, or None
+    dropout,  # Dropped, or None
     heads,
     group,
     seq_q,
@@ -53,10 +54,10 @@ def delta_kernel(
     row = tl.where(nothing, 0.0, row)
     tl.store(delta + at, row, mask=inside)
     if scaled is not None:
-        tl.store(scaled + at, row * load_ds_scale(norms, flat // group), mask=inside)
+        tl.store(scaled + at, row * load_ds_scale(norms, flat // group, dropout), mask=inside)
 
 
-_ARGUMENTS = ("heads", "group", "seq_q", "NATURAL", "DV", "BLOCK_DV", "ALIGNED")
+_ARGUMENTS = ("dropout", "heads", "group", "seq_q", "NATURAL", "DV", "BLOCK_DV", "ALIGNED")
 
 
 def row_terms(

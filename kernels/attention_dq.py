@@ -11,7 +11,9 @@ from .attention_scores import (
     UNSPECIALISED,
     chain,
     hide,
+    kept_weights,
     key_range,
+    load_seed,
     scores,
     sequence_of,
     weights,
@@ -34,6 +36,7 @@ def dq_kernel(
     dq,  # View (B, Hq, Sq, D)
     dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
     scale,
+    dropout,  # Dropped, or None
     heads_total,  # B·Hq
     heads,  # Hq
     group,  # Hq / Hkv
@@ -62,7 +65,8 @@ def dq_kernel(
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
-    ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
+    dropout = load_seed(dropout)
+    ds_scale = load_ds_scale(norms, flat // group, dropout) if norms is not None else None
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
@@ -93,6 +97,9 @@ def dq_kernel(
                     s = hide(s, i[:, None], j[None, :], sequence)
                 p = weights(s, shift_row[:, None], scale, NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+                if dropout is not None:
+                    keep = kept_weights(dropout, batch, head, first, start, BLOCK_M, BLOCK_N)
+                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                 ds = p * less_delta(dp, delta_row[:, None], ds_scale)
                 if dbias is not None:
                     of_head = matrix(dbias, batch, head)

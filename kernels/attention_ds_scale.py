@@ -1,9 +1,9 @@
 r"""What keeps ds in the range of float16, as which the products ds k and dsᵀ q take it.
 
 The kernels of attention_bwd.py work with e · ds and divide dq and dk by e, a power of two for each
-head of keys. Since p (1 − p) ≤ ¼ and out is a mean of values, |ds| = p |dp − Δ| is at most
+head of keys. Since p (1 − p) ≤ ¼ and Δ + dlse is the mean of dp, |ds| = p |dp − Δ| is at most
 
-    ½ max ‖dout_i‖ max ‖v_j‖ + max |dlse_i|
+    ½ max ‖dout_i‖ max ‖v_j‖ / (1 − dropout_p) + max |dlse_i|
 
 (Cauchy and Schwarz), and e is the largest up to 1 with which that stays below 2¹⁵. To scale is
 exact but for what falls below the normal numbers, 2⁻²⁹ of the bound. bfloat16 and float32 reach
@@ -27,10 +27,13 @@ from .plans import Launches
 
 
 @triton.jit
-def load_ds_scale(norms, kv_head):
+def load_ds_scale(norms, kv_head, dropout):
     """e of a head of B · Hkv."""
     at = norms + 3 * kv_head
-    bound = 0.5 * tl.sqrt(tl.load(at) * tl.load(at + 1)) + tl.load(at + 2)
+    bound = 0.5 * tl.sqrt(tl.load(at) * tl.load(at + 1))
+    if dropout is not None:
+        bound *= dropout.keep_scale
+    bound += tl.load(at + 2)
     exponent = bound.to(tl.int32, bitcast=True) >> 23  # bound < 2^(exponent − 126)
     exponent = tl.where(exponent > 141, 268 - exponent, 127)
     return (exponent << 23).to(tl.float32, bitcast=True)

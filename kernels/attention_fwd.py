@@ -1,4 +1,4 @@
-r"""Attention forward: out = softmax(scale · qkᵀ + bias) v and lse = log Σ exp(scores).
+r"""Attention forward: out = dropout(softmax(scale · qkᵀ + bias)) v and lse = log Σ exp(scores).
 
     q (B, Hq, Sq, D)   k (B, Hkv, Sk, D)   v (B, Hkv, Sk, Dv)   →   out (B, Hq, Sq, Dv)
     mask, bias: (B, Hq, Sq, Sk), each dimension full or 1        →   lse (B, Hq, Sq), fp32
@@ -37,7 +37,9 @@ from .attention_launch import (
 from .attention_scores import (
     UNSPECIALISED,
     hide,
+    kept_weights,
     key_range,
+    load_seed,
     scores,
     sequence_of,
     weights,
@@ -76,6 +78,7 @@ def forward_kernel(
     out,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
     scale,
+    dropout,  # Dropped, or None
     heads_total,  # B·Hq
     heads,  # Hq
     group,  # Hq / Hkv
@@ -104,6 +107,7 @@ def forward_kernel(
     first = index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
+    dropout = load_seed(dropout)
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
@@ -147,6 +151,9 @@ def forward_kernel(
                 alpha = tl.exp2((m - shift) * LOG2E if NATURAL else m - shift)
                 l = l * alpha + tl.sum(p, 1)  # noqa: E741
                 acc = acc * alpha[:, None]
+                if dropout is not None:
+                    keep = kept_weights(dropout, batch, head, first, start, BLOCK_M, BLOCK_N)
+                    p = tl.where(keep, p, 0.0)
                 acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
                 m = m_new
 
@@ -162,6 +169,8 @@ def forward_kernel(
         acc = acc * alpha[:, None]
         m = m_new
     inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
+    if dropout is not None:
+        inverse *= dropout.keep_scale
     out_head = rows_from(out, batch, head, sequence.first_q, ALIGNED)
     store_tile(out_head, acc * inverse[:, None], first, rows, BLOCK_M, DV, BLOCK_DV)
     total = m + tl.log2(l) * LN2 if NATURAL else (m + tl.log2(l)) * LN2

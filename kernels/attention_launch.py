@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
-from .attention_scores import Rules
-from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision
+from .attention_scores import Dropped, Rules
+from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision, with_data
+from .dropout import dropout_of
 from .tuning import Key, settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
         softcap,
         broadcast_view(call.alibi_slopes),
     )
+
+
+def dropped_of(call: AttentionCall | AttentionBackwardCall) -> Dropped | None:
+    """The dropout of a call, as the kernels take it."""
+    drop = dropout_of(call.config.dropout_p)
+    return None if drop is None else Dropped(with_data(call.seed), *drop)  # type: ignore[arg-type]
 
 
 def bounds_of(config: AttentionConfig, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
@@ -66,6 +73,7 @@ def common_arguments(
         "BLOCK_DV": block_width(head_dim_v),
         "ALIGNED": aligned(q, k, v, *(x for x in further if x is not None)),
         "NATURAL": natural or not config.scale > 1e-30,
+        "dropout": dropped_of(call),
         "PRECISION": dot_precision(q),
     }
 
@@ -87,7 +95,7 @@ def tuning(
         q.device, q.dtype, arguments["D"], arguments["DV"], arguments["lower"] is None,
         arguments["upper"] is None, call.alibi_slopes is None,
         arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
-        arguments["group"],
+        arguments["group"], arguments["dropout"] is None,
     )  # fmt: skip
     heads, seq_q, seq_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     width = (arguments["D"] + arguments["DV"]) // 2

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, load_pairs, matrix
+from .dropout import kept
 
 # Kernel arguments that change from call to call.
 UNSPECIALISED = [
-    "heads_total", "heads", "group", "seq_q", "seq_k", "lower", "upper", "section",
+    "dropout", "heads_total", "heads", "group", "seq_q", "seq_k", "lower", "upper", "section",
 ]  # fmt: skip
 
 
@@ -152,6 +153,30 @@ def weights(s, shift, scale, NATURAL: tl.constexpr):
     if NATURAL:
         return tl.exp2((s - shift) * LOG2E)
     return tl.exp2(tl.fma(s, scale * LOG2E, -shift))
+
+
+class Dropped(NamedTuple):
+    """Dropout of the weights: the seed and a `Dropout`."""
+
+    seed: Any  # int64 (1,); in a kernel its value
+    limit: Any
+    keep_scale: Any
+
+
+@triton.jit
+def load_seed(dropout):
+    if dropout is not None:
+        dropout = Dropped(tl.load(dropout.seed), dropout.limit, dropout.keep_scale)
+    return dropout
+
+
+@triton.jit
+def kept_weights(
+    dropout, batch, head, first, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Which weights of queries first … and of keys start …, a multiple of 4, are not dropped."""
+    i = (first + tl.arange(0, BLOCK_M))[:, None]
+    return kept(dropout.seed, dropout.limit, start, i, head, batch, BLOCK_N)
 
 
 @triton.jit

@@ -22,14 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Device, block_width, device_of
+from .dropout import NO_DROPOUT, dropout_of
 from .plans import Launches, planned
 from .rowwise import (
     MOST_WARPS,
-    NO_DROPOUT,
     Tile,
     at,
     dropout,
-    dropout_of,
     load_weight,
     matrix_of,
     registers,

@@ -21,12 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import device_of
+from .dropout import NO_DROPOUT, dropout_of
 from .plans import Launches, planned
 from .rowwise import (
-    NO_DROPOUT,
     at,
     dropout,
-    dropout_of,
     load_weight,
     matrix_of,
     registers,

@@ -7,7 +7,6 @@ Narrow rows share a program, so that it has as many bytes under way as one with 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import triton
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Device, Matrix, View, block_width, with_data
+from .dropout import kept
 
 # --- device functions ----------------------------------------------------------------------------
 
@@ -54,15 +54,12 @@ def store(x, row, col, value, inside):
 def dropout(value, seed, row, first, limit, keep_scale, BLOCK: tl.constexpr):
     """Dropout of columns first … first + BLOCK; limit and keep_scale are those of a `Dropout`.
 
-    Four columns share a Philox counter, one word each: interleaved, so that a thread makes the
-    words of its own columns and none is made twice.
+    The halves of the row's number are the counter.
     """
-    quad = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)[None, :]
-    low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    high = (row >> 32).to(tl.uint32)[:, None]
-    a, b, c, d = tl.philox(seed, quad, low, high, tl.zeros_like(high))
-    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    return tl.where(words > limit.to(tl.uint32), value * keep_scale, 0.0)
+    low = (row & 0xFFFFFFFF)[:, None]
+    high = (row >> 32)[:, None]
+    keep = kept(seed, limit, first, low, high, tl.zeros_like(high), BLOCK)
+    return tl.where(keep, value * keep_scale, 0.0)
 
 
 # --- launching -----------------------------------------------------------------------------------
@@ -119,24 +116,6 @@ def programs(sizes: list[int], rows: int) -> tuple[int]:
 def matrix_of(x: Tensor | None) -> Matrix | None:
     """(rows, width) with unit column stride."""
     return None if x is None else Matrix(with_data(x), x.stride(0), 1)
-
-
-class Dropout(NamedTuple):
-    """A word above `limit` keeps its element, times `keep_scale`."""
-
-    limit: int
-    keep_scale: float
-
-
-NO_DROPOUT = Dropout(0, 1.0)  # what a kernel gets that has no seed
-
-
-def dropout_of(p: float) -> Dropout | None:
-    """None where every element is kept as it is, if only because p is less than a word can tell."""
-    limit = math.floor(p * 2**32) - 1
-    if limit < 0:
-        return None
-    return Dropout(limit, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 class Tile(NamedTuple):

@@ -21,7 +21,7 @@ struct Call<AttentionForward> {
                                         {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
                                         {"sinks", &P::sinks, Read::broadcast},
                                         {"scales", nullptr, Read::refused},
-                                        {"seed", nullptr, Read::refused},
+                                        {"seed", &P::seed},
                                         {"bias_table", nullptr, Read::refused},
                                         {"prefix_lengths", nullptr, Read::refused},
                                         {"documents_q", nullptr, Read::refused},
@@ -35,7 +35,7 @@ struct Call<AttentionForward> {
       std::tuple(Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
                  Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
                  Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
-                 Unread{"dropout_p"}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
+                 Option{"dropout_p", &O::dropout_p}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
                  Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
 };
 
@@ -57,7 +57,7 @@ struct Call<AttentionBackward> {
                                         {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
                                         {"sinks", &P::sinks, Read::broadcast},
                                         {"scales", nullptr, Read::refused},
-                                        {"seed", nullptr, Read::refused},
+                                        {"seed", &P::seed},
                                         {"bias_table", nullptr, Read::refused},
                                         {"prefix_lengths", nullptr, Read::refused},
                                         {"documents_q", nullptr, Read::refused},
@@ -97,6 +97,8 @@ inline void check(const AttentionForward& p) {
   Argument("kv_lengths", p.kv_lengths).shape({batch}).integer();
   Argument("alibi_slopes", p.alibi_slopes).broadcasts({batch, heads}).dtype(wide(dtype));
   Argument("sinks", p.sinks).broadcasts({1, heads}).dtype(wide(dtype));
+  if (p.options.dropout_p != 0) Argument("seed", p.seed).given();
+  Argument("seed", p.seed).shape({1}).dtype(DType::i64);
   Argument("out", p.out).given().shape({batch, heads, p.longest_q(), p.head_dim_v()}).dtype(dtype);
   Argument("lse", p.lse).given().shape({batch, heads, p.longest_q()}).dtype(wide(dtype));
 }

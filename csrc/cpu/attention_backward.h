@@ -8,6 +8,8 @@
 //     s = q kᵀ     dp = dO vᵀ     ds = p ∘ (dp − Δ),  Δ = rowsum(dO ∘ O) − dlse
 //     dvᵀ += dOᵀ p     dkᵀ += qᵀ ds     dq += ds k
 //
+// Dropout changes dp, and p in the sum of dV. What it multiplies dV by comes at the end.
+//
 // The transposed sums let p and ds be the right-hand operand just as they leave the registers.
 #pragma once
 
@@ -147,6 +149,7 @@ struct BackwardScratch {
   typedef BackwardBlocks<E> Blocks;
   S *s, *dp, *dkt, *dvt, *row;
   S* slope = nullptr;  // of the scores, where that is not 1
+  uint8_t* keep;       // which weights of two rows survive dropout
   Panels<Unit> p, ds;
   Rows<Unit> ds_rows;
   Unit* strip;
@@ -156,6 +159,7 @@ struct BackwardScratch {
     s = arena.take<S>(Blocks::strip * Blocks::keys);
     dp = arena.take<S>(Blocks::strip * Blocks::keys);
     if (x.f.options.softcap > 0) slope = arena.take<S>(Blocks::strip * Blocks::keys);
+    keep = arena.take<uint8_t>(2 * Blocks::keys);
     dkt = arena.take<S>(x.rows_d * Blocks::keys);
     dvt = arena.take<S>(x.rows_dv * Blocks::keys);
     row = arena.take<S>(larger(Blocks::keys, larger(x.rows_d, x.rows_dv) * width<S>));
@@ -180,9 +184,10 @@ struct RowStatistics {
   S lse, delta;
 };
 
-// Two rows of a tile: scores, dp and, where `bent`, slopes in, p and ds out as operands.
-template <bool bent, class E>
-FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> factor,
+// Two rows of a tile: scores, dp and, where `bent`, slopes in, p and ds out as operands. Where
+// `dropped`, what t.keep keeps of dp is multiplied by `kept`.
+template <bool bent, bool dropped, class E>
+FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> factor, stat_of<E> kept,
                                     const RowStatistics<stat_of<E>> (&row)[2], int64_t i,
                                     const BackwardScratch<E>& t) {
   typedef stat_of<E> S;
@@ -206,7 +211,11 @@ FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> facto
       for (int c = 0; c < 2; ++c) {
         const int64_t at = from + r * ld + j + c * w;
         p[r][c] = exp2<E::exp2_degree>(load(t.s + at) * factor - row[r].lse);
-        ds[r][c] = p[r][c] * (load(t.dp + at) - row[r].delta);
+        vec<S> dp = load(t.dp + at);
+        [[maybe_unused]] const uint8_t* const keep = t.keep + r * ld + j + c * w;
+        if constexpr (dropped) dp = select_bytes<S>(keep, dp * kept, vec<S>{});
+        ds[r][c] = p[r][c] * (dp - row[r].delta);
+        if constexpr (dropped) p[r][c] = select_bytes<S>(keep, p[r][c], vec<S>{});
         if constexpr (bent) ds[r][c] *= load(t.slope + at);
       }
     if (j >= whole) {
@@ -284,7 +293,8 @@ class BackwardTask {
       }
       store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h, first,
                              t.row);
-      store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(1), f.dv, b, h, first, t.row);
+      store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(scores.dropout.factor), f.dv, b, h,
+                             first, t.row);
     }
   }
 
@@ -307,10 +317,20 @@ class BackwardTask {
       for (int64_t k = 0; k < smaller(Blocks::strip, padded - r); k += 2) {
         RowStatistics<S> row[2];
         for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
-        if (t.slope == nullptr)
-          gradient_rows<false>(k * Blocks::keys, wide, scores.factor, row, r + k, t);
-        else
-          gradient_rows<true>(k * Blocks::keys, wide, scores.factor, row, r + k, t);
+        const auto gradient = [&]<bool bent, bool dropped>() {
+          gradient_rows<bent, dropped>(k * Blocks::keys, wide, scores.factor,
+                                       S(scores.dropout.factor), row, r + k, t);
+        };
+        if (scores.dropout) {
+          for (int64_t c = 0; c < 2; ++c)
+            scores.keep(b, h * x.group + g, i0 + r + k + c, j0, row[c].seen,
+                        t.keep + c * Blocks::keys);
+          t.slope == nullptr ? gradient.template operator()<false, true>()
+                             : gradient.template operator()<true, true>();
+        } else {
+          t.slope == nullptr ? gradient.template operator()<false, false>()
+                             : gradient.template operator()<true, false>();
+        }
       }
     }
     E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);

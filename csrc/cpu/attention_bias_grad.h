@@ -24,6 +24,7 @@ class BiasGradTask {
   Rows<Unit> q, o;
   Panels<Unit> kt, vt;
   S *s, *dp, *recent, *row;
+  uint8_t* keep;
   double* total = nullptr;  // if there are more
   int64_t pending = 0;      // additions to an element of `recent`
   Unit* strip;
@@ -50,6 +51,7 @@ class BiasGradTask {
     recent = arena.take<S>(block_q * block_k);
     if (additions() > per_flush) total = arena.take<double>(block_q * block_k);
     row = arena.take<S>(block_k);
+    keep = arena.take<uint8_t>(block_k);
     strip = arena.take<Unit>(E::planes * larger(units_d, units_dv) *
                              (vector_bytes / int64_t(sizeof(Unit))));
   }
@@ -136,8 +138,14 @@ class BiasGradTask {
     const S lse = *f.lse.at<S>(b, h, row_q);
     if (lse == -infinity<S>) return;
     S* score = s + local * block_k;
-    const S* grad = dp + local * block_k;
+    S* grad = dp + local * block_k;
     const S delta = delta_of(b, h, row_q);
+    if (scores.dropout) {
+      scores.keep(b, h, i, j0, seen, keep);
+      for (int64_t j = 0; j < seen; j += w)
+        store(grad + j,
+              select_bytes<S>(keep + j, load(grad + j) * S(scores.dropout.factor), vec<S>{}));
+    }
     scores.prepare(score, b, h, i, j0, seen, row);
     scores.hide(score, smaller(sequence.begin(i) - j0, seen));
     scores.rebase(score, seen, lse);

@@ -51,6 +51,7 @@ class Decode {
     const size_t shared = count.used();
     count.take<S>(rows * d);
     count.take<S>(2 * block);
+    count.take<uint8_t>(block + dropout_step);
     const size_t own = count.used() - shared;
     const Workspace workspace(shared, own, threads);
     S* const partials = workspace.shared().template take<S>(pairs * splits * partial);
@@ -58,9 +59,10 @@ class Decode {
       Arena arena = workspace.own(omp_get_thread_num());
       S* const q = arena.take<S>(rows * d);
       S* const s = arena.take<S>(2 * block);
+      uint8_t* const keep = arena.take<uint8_t>(block + dropout_step);
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < pairs * splits; ++task)
-        stream(task / splits, task % splits, q, s, partials + task * partial);
+        stream(task / splits, task % splits, q, s, keep, partials + task * partial);
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < pairs * rows; ++task)
         combine(task / rows, task % rows, partials + task / rows * splits * partial, partial);
@@ -90,7 +92,7 @@ class Decode {
   }
 
   // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
-  void stream(int64_t pair, int64_t split, S* q, S* s, S* partial) const {
+  void stream(int64_t pair, int64_t split, S* q, S* s, uint8_t* keep, S* partial) const {
     const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
     const Sequence<int64_t> sequence = f.sequence(b);
     const int64_t each = keys_each(visible(sequence));
@@ -117,8 +119,16 @@ class Decode {
         if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j, seen, s + block);
         S* row = o + r * dv;
         const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
-        l[r] += probabilities<Fma<S>>(s, seen, round_up(seen, 2 * w), scores.factor, origin,
-                                      {s, block, block}, 0);
+        const Rows<S> p{s, block, block};
+        const int64_t wide = round_up(seen, 2 * w);
+        if (scores.dropout) {
+          const int64_t before = j % 4;  // keys that share a counter with the first one
+          scores.keep(b, head(pair, r), query(r), j - before, before + seen, keep);
+          l[r] += probabilities<Fma<S>, true>(s, seen, wide, scores.factor, origin, p, 0,
+                                              keep + before);
+        } else {
+          l[r] += probabilities<Fma<S>, false>(s, seen, wide, scores.factor, origin, p, 0, nullptr);
+        }
         add_values(s, v, seen, row);
       }
     }

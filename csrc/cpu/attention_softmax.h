@@ -28,22 +28,30 @@ FUSEDATTN_INLINE S highest_score(const S* s, int64_t n) {
 }
 
 // p = 2^(factor · s − shift) for the first n scores of a row, 0 up to `wide`; returns their sum.
-template <class E>
+// Where `dropped`, p is 0 as well where `keep` is, but not in the sum.
+template <class E, bool dropped>
 FUSEDATTN_INLINE stat_of<E> probabilities(const stat_of<E>* s, int64_t n, int64_t wide,
                                           stat_of<E> factor, stat_of<E> shift, Rows<unit_of<E>> p,
-                                          int64_t i) {
+                                          int64_t i, const uint8_t* keep) {
   typedef stat_of<E> S;
   constexpr int w = width<S>;
   constexpr int degree = E::exp2_degree;
   vec<S> sum0{}, sum1{};
   const vec<S> zero{};
+  const auto put = [&](int64_t j, vec<S> x, vec<S> y) __attribute__((always_inline)) {
+    if constexpr (dropped) {
+      x = select_bytes<S>(keep + j, x, zero);
+      y = select_bytes<S>(keep + j + w, y, zero);
+    }
+    E::put_along(p, i, j, x, y);
+  };
   int64_t j = 0;
   for (; j + 2 * w <= n; j += 2 * w) {
     const vec<S> x = exp2<degree>(load(s + j) * factor - shift);
     const vec<S> y = exp2<degree>(load(s + j + w) * factor - shift);
     sum0 += x;
     sum1 += y;
-    E::put_along(p, i, j, x, y);
+    put(j, x, y);
   }
   if (j < n) {
     vec<S> x = exp2<degree>(load(s + j) * factor - shift);
@@ -52,7 +60,7 @@ FUSEDATTN_INLINE stat_of<E> probabilities(const stat_of<E>* s, int64_t n, int64_
     y = select_below(int(n - j - w), y, zero);
     sum0 += x;
     sum1 += y;
-    E::put_along(p, i, j, x, y);
+    put(j, x, y);
     j += 2 * w;
   }
   for (; j < wide; j += 2 * w) E::put_along(p, i, j, zero, zero);
@@ -117,7 +125,7 @@ static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, 
   } else {
     RowSum<S> sum{scores.is_near(m) ? S(ln2) * scores.shift(m) : m, l};
     if (f.sinks) sum = with_sink(sum, *f.sinks.at<const S>(0, h));
-    store_row(out, stride, dv, o, sum.factor / sum.l);
+    store_row(out, stride, dv, o, sum.factor / sum.l * S(scores.dropout.factor));
     lse = sum.base + logarithm(sum.l);
   }
 }

@@ -95,8 +95,16 @@ class SoftmaxWork {
     Rows<unit_of<E>> p = t.probabilities(x);
     p.data += column / E::per_unit;
     const int64_t here = larger(smaller(seen - column, span), 0);
-    t.l[local] += probabilities<E>(s + column, here, smaller(x.wide - column, span), scores.factor,
-                                   origin, p, row);
+    const int64_t wide = smaller(x.wide - column, span);
+    if (scores.dropout) {
+      alignas(64) uint8_t keep[span];
+      scores.keep(b, h, i, x.key + column, here, keep);
+      t.l[local] +=
+          probabilities<E, true>(s + column, here, wide, scores.factor, origin, p, row, keep);
+    } else {
+      t.l[local] +=
+          probabilities<E, false>(s + column, here, wide, scores.factor, origin, p, row, nullptr);
+    }
     column += span;
     if (column >= x.wide) {
       column = -1;

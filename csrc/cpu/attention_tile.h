@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "dropout.h"
 #include "pack.h"
 #include "team.h"
 #include "workspace.h"
@@ -58,12 +59,14 @@ FUSEDATTN_INLINE vec<double> tanh(vec<double> x) {
 template <class S>
 struct Scores {
   const AttentionForward& p;
+  const Dropout dropout;
   const bool rewrite;
   const S unit;    // from a score, as it stands once prepared, to natural units
   const S factor;  // and to log2 units
 
   explicit Scores(const AttentionForward& p)
       : p(p),
+        dropout(p.options.dropout_p > 0 ? Dropout(p.seed, p.options.dropout_p) : Dropout()),
         rewrite(bool(p.mask) || bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
                 p.options.softcap > 0),
         unit(rewrite ? S(1) : S(p.options.scale)),
@@ -104,6 +107,12 @@ struct Scores {
       store(s + j, x);
     }
     if (p.mask) mask_row(p.mask.at<const uint8_t>(b, h, i, j0), p.mask.stride[3], n, s);
+  }
+
+  // keep[j − j0] = whether the weight of query i and key j survives dropout, for n keys from j0 on,
+  // rounded up to dropout_step; j0 is a multiple of 4.
+  void keep(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, uint8_t* keep) const {
+    keep_mask(dropout, RowCounter{uint32_t(i), uint32_t(h), uint32_t(b)}, j0, n, keep);
   }
 
   // How far keys j, j + 1, … are from the diagonal of ALiBi in the row of query i.

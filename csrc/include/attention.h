@@ -17,6 +17,7 @@ struct AttentionOptions {
   double softcap = 0.0;      // c: scores are c · tanh(scale · q kᵀ / c) + bias; 0 for none
   int64_t window_left = -1;  // keys seen to either side of the diagonal; below 0: all
   int64_t window_right = -1;
+  double dropout_p = 0.0;
 };
 
 // One sequence of the batch, and what its queries see of its keys. Queries and keys are counted
@@ -53,6 +54,7 @@ struct AttentionForward {
   // (B or 1, Hq or 1) in the dtype of lse, strides 0 where broadcast; may be absent.
   TensorView alibi_slopes;  // −slope · |i + Sk − Sq − j| is added to a score
   TensorView sinks;         // one more logit in the sum, of no value
+  TensorView seed;          // of dropout, one int64; absent without
   TensorView out, lse;
   AttentionOptions options;
 
@@ -88,7 +90,11 @@ struct AttentionForward {
     const int64_t right = options.causal == Causal::none ? options.window_right : 0;
     const bool all_left = left < 0 || left > diagonal + queries;
     const bool all_right = right < 0 || right >= all - diagonal;
-    return {0, Int(queries), 0, keys, Int(all_left ? -queries : diagonal - left),
+    return {0,
+            Int(queries),
+            0,
+            keys,
+            Int(all_left ? -queries : diagonal - left),
             Int(all_right ? all : diagonal + right + 1)};
   }
 };

@@ -8,8 +8,9 @@ with dropout 1 / (1 − dropout_p) where a weight is kept and 0 where it is not:
     dq = scale · dr k   dk = scale · drᵀ q   dv = (p ∘ z)ᵀ dout   dbias = ds, summed as broadcast
 
 since rowsum(dout ∘ out) = Σ p ∘ z ∘ dout·vᵀ. z is a function of the seed and the place of a weight
-(reference.attention_dropout), so that it is never stored. Only q, k, v, out and lse are kept for the backward; p is recomputed tile by tile, so nothing of
-size Sq·Sk is ever stored (Milakov and Gimelshein 2018; Dao et al. 2022).
+(reference.attention_dropout). Only q, k, v, out and lse are kept for the backward; p and z are
+recomputed tile by tile, so nothing of size Sq·Sk is ever stored (Milakov and Gimelshein 2018; Dao
+et al. 2022).
 """
 
 from __future__ import annotations

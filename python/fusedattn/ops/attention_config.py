@@ -58,10 +58,10 @@ class AttentionConfig(NamedTuple):
 class AttentionCall(NamedTuple):
     """One call: mask and bias of four dimensions, each 1 or that of the scores (B, Hq, Sq, Sk).
 
-    alibi_slopes (B or 1, Hq, 1, 1) and sinks (1, Hq, 1, 1) are in the dtype of lse. seed: one int64,
-    None without dropout. No backend takes these yet: scales of the heads, a (buckets, Hq) table of
-    biases, lengths of prefixes (B,), documents (B, S) of queries and keys, which blocks are seen,
-    the offsets of packed sequences, and the pages of a cache.
+    alibi_slopes (B or 1, Hq, 1, 1) and sinks (1, Hq, 1, 1) are in the dtype of lse. seed: one
+    int64, None without dropout. No backend takes these yet: scales of the heads, a (buckets, Hq)
+    table of biases, lengths of prefixes (B,), documents (B, S) of queries and keys, which blocks
+    are seen, the offsets of packed sequences, and the pages of a cache.
     """
 
     q: Tensor

@@ -108,8 +108,9 @@ def tuning(
 
 
 def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
-    """Bytes that are read for each pair of query and key."""
-    return sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
+    """Bytes that each pair of query and key takes in shared memory: of mask, bias and dropout."""
+    read = sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
+    return read + (call.config.dropout_p > 0.0)
 
 
 def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:

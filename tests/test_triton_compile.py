@@ -46,6 +46,7 @@ CASES = {
     "mask and bias": ("bfloat16", (64, 128), 2, "mask bias", False),
     "window, slopes, sinks": ("bfloat16", (64, 128), 2, "window slopes sinks", False),
     "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
+    "dropout": ("bfloat16", (64, 128), 2, "dropout", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
     "fp16": ("float16", (64, 128), 2, "", False),
     "fp32": ("float32", (64, 128), 2, "", False),
@@ -90,7 +91,10 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
     lengths = torch.empty(2, dtype=torch.int32)
     slopes, sinks = (torch.empty(1, 4, 1, 1) if x in terms else None for x in ("slopes", "sinks"))
     config = AttentionConfig(causal, 0.1, window_left=99 if "window" in terms else -1)
-    call = AttentionCall(q, k, v, mask, bias, lengths, slopes, sinks, config=config)
+    seed = None
+    if "dropout" in terms:
+        seed, config = torch.empty(1, dtype=torch.int64), config._replace(dropout_p=0.1)
+    call = AttentionCall(q, k, v, mask, bias, lengths, slopes, sinks, seed=seed, config=config)
     attention_forward(call, out, lse)
     dbias = None if bias is None else bias.float()
     backward = AttentionBackwardCall(dout, dlse, out, lse, *call[:-1], config=config)

@@ -207,7 +207,7 @@ def attention_backward(
     device = device_of(q)
     arguments = common_arguments(call, call.dout, out, dq, dk, dv)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    about = (device, q.dtype, widths, pair_bytes(call))
+    about = (device, q.dtype, widths, pair_bytes(call), arguments["dropout"] is not None)
     padded = widths != (arguments["D"], arguments["DV"])
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)

@@ -206,6 +206,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
 
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     padded = widths != (arguments["D"], arguments["DV"])
-    found = forward_tiles(device, q.dtype, widths, pair_bytes(call), padded)
+    dropped = arguments["dropout"] is not None
+    found = forward_tiles(device, q.dtype, widths, pair_bytes(call), dropped, padded)
     about = tuning(call, arguments, found, products=2)
     launches.tuned(_tuner, about, forward_kernel, grid, *views, **arguments)

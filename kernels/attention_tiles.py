@@ -3,9 +3,9 @@
 "wgmma" is sm_90, "tcgen05" sm_100, "mma" every other GPU with half-precision tensor cores, "fp32"
 the scalar units, since fp32 products are IEEE. "mma, 99 KB" has what differs on GPUs with as much
 shared memory: sm_86, sm_89 and sm_120. A mask or a bias takes registers of its own, so "+ pairs"
-has smaller tiles for head dims where that matters; so does "+ padded" for head dims like 72, of
-which each copy asks whether it is inside. The first tile of a list is the best guess, taken where
-nothing may be timed.
+has smaller tiles for head dims where that matters; so do "+ dropout", with them or without, and
+"+ padded", for head dims like 72, of which each copy asks whether it is inside. The first tile of a
+list is the best guess, taken where nothing may be timed.
 
 mma.sync: a tile has at least as many rows as its result has columns, BLOCK_M ≥ D in the forward and
 dQ, BLOCK_N ≥ D in dK/dV. Else Triton lays the warps along the columns, and what is between the
@@ -48,6 +48,10 @@ FORWARD: Tiles = {
         64: ((128, 128, 8, 2), (64, 64, 4, 3)),
         128: ((128, 64, 8, 3),),
     },
+    "wgmma + dropout": {
+        64: ((128, 64, 8, 3), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (64, 64, 4, 2)),
+    },
     "tcgen05": {
         64: ((128, 64, 8, 3), (64, 64, 4, 3)),
         128: ((128, 64, 8, 3), (64, 64, 8, 2)),
@@ -75,6 +79,10 @@ FORWARD: Tiles = {
         64: ((128, 64, 8, 2), (64, 64, 4, 3)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2)),
     },
+    "mma + dropout": {
+        64: ((128, 64, 8, 3), (128, 32, 8, 3)),
+        128: ((128, 32, 8, 3), (128, 32, 8, 2)),
+    },
     "fp32": {
         64: ((64, 32, 8, 2), (32, 32, 8, 2)),
         128: ((64, 16, 8, 1), (32, 32, 8, 2)),
@@ -94,6 +102,10 @@ DKDV: Tiles = {
         64: ((64, 128, 8, 2), (32, 128, 8, 2)),
         128: ((32, 128, 8, 1), (32, 64, 8, 2)),
     },
+    "wgmma + dropout": {
+        64: ((32, 128, 8, 3), (32, 128, 8, 2)),
+        128: ((32, 64, 8, 3), (16, 128, 8, 2)),
+    },
     "tcgen05": {
         64: ((64, 128, 8, 3), (32, 64, 4, 2)),
         128: ((64, 128, 8, 1), (64, 64, 8, 1), (32, 64, 8, 2)),
@@ -103,6 +115,10 @@ DKDV: Tiles = {
     "tcgen05 + pairs": {
         64: ((64, 128, 8, 2), (32, 64, 4, 2)),
         128: ((64, 128, 8, 1), (64, 64, 8, 1)),
+    },
+    "tcgen05 + dropout": {
+        64: ((32, 64, 4, 2),),
+        128: ((64, 64, 8, 1),),
     },
     "mma": {
         64: ((32, 128, 8, 3, APART), (32, 64, 8, 3, APART)),
@@ -116,6 +132,10 @@ DKDV: Tiles = {
     },
     "mma, 99 KB + pairs": {
         128: ((16, 64, 8, 3), (16, 64, 8, 2)),
+    },
+    "mma + dropout": {
+        64: ((16, 128, 8, 3), (16, 128, 8, 2)),
+        128: ((32, 64, 8, 2), (16, 64, 8, 2)),
     },
     "fp32": {
         64: ((32, 32, 8, 2), (16, 32, 8, 1)),
@@ -138,6 +158,10 @@ DQ: Tiles = {
     "wgmma + padded": {
         128: ((128, 64, 8, 2),),
     },
+    "wgmma + dropout": {
+        64: ((128, 64, 8, 3), (64, 64, 4, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 3)),
+    },
     "tcgen05": {
         64: ((128, 64, 8, 3), (64, 64, 4, 3)),
         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
@@ -153,6 +177,10 @@ DQ: Tiles = {
     "mma + pairs": {
         64: ((64, 32, 4, 2),),
         128: ((64, 32, 8, 2), (64, 32, 4, 2)),
+    },
+    "mma + dropout": {
+        64: ((128, 32, 8, 3), (64, 64, 8, 3)),
+        128: ((128, 32, 8, 3), (64, 32, 8, 3)),
     },
     "fp32": {
         64: ((32, 32, 8, 2), (32, 32, 8, 1)),
@@ -217,20 +245,20 @@ def candidates(
     widths: tuple[int, int],
     extra: int,
     operands: Operands,
+    dropped: bool,
     padded: bool = False,
 ) -> tuple[triton.Config, ...]:
     """The tiles for a device and padded head dims that fit in its shared memory, in their order.
 
-    extra: bytes of mask and bias for each query and key. padded: the head dims are less than their
-    widths. If no tile fits, the last, smallest one.
+    extra: bytes for each query and key, besides the operands. dropped: with dropout. padded: the
+    head dims are less than their widths. If no tile fits, the last, smallest one.
     """
     kinds = {9: ("wgmma",), 10: ("tcgen05",)}.get(device.arch // 10, ("mma",))
     if kinds == ("mma",) and device.shared < 100 << 10:
         kinds = ("mma, 99 KB", "mma")
     kinds = ("fp32",) if dtype == torch.float32 else kinds
-    if extra or padded:
-        special = "pairs" if extra else "padded"
-        kinds = (*(f"{kind} + {special}" for kind in kinds), *kinds)
+    special = ("dropout", "pairs") if dropped else ("pairs",) if extra else ("padded",) * padded
+    kinds = (*(f"{kind} + {each}" for each in special for kind in kinds), *kinds)
     width = max(64, *widths)
     found = next(tiles[kind][width] for kind in kinds if width in tiles.get(kind, ()))
     if INTERPRETED.value:
@@ -261,31 +289,33 @@ def dq_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
 
 @functools.cache
 def forward_tiles(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, padded: bool
-) -> tuple[triton.Config, ...]:
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, dropped: bool,
+    padded: bool,
+) -> tuple[triton.Config, ...]:  # fmt: skip
     """Candidates for forward_kernel; widths: padded D and Dv, the rest as in `candidates`."""
-    return candidates(FORWARD, device, dtype, widths, extra, forward_operands, padded)
+    return candidates(FORWARD, device, dtype, widths, extra, forward_operands, dropped, padded)
 
 
 @functools.cache
 def dkdv_tiles(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, dropped: bool
 ) -> tuple[triton.Config, ...]:
     """Candidates for dkdv_kernel."""
-    return candidates(DKDV, device, dtype, widths, extra, dkdv_operands)
+    return candidates(DKDV, device, dtype, widths, extra, dkdv_operands, dropped)
 
 
 @functools.cache
 def dq_tiles(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, padded: bool
-) -> tuple[triton.Config, ...]:
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, dropped: bool,
+    padded: bool,
+) -> tuple[triton.Config, ...]:  # fmt: skip
     """Candidates for dq_kernel."""
-    return candidates(DQ, device, dtype, widths, extra, dq_operands, padded)
+    return candidates(DQ, device, dtype, widths, extra, dq_operands, dropped, padded)
 
 
 @functools.cache
 def bias_grad_tile(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, dropped: bool
 ) -> triton.Config:
     """The one tile of bias_grad_kernel, whose sum takes as many registers as the scores."""
-    return candidates(BIAS_GRAD, device, dtype, widths, extra, dq_operands)[0]
+    return candidates(BIAS_GRAD, device, dtype, widths, extra, dq_operands, dropped)[0]

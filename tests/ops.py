@@ -128,7 +128,7 @@ OPS = {
         _attend, _attention, ("q", "k", "v"), ("q", "k", "v", "bias", "alibi_slopes", "sinks"), 10,
         "Attention",
         ({"causal": False}, {"causal": "top_left", "scale": -0.7}, {"softcap": 0.9},
-         {"causal": False, "window": (5, 1)},
+         {"causal": False, "window": (5, 1)}, {"dropout_p": 0.4, "seed": 7},
          {"mask": torch.tensor([True, False, True, True, True])[:, None]}),
     ),
     "layer_norm": _op(
@@ -187,8 +187,12 @@ def raw_calls(backend: str = "cpu") -> Iterator[tuple[str, tuple]]:
     yield "attention_fwd", (*inputs, backend, *config)
     grads = (dout, lse.clone(), dout.clone(), lse)
     yield "attention_bwd", (*grads, *inputs, backend, *config, True, True, True)
-    x, w, b, rows = R(4, 3, 8), R(8), R(8), R(4, 3)
     seed, f32, bf16 = torch.tensor([7]), torch.float32, torch.bfloat16
+    dropped = AttentionCall(q, k, k.clone(), seed=seed, config=config._replace(dropout_p=0.3))
+    *inputs, config = dropped
+    yield "attention_fwd", (*inputs, backend, *config)
+    yield "attention_bwd", (*grads, *inputs, backend, *config)
+    x, w, b, rows = R(4, 3, 8), R(8), R(8), R(4, 3)
     for centre in (True, False):
         norm = (backend, centre, 1e-5, 0.0, 0.0)
         yield "norm_fwd", (x, x.clone(), w, b, None, 1, f32, *norm, True)

@@ -129,6 +129,38 @@ KINDS = regimes(
             "causal": True,
         },
     ),
+    ("dropout", {"seq_q": 80, "seq_k": 150, "dropout_p": 0.3, "grads": BOTH}),
+    (
+        "dropout + all that changes scores + GQA",
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "seq_q": 45,
+            "seq_k": 167,
+            "causal": True,
+            "window": (130, None),
+            "softcap": 2.0,
+            "mask": (2, 1, 45, 167),
+            "bias": (1, 4, 1, 167),
+            "alibi_slopes": (4,),
+            "sinks": True,
+            "kv_lengths": (160, 90),
+            "dropout_p": 0.6,
+            "grads": BOTH,
+        },
+    ),
+    (
+        "dropout + decoding",
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "seq_q": 2,
+            "seq_k": 900,
+            "window": (602, 0),
+            "kv_lengths": (899, 501),
+            "dropout_p": 0.4,
+        },
+    ),
     ("LSE gradient alone", {"seq_q": 40, "causal": True, "grads": ("lse",)}),
     ("out and LSE gradients", {"heads": 4, "kv_heads": 2, "seq_q": 50, "grads": BOTH}),
     ("scale 0", {"scale": 0.0}),
@@ -295,7 +327,9 @@ PATHS = regimes(
     ("bias gradient over keys", {"seq_q": 70, "bias": (1, 2, 70, 1), "grads": BOTH}),
     ("mask", {"seq_q": 70, "seq_k": 90, "mask": (2, 1, 70, 90), "heads": 4, "kv_heads": 2}),
     ("kv_lengths", {"batch": 3, "seq_q": 70, "kv_lengths": (70, 0, 33), "causal": True}),
+    ("dropout", {"seq_q": 131, "seq_k": 197, "bias": (1, 2, 1, 197), "dropout_p": 0.3}),
     ("decode", {"heads": 8, "kv_heads": 2, "seq_q": 1, "seq_k": 1031, "dim": 64}),
+    ("decode, dropout", {"seq_q": 1, "seq_k": 1031, "window": (1001, 0), "dropout_p": 0.3}),
     ("decode, kv_lengths", {"seq_q": 1, "seq_k": 800, "dim": 128, "kv_lengths": (800, 77)}),
 )
 
@@ -327,6 +361,7 @@ def attention_cases(draw) -> AttentionCase:
         mask=draw(broadcast),
         bias=draw(broadcast),
         kv_lengths=draw(st.none() | lengths),
+        dropout_p=draw(st.sampled_from((0.0, 0.5))),
         grads=draw(st.sampled_from((("lse",), BOTH))),
     )
 

@@ -8,6 +8,8 @@ import fusedattn
 import pytest
 import torch
 from compare import device_for
+from fusedattn.ops import attention_backends
+from fusedattn.ops.attention_config import AttentionCall, configure
 from processes import in_a_new_process
 
 pytestmark = pytest.mark.backends("fast", "cuda_emulated")
@@ -131,6 +133,10 @@ BAD = {
     "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap=-1.0", "expected"]),
     "dropout negative": ({"dropout_p": -0.1}, ValueError, ["dropout_p=-0.1", "0 <= dropout_p"]),
     "dropout above one": ({"dropout_p": 1.5}, ValueError, ["dropout_p=1.5", "0 <= dropout_p <= 1"]),
+    "seed of too many bits": ({"seed": 2**63}, ValueError, ["seed of 64 bits"]),
+    "seed, float": ({"dropout_p": 0.5, "seed": 1.0}, TypeError, ["seed of type float"]),
+    "seeds": ({"dropout_p": 0.5, "seed": of(torch.int64, 2)}, ValueError, ["seed of shape (2,)"]),
+    "seed, float tensor": ({"seed": of(FLOAT, 1)}, TypeError, ["seed of dtype"]),
     "dropout NaN": ({"dropout_p": float("nan")}, ValueError, ["dropout_p=nan", "0 <= dropout_p"]),
     "unknown backend": ({"backend": "cuda9"}, ValueError, ["backend='cuda9'", "'auto'", "'cpu'"]),
     "backend is None": ({"backend": None}, ValueError, ["backend of type None", "'auto'"]),
@@ -145,22 +151,16 @@ def test_bad_argument(options, error, parts):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dropout_p": 0.1},
-        {"dropout_p": 1.0},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_option_not_supported_yet(options):
+def test_option_that_a_backend_does_not_take():
     """The error lists every backend with its reason and the remedy."""
-    name = next(iter(options))
     with pytest.raises(fusedattn.UnsupportedError) as raised:
-        call(**options)
-    for backend in ("cpu", "triton", "reference"):
+        call(dropout_p=0.1, backend="cuda")
+    for backend in ("cuda", "triton", "cuda_emulated"):
         assert re.search(rf"^  {backend}: .+; .+$", str(raised.value), re.MULTILINE)
-    assert f"reference: {name} is not supported yet; leave {name} out" in str(raised.value)
+    q, k = of(torch.float16, *Q), of(torch.float16, *K)
+    given = AttentionCall(q, k, k, seed=torch.tensor([7]), config=configure(8, dropout_p=0.1))
+    refusal = attention_backends._cuda_takes(given)
+    assert tuple(refusal) == ("dropout_p is not supported", "leave dropout_p out")
 
 
 @pytest.mark.parametrize("options", [{"softcap": None}, {"window": (None, None)}, {"dropout_p": 0}])

@@ -38,6 +38,7 @@ CALLS = {
     "attention": {
         "q": Q, "k": Q + 1, "v": Q - 1, "mask": torch.rand(4, 4) < 0.9, "bias": torch.randn(4, 4),
         "kv_lengths": torch.tensor([3, 4]), "alibi_slopes": torch.rand(2), "sinks": torch.randn(2),
+        "dropout_p": 0.25, "seed": 7,
     },
     "softmax": {"x": X, "mask": torch.rand(3, 8) < 0.9, "bias": torch.randn(8)},
     "layer_norm": {**NORM, "bias": torch.randn(8)},

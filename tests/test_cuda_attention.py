@@ -140,6 +140,7 @@ REFUSED = [
     ({"dim": 64, "dim_v": 264}, "Dv is 264; use a multiple of 8, at most 256"),
     ({"mask": (1, 1, 32, 32)}, "mask is not supported; leave mask out"),
     ({"bias": (1, 1, 32, 32)}, "bias is not supported; leave bias out"),
+    ({"dropout_p": 0.1}, "dropout_p is not supported; leave dropout_p out"),
 ]
 
 
@@ -149,6 +150,7 @@ def test_what_is_refused(changes: dict, reason: str) -> None:
     case = dataclasses.replace(AttentionCase(dtype=BF16, dim=64), **changes)
     made = case.inputs()
     options = {"mask": made["mask"], "bias": made["bias"], "backend": "cuda_emulated"}
+    options |= case.options()
     with pytest.raises(fusedattn.UnsupportedError, match=r"(?s)cuda_emulated: " + reason):
         fusedattn.attention(made["q"], made["k"], made["v"], **options)
     assert reason in fusedattn.explain(

@@ -110,6 +110,7 @@ def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
     slopes, sinks = (torch.randn(n, 4, 1, 1) if cpu else None for n in (2, 1))
     pairs["alibi_slopes"] = Arg(slopes, optional=True, broadcast=True)
     pairs["sinks"] = Arg(sinks, optional=True, broadcast=True)
+    pairs["seed"] = Arg(torch.tensor([7]), optional=True)
     results = {"out": Arg(out, strides=cpu), "lse": Arg(lse)}
     config = tuple(attention_config.AttentionConfig(2, 0.5))
     grads = {
@@ -196,6 +197,10 @@ FUNCTIONS: dict[str, Callable[[Any], tuple[dict[str, Arg], tuple]]] = {
 }
 
 
+def _with_dropout(config: tuple) -> tuple:
+    return tuple(attention_config.AttentionConfig(*config)._replace(dropout_p=0.5))
+
+
 def _beyond_cuda(name: str, right: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the CPU takes and the CUDA kernels do not."""
     if not name.startswith("attention"):
@@ -207,6 +212,7 @@ def _beyond_cuda(name: str, right: dict[str, Any]) -> Iterator[tuple[str, dict[s
         yield f"D {n}", wide
     yield "mask", {"mask": torch.ones(5, 6, dtype=torch.bool)[None, None]}
     yield "bias", {"bias": torch.ones(1, 1, 5, 6)}
+    yield "dropout", {"config": _with_dropout(right["config"])}
 
 
 def hostile_calls(native: Any, name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
@@ -287,9 +293,18 @@ def test_an_option_that_no_kernel_takes_is_refused(native):
     for name in ("attention_forward", "attention_backward"):
         right = {n: arg.value for n, arg in FUNCTIONS[name](native)[0].items()}
         right["config"] = FUNCTIONS[name](native)[1]
-        for extra in ("scales", "seed"):
+        for extra in ("scales", "bias_table"):
             with pytest.raises(ValueError, match=f"got {extra}, which no kernel"):
                 _call(native, name, right | {extra: torch.ones(4)})
+
+
+def test_dropout_needs_a_seed(native):
+    for name in ("attention_forward", "attention_backward"):
+        args, config = FUNCTIONS[name](native)
+        right = {n: arg.value for n, arg in args.items()} | {"seed": None}
+        right["config"] = _with_dropout(config)
+        with pytest.raises(ValueError, match="seed"):
+            _call(native, name, right)
 
 
 # --- storages that were freed, through the public functions ---------------------------------------

@@ -42,6 +42,7 @@ class AttentionCase(Case):
     alibi_slopes: tuple[int, ...] | None = None
     sinks: bool = False
     kv_lengths: tuple[int, ...] | None = None
+    dropout_p: float = 0.0
     grads: tuple[str, ...] = ("out",)
     large: bool = False
 
@@ -84,7 +85,8 @@ class AttentionCase(Case):
     def options(self) -> dict[str, object]:
         """What is no tensor, as attention and the oracle take it."""
         names = ("causal", "window", "scale", "softcap")
-        return {name: getattr(self, name) for name in names}
+        dropout = {"dropout_p": self.dropout_p, "seed": -1234567890123} if self.dropout_p else {}
+        return {name: getattr(self, name) for name in names} | dropout
 
 
 OF_HEADS = ("alibi_slopes", "sinks")

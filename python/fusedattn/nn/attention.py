@@ -45,9 +45,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     both layouts, while training and with gradients too. Bad arguments raise `ValueError` or
     `TypeError`, not `AssertionError`.
 
-    Dropout acts on the weights, so while training with `dropout > 0` they are built in full by
-    plain PyTorch and memory grows with L·S, which `fusedattn.strict()` forbids; in evaluation
-    dropout costs nothing.
+    Dropout acts on the weights, in the kernel, by a seed from torch's generator. Only where
+    `need_weights` asks for them while training with `dropout > 0` are they built in full by plain
+    PyTorch, as torch draws them, which `fusedattn.strict()` forbids: memory grows with L·S. In
+    evaluation dropout costs nothing.
 
     Args:
         embed_dim, num_heads: E and H; E is a multiple of H.
@@ -147,7 +148,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key, value: (S, N, kdim) and (S, N, vdim), laid out likewise. Passing one tensor as
                 all three, or as key and value, projects it in one product.
             key_padding_mask: (N, S), or (S,) unbatched; bool or float.
-            need_weights: also return the weights; the output costs the same, they come on top.
+            need_weights: also return the weights, after dropout; but while training with it the
+                output costs the same, they come on top.
             attn_mask: (L, S) or (N·H, L, S); bool or float.
             average_attn_weights: return the mean of the weights over the heads.
             is_causal: promises that `attn_mask`, which must be given, is the causal mask; its
@@ -161,7 +163,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError: an argument that is no tensor, or not of the weights' dtype where autocast
                 does not see to it; a mask neither bool nor floating.
             ValueError: shapes or devices that do not fit, or `is_causal` without `attn_mask`.
-            UnsupportedError: training with dropout within `fusedattn.strict()`.
+            UnsupportedError: training with dropout and `need_weights` within `fusedattn.strict()`.
         """
         if isinstance(query, Proxy) or isinstance(key, Proxy):
             call = recorded(
@@ -184,16 +186,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         out: Any
         weights: Tensor | None = None
-        if self.training and self.dropout > 0.0:
+        dropout = self.dropout if self.training else 0.0
+        if need_weights and dropout > 0.0:
             if is_strict():
                 raise UnsupportedError(
-                    f"MultiheadAttention: dropout={self.dropout} while training builds the weights "
-                    "in plain PyTorch, and strict() forbids it; set dropout to 0"
+                    f"MultiheadAttention: dropout={dropout} while training builds the weights that "
+                    "need_weights asks for in plain PyTorch, and strict() forbids it; pass "
+                    "need_weights=False, or set dropout to 0"
                 )
-            weights = F.dropout(_attention_weights(q, k, mask, bias, causal), self.dropout)
+            weights = F.dropout(_attention_weights(q, k, mask, bias, causal), dropout)
             out = torch.matmul(weights, v)
         else:
-            out = attention(q, k, v, mask=mask, bias=bias, causal=causal)
+            out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout)
             if need_weights:
                 weights = _attention_weights(q, k, mask, bias, causal)
         out = self.out_proj(self._join_heads(out, batched=query.dim() == 3))

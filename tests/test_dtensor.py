@@ -131,6 +131,9 @@ def refused() -> None:
     for norm in (fusedattn.layer_norm, fusedattn.rms_norm):
         with pytest.raises(NotImplementedError, match=r"got dropout_p=0\.5 with a DTensor"):
             norm(q, 8, dropout_p=0.5, seed=1)
+    for x in (q, q.clone().requires_grad_()):
+        with pytest.raises(NotImplementedError, match=r"attention: got dropout_p=0\.5 with a DTen"):
+            fusedattn.attention(x, x, x, dropout_p=0.5, seed=1)
 
 
 def same_training(module: Any, parallel: Any, x: torch.Tensor, given: Any, **options: Any) -> None:

@@ -9,6 +9,7 @@ import pickle
 from typing import Any
 
 import compare
+import fusedattn
 import pytest
 import torch
 from fusedattn.nn import MultiheadAttention
@@ -208,6 +209,21 @@ def test_dropout_acts_only_while_training() -> None:
     torch.testing.assert_close(dropped, torch.where(dropped == 0, 0.0, 2.0 * kept))
     for a, b in zip(ours.eval()(x, x, x), still(x, x, x), strict=True):
         assert torch.equal(a, b)
+
+
+def test_dropout_without_weights_is_the_ops() -> None:
+    _, ours = twins(torch.float32, dropout=0.5)
+    x, eye = torch.randn(L, N, E), torch.eye(E)
+    ours.in_proj_weight.data = eye.repeat(3, 1)
+    ours.out_proj.weight.data, ours.out_proj.bias.data = eye, torch.zeros(E)
+    ours.in_proj_bias.data.zero_()
+    heads = x.unflatten(-1, (H, -1)).permute(1, 2, 0, 3)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found, _ = ours(x, x, x, need_weights=False)
+        torch.manual_seed(seed)
+        want = fusedattn.attention(heads, heads, heads, dropout_p=0.5)
+        torch.testing.assert_close(found, want.permute(2, 0, 1, 3).flatten(-2))
 
 
 def test_dropout_matches_torch_for_the_same_draws() -> None:

@@ -103,12 +103,13 @@ def test_says_what_its_weights_are(sizes: dict[str, int]) -> None:
     assert not theirs._forward_pre_hooks
 
 
-def test_strict_forbids_dropout() -> None:
+def test_strict_forbids_dropout_of_built_weights() -> None:
     module, x = MultiheadAttention(E, H, 0.1), torch.randn(L, N, E)
     with fusedattn.strict():
         module.eval()(x, x, x)
         with pytest.raises(fusedattn.UnsupportedError, match=r"dropout=0.1 while training .* stri"):
             module.train()(x, x, x)
+        module(x, x, x, need_weights=False)
     module(x, x, x)
 
 
@@ -123,9 +124,12 @@ def test_decoder_layer(calls: list[tuple[Tensor, ...]]) -> None:
     torch.testing.assert_close(got, expected, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("call", ["self", "memory-masked", "per-head", "unbatched", "dropout"])
+CALLS = ["self", "memory-masked", "per-head", "unbatched", "dropout", "dropout of built weights"]
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_compiles_without_a_break(call: str) -> None:
-    dropout = 0.5 if call == "dropout" else 0.0
+    dropout = 0.5 if call.startswith("dropout") else 0.0
     module = MultiheadAttention(E, H, dropout, batch_first=True)
     x = torch.randn(N, L, E, requires_grad=True)
     memory = torch.randn(N, 5, E)
@@ -134,7 +138,8 @@ def test_compiles_without_a_break(call: str) -> None:
         "memory-masked": lambda: module(x, memory, memory, PADDING[:, :5])[0],
         "per-head": lambda: module(x, x, x, attn_mask=CAUSAL, average_attn_weights=False)[1],
         "unbatched": lambda: module(x[0], x[0], x[0])[0],
-        "dropout": lambda: module(x, x, x)[0],
+        "dropout": lambda: module(x, x, x, need_weights=False)[0],
+        "dropout of built weights": lambda: module(x, x, x)[0],
     }[call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -57,21 +57,20 @@ REGIMES = {
     "alibi, causal, bf16": case_of(seq_q=70, alibi_slopes=(2,), causal=True, dtype=BF16, dim=64),
     "sinks": case_of(seq_q=70, heads=4, kv_heads=2, sinks=True, causal=True, window=(30, None)),
     "sinks, bias": case_of(seq_q=37, sinks=True, bias=(1, 2, 37, 37)),
-    "dropout, causal": case_of(seq_q=70, causal=True, dropout_p=0.3, dtype=BF16, dim=64),
+    "dropout, causal": case_of(seq_q=37, causal=True, dropout_p=0.3, dtype=BF16, dim=64),
     "dropout, grouped heads, window, sinks, softcap": case_of(
-        batch=2,
-        heads=4,
-        kv_heads=2,
-        seq_q=37,
-        seq_k=51,
+        heads=2,
+        kv_heads=1,
+        seq_q=33,
+        seq_k=40,
         window=(20, 3),
         sinks=True,
         softcap=2.0,
         dropout_p=0.6,
         grads=("out", "lse"),
     ),
-    "dropout, bias of all batches, slopes": case_of(
-        batch=2, seq_q=37, seq_k=51, bias=(1, 2, 37, 51), alibi_slopes=(2,), dropout_p=0.4
+    "dropout, shared bias, slopes": case_of(
+        heads=1, batch=2, seq_q=20, seq_k=33, bias=(1, 1, 20, 33), alibi_slopes=(1,), dropout_p=0.4
     ),
     "one query": case_of(seq_q=1, seq_k=40, causal=True),
     "two keys": case_of(seq_q=40, seq_k=2),

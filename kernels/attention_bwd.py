@@ -40,6 +40,7 @@ from .attention_launch import (
     rules_of,
     tuning,
 )
+from .attention_mask import mask_bounds, within
 from .attention_scores import (
     UNSPECIALISED,
     chain,
@@ -119,7 +120,8 @@ def dkdv_kernel(
     ds_scale = load_ds_scale(norms, flat, dropout) if norms is not None else None
     PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
     # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
-    SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART
+    DENSE: tl.constexpr = rules.bounds is not None
+    SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART and not DENSE
     bounds = (begin, whole, end) if SPLIT else (begin, end)
 
     k_head = rows_from(k, batch, kv_head, sequence.first_k, ALIGNED)
@@ -133,8 +135,11 @@ def dkdv_kernel(
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
         dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
+        span = bounds
+        if DENSE:
+            span = within(rules.bounds, batch, head, j, seq_k, begin, end, BLOCK_M)
         for part in tl.static_range(1 + SPLIT):
-            for at in tl.range(bounds[part], bounds[part + 1], BLOCK_M):
+            for at in tl.range(span[part], span[part + 1], BLOCK_M):
                 i = at + tl.arange(0, BLOCK_M)
                 inside = i < sequence.seq_q
                 q_tile = load_tile(q_head, at, sequence.seq_q, BLOCK_M, D, BLOCK_D)
@@ -215,7 +220,11 @@ def attention_backward(
     dout = _zero(launches, out.dtype) if call.dout is None else view(call.dout)
     norms = largest_norms(launches, v, dout, lse, dlse, lengths, arguments["ALIGNED"])
     shift, delta, scaled = row_terms(launches, dout, dlse, out, lse, norms, arguments)
-    views = (view(q), view(k), view(v), rules_of(call), lengths, dout, shift)
+    seqs = (q.shape[2], k.shape[2])
+    rules = rules_of(call, mask_bounds(launches, call.mask, *seqs))
+    of_keys = rules._replace(bounds=mask_bounds(launches, call.mask, *seqs, of_keys=True))
+    inputs = (view(q), view(k), view(v))
+    views = (*inputs, rules, lengths, dout, shift)
 
     def dkdv_grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_k * triton.cdiv(k.shape[2], tile["BLOCK_N"]),)
@@ -225,7 +234,8 @@ def attention_backward(
 
     launches.tuned(
         _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
-        dkdv_grid, *views, scaled, norms, view(dk), view(dv), heads_total=heads_k,
+        dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, view(dk), view(dv),
+        heads_total=heads_k,
         section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
     )  # fmt: skip
     # In fp32, and zero where no tile comes by.

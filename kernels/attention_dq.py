@@ -7,6 +7,7 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
+from .attention_mask import within
 from .attention_scores import (
     UNSPECIALISED,
     chain,
@@ -65,6 +66,8 @@ def dq_kernel(
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
+    if rules.bounds is not None:
+        begin, end = within(rules.bounds, batch, head, i, sequence.seq_q, begin, end, BLOCK_N)
     dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat // group, dropout) if norms is not None else None
 

@@ -34,6 +34,7 @@ from .attention_launch import (
     rules_of,
     tuning,
 )
+from .attention_mask import mask_bounds, within
 from .attention_scores import (
     UNSPECIALISED,
     hide,
@@ -108,6 +109,8 @@ def forward_kernel(
     i = first + tl.arange(0, BLOCK_M)
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
     dropout = load_seed(dropout)
+    if rules.bounds is not None:
+        begin, end = within(rules.bounds, batch, head, i, rows, begin, end, BLOCK_N)
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
@@ -199,7 +202,8 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
     lengths = launches.vector(call.kv_lengths)
     sinks = broadcast_view(call.sinks)
-    views = (view(q), view(k), view(v), rules_of(call), lengths, sinks, view(out), lse)
+    rules = rules_of(call, mask_bounds(launches, call.mask, q.shape[2], k.shape[2]))
+    views = (view(q), view(k), view(v), rules, lengths, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_total * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)

@@ -117,6 +117,7 @@ class Decode {
         const T* v = f.v.at<const T>(b, h, sequence.key_row(j));
         multiply_keys(q + r * d, k, seen, s);
         if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j, seen, s + block);
+        scores.mask.apply(s, b, head(pair, r), query(r), j, seen);
         S* row = o + r * dv;
         const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
         const Rows<S> p{s, block, block};

@@ -3,7 +3,7 @@
 
 #include <omp.h>
 
-#include "attention.h"
+#include "attention_mask.h"
 #include "dropout.h"
 #include "pack.h"
 #include "team.h"
@@ -53,13 +53,14 @@ FUSEDATTN_INLINE vec<double> tanh(vec<double> x) {
 }
 
 // Scores leave the products as raw q·k, and mostly become exponents in one instruction: factor · s
-// − shift(m) with the row's maximum m. Where there is a mask, a bias, a softcap or a scale that is
-// not positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied
-// by log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
+// − shift(m) with the row's maximum m. Where there is a bias, a softcap or a scale that is not
+// positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied by
+// log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
 template <class S>
 struct Scores {
   const AttentionForward& p;
   const Dropout dropout;
+  MaskMap mask;
   const bool rewrite;
   const S unit;    // from a score, as it stands once prepared, to natural units
   const S factor;  // and to log2 units
@@ -67,7 +68,8 @@ struct Scores {
   explicit Scores(const AttentionForward& p)
       : p(p),
         dropout(p.options.dropout_p > 0 ? Dropout(p.seed, p.options.dropout_p) : Dropout()),
-        rewrite(bool(p.mask) || bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
+        mask(p),
+        rewrite(bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
                 p.options.softcap > 0),
         unit(rewrite ? S(1) : S(p.options.scale)),
         factor(rewrite ? S(1) : S(p.options.scale * log2e)) {}
@@ -87,9 +89,8 @@ struct Scores {
     return exp2<Degree>(splat(near ? shift(from) - shift(to) : (from - to) * S(log2e)))[0];
   }
 
-  // Raw scores to scores, −inf where masked: columns [0, n) of query i from key j0. `scratch` has
-  // room for a row. `slope` gets d score / d (scale · raw) where there is a softcap; else that
-  // is 1.
+  // Raw scores to scores: columns [0, n) of query i from key j0. `scratch` has room for a row.
+  // `slope` gets d score / d (scale · raw) where there is a softcap; else that is 1.
   void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch,
                S* slope = nullptr) const {
     constexpr int w = width<S>;
@@ -106,7 +107,6 @@ struct Scores {
       if (p.alibi_slopes) x -= steep * distance(i, j0 + j);
       store(s + j, x);
     }
-    if (p.mask) mask_row(p.mask.at<const uint8_t>(b, h, i, j0), p.mask.stride[3], n, s);
   }
 
   // keep[j − j0] = whether the weight of query i and key j survives dropout, for n keys from j0 on,

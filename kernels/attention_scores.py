@@ -166,6 +166,7 @@ class Dropped(NamedTuple):
 
 @triton.jit
 def load_seed(dropout):
+    """The seed read once, for all tiles."""
     if dropout is not None:
         dropout = Dropped(tl.load(dropout.seed), dropout.limit, dropout.keep_scale)
     return dropout

@@ -95,6 +95,19 @@ def test_nothing_is_drawn_without_dropout() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_leading_dimensions() -> None:
+    q, v = torch.zeros(2, 3, 4, 5, 8), torch.eye(9).expand(2, 3, 1, 9, 9)
+    k = torch.zeros(2, 3, 1, 9, 8)
+    options = {"dropout_p": 0.5, "seed": 2**63 - 1}
+    want = fusedattn.attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options)
+    assert torch.equal(fusedattn.attention(q, k, v, **options), want.unflatten(0, (2, 3)))
+    one = fusedattn.attention(q[0, 0], k[0, 0], v[0, 0], **options)
+    assert torch.equal(one, want[0])
+    for seed in (2**63 - 1, torch.tensor(2**63 - 1)):  # in two parts, with k and v of one batch
+        out = fusedattn.attention(q, k[:, :1], v[:, :1], dropout_p=0.5, seed=seed)
+        assert out[0, 0].any() and not torch.equal(out[0] != 0, out[1] != 0)
+
+
 def draw(q: Tensor, **options: Any) -> Tensor:
     return fusedattn.attention(q, q, q, dropout_p=0.5, **options)
 

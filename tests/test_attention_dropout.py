@@ -36,7 +36,7 @@ def inputs(
     return tuple(x.to(device_for(backend)) for x in (q, k, v))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("seq_q", "seq_k"), [(37, 51), (1, 600)], ids=["tiles", "decoding"])
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(37, 51), (1, 500)], ids=["tiles", "decoding"])
 @pytest.mark.parametrize(
     ("p", "seed"), [(0.3, 5), (0.75, -1), (0.3, 2**40 + 3)], ids=["0.3", "0.75", "wide seed"]
 )
@@ -105,7 +105,8 @@ def test_leading_dimensions() -> None:
     assert torch.equal(one, want[0])
     for seed in (2**63 - 1, torch.tensor(2**63 - 1)):  # in two parts, with k and v of one batch
         out = fusedattn.attention(q, k[:, :1], v[:, :1], dropout_p=0.5, seed=seed)
-        assert out[0, 0].any() and not torch.equal(out[0] != 0, out[1] != 0)
+        assert out[0, 0].any()
+        assert not torch.equal(out[0] != 0, out[1] != 0)
 
 
 def draw(q: Tensor, **options: Any) -> Tensor:
@@ -127,11 +128,12 @@ def test_seeds() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_recomputes_the_same_mask(reentrant: bool) -> None:
-    q = torch.randn(1, 2, 6, 8, requires_grad=True)
-    grads = []
+    x, grads = torch.randn(1, 2, 6, 8), []
     for run in (draw, lambda x: checkpoint(draw, x, use_reentrant=reentrant)):
         torch.manual_seed(4)
-        grads.append(torch.autograd.grad(run(q).square().sum(), q)[0])
+        q = x.clone().requires_grad_()
+        run(q).square().sum().backward()  # the reentrant kind knows no torch.autograd.grad
+        grads.append(q.grad)
     assert torch.equal(*grads)
 
 

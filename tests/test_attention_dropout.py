@@ -36,16 +36,11 @@ def inputs(
     return tuple(x.to(device_for(backend)) for x in (q, k, v))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("seq_q", "seq_k"), [(37, 51), (1, 500)], ids=["tiles", "decoding"])
-@pytest.mark.parametrize(
-    ("p", "seed"), [(0.3, 5), (0.75, -1), (0.3, 2**40 + 3)], ids=["0.3", "0.75", "wide seed"]
-)
-def test_the_mask_is_the_same_everywhere(
-    p: float, seed: int, seq_q: int, seq_k: int, any_backend: str
-) -> None:
-    q, k, v = inputs(seq_q, seq_k, any_backend)
+def check_mask(p: float, seed: int, seq_q: int, seq_k: int, backend: str) -> None:
+    """What is left of the weights, and which of them the backward takes."""
+    q, k, v = inputs(seq_q, seq_k, backend)
     v = v.contiguous().requires_grad_()
-    options = {"dropout_p": p, "seed": seed, "backend": any_backend}
+    options = {"dropout_p": p, "seed": seed, "backend": backend}
     out = fusedattn.attention(q, k, v, **options)
     want = reference.attention_dropout(torch.ones(out.shape), p, seed)
     assert torch.equal(out.cpu() != 0, want != 0)
@@ -59,6 +54,17 @@ def test_the_mask_is_the_same_everywhere(
         both = want[:, ::2] + 1000 * want[:, 1::2]
         found = dv[..., :seq_q].mT.cpu() * seq_k
         torch.testing.assert_close(found, both, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("p", "seed"), [(0.3, 5), (0.75, -1), (0.3, 2**40 + 3)], ids=["0.3", "0.75", "wide seed"]
+)
+def test_the_mask_is_the_same_everywhere(p: float, seed: int, any_backend: str) -> None:
+    check_mask(p, seed, 21, 35, any_backend)
+
+
+def test_the_mask_in_decoding(fast_backend: str) -> None:
+    check_mask(0.3, -5, 1, 600, fast_backend)
 
 
 def test_statistics() -> None:

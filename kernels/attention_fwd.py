@@ -30,8 +30,10 @@ from .attention_launch import (
     common_arguments,
     heads_in_l2,
     launch_settings,
+    packed_of,
     pair_bytes,
     rules_of,
+    tiles,
     tuning,
 )
 from .attention_scores import (
@@ -39,7 +41,8 @@ from .attention_scores import (
     hide,
     key_range,
     scores,
-    sequence_of,
+    sequence_at,
+    tiles_of,
     weights,
     work_item,
 )
@@ -72,6 +75,7 @@ def forward_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     rules,
     kv_lengths,  # int32 or int64 (B,), or None
+    packed,  # of packed sequences where they begin, or None
     sinks,  # View (1, Hq, 1, 1) of fp32, or None
     out,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
@@ -84,6 +88,7 @@ def forward_kernel(
     lower,  # query i sees keys i + lower … i + upper; None: all to that side
     upper,
     section,  # heads that are worked on together
+    sequences,  # that are packed, or None
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,13 +100,16 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr = False,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, upper)
+    tiles = tiles_of(seq_q, sequences, BLOCK_M)
+    index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
     batch, head = flat // heads, flat % heads
-    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
+    sequence = sequence_at(
+        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, False, BLOCK_M
+    )
     rows, keys = sequence.seq_q, sequence.seq_k
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
-    first = index * BLOCK_M
+    first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
 
@@ -190,10 +198,11 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
     lengths = launches.vector(call.kv_lengths)
     sinks = broadcast_view(call.sinks)
-    views = (view(q), view(k), view(v), rules_of(call), lengths, sinks, view(out), lse)
+    packed = packed_of(launches, call)
+    views = (view(q), view(k), view(v), rules_of(call), lengths, packed, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
-        return (heads_total * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)
+        return (heads_total * tiles(call, q, tile["BLOCK_M"]),)
 
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     padded = widths != (arguments["D"], arguments["DV"])

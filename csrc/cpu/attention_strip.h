@@ -85,7 +85,7 @@ class SoftmaxWork {
     const int64_t local = x.row + row, i = i0 + local;
     if (column < 0) {
       seen = larger(smaller(sequence.end(i) - x.key, x.columns), 0);
-      if (scores.rewrite) scores.prepare(s, b, h, i, x.key, seen, t.row);
+      if (scores.rewrite) scores.prepare(s, sequence, b, h, i, x.key, seen, t.row);
       scores.hide(s, smaller(sequence.begin(i) - x.key, seen));
       origin = raise_maximum<E>(scores, s, seen, t.m[local], t.l[local], t.o + local * t.ld_o,
                                 x.first ? 0 : t.ld_o);

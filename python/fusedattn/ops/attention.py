@@ -90,9 +90,9 @@ def _prepare(
         mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     if alibi_slopes is not None:
-        alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, batches=True)
+        alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, q.shape[0])
     if sinks is not None:
-        sinks = validate_heads("sinks", sinks, q, batches=False)
+        sinks = validate_heads("sinks", sinks, q)
     if seed is not None:
         check_seed("attention", seed, q)
     # 1 == True == np.float32(1), a tensor may change, and dynamo warns about a cache.

@@ -234,8 +234,7 @@ def _sequences(call: AttentionCall) -> int:
     """How many a checked call has: packed in one batch entry, or one for each."""
     q, k, v = call[:3]
     validate(q, k, v)
-    given = call.cu_seqlens_q, call.cu_seqlens_k
-    if given == (None, None):
+    if call.cu_seqlens_q is None and call.cu_seqlens_k is None:
         return q.shape[0]
     padded = ("mask", call.mask), ("bias", call.bias), ("kv_lengths", call.kv_lengths)
     for name, x in padded:
@@ -243,7 +242,7 @@ def _sequences(call: AttentionCall) -> int:
             raise ValueError(f"attention: got {name} with cu_seqlens, expected one of the two")
     if q.shape[0] != 1:
         raise ValueError(f"attention: got q of shape {tuple(q.shape)}, expected a batch of 1")
-    return validate_offsets(q, k, *given)  # type: ignore[arg-type]
+    return validate_offsets(q, k, call.cu_seqlens_q, call.cu_seqlens_k)  # type: ignore[arg-type]
 
 
 def check_call(call: AttentionCall) -> AttentionCall:

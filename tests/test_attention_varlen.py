@@ -195,7 +195,8 @@ def test_compiled(dynamic):
         return out.square().sum() + lse.sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    totals = ((9, [0, 4, 9]), (12, [0, 5, 6, 12]), (20, [0, 20])) if dynamic else ((9, [0, 4, 9]),)
+    first = (9, [0, 2, 2, 4, 9])
+    totals = (first, (12, [0, 5, 6, 12]), (20, [0, 20])) if dynamic else (first,)
     with mock.patch("torch._dynamo.config.error_on_recompile", dynamic):
         for total, offsets in totals:
             x, cu = leaves(F32, total), torch.tensor(offsets, dtype=torch.int32)
@@ -234,6 +235,31 @@ def test_opcheck_autocast_and_flops():
         with FlopCounterMode(display=False) as counter:
             attend(*x, **options)
         assert counter.get_total_flops() == 2 * 2 * 9 * keys * (3 + 3)
+
+
+def test_jagged_tensors():
+    """In and out as `F.scaled_dot_product_attention` takes them, with gradients."""
+    rows = leaves(F32)
+    cu = CU_K  # of k and v; q has as many sequences
+    x = [
+        torch.nested.nested_tensor_from_jagged(y[:end], offsets).transpose(1, 2)
+        for y, offsets, end in zip(rows, (CU_Q.long(), cu, cu), (7, 8, 8), strict=True)
+    ]
+    out, lse = fusedattn.attention(*x, causal=True, return_lse=True)
+    want, want_lse = attend(rows[0][:7], *(y[:8] for y in rows[1:]), return_lse=True)
+    assert out.shape[:2] == (3, 2)
+    assert torch.equal(out.transpose(1, 2).values(), want)
+    assert torch.equal(lse.transpose(1, 2).values(), want_lse.transpose(0, 1))
+    found = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), rows)
+    for a, b in zip(found, torch.autograd.grad(want.square().sum(), rows), strict=True):
+        assert torch.equal(a, b)
+    for options, message in (
+        ({"mask": torch.ones(1, dtype=torch.bool)}, "got mask with nested q"),
+        ({"q": x[0].transpose(1, 2)}, "got q that is not jagged"),
+        ({"v": rows[2]}, "got v that is not jagged"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusedattn.attention(**dict(zip("qkv", x, strict=True)) | options)
 
 
 def test_explain_names_what_refuses():

@@ -81,15 +81,14 @@ def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
 # --- library ops ---------------------------------------------------------------------------------
 
 
-def _scores(q: Any, k: Any, rest: Any) -> int:
-    """How many there are, or at most: of packed sequences the values of the offsets count."""
-    longest = rest[_MAX_SEQLEN_K] if rest[_CU_SEQLENS_Q] is not None else 0
-    return q[0] * q[1] * q[2] * (min(k[2], longest) if longest else k[2])
-
-
-# In the arguments of the library ops, counted from q on.
-_CU_SEQLENS_Q = AttentionCall._fields.index("cu_seqlens_q")
+# Among the arguments of the library ops, counted from q on; torch leaves out the last defaults.
 _MAX_SEQLEN_K = len(AttentionCall._fields) + AttentionConfig._fields.index("max_seqlen_k")
+
+
+def _scores(q: Any, k: Any, given: tuple[Any, ...]) -> int:
+    """How many there are; of packed sequences, whose offsets nobody reads here, at most."""
+    longest = given[_MAX_SEQLEN_K] if len(given) > _MAX_SEQLEN_K else 0
+    return q[0] * q[1] * q[2] * (min(k[2], longest) if longest else k[2])
 
 
 def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:

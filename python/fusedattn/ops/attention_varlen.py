@@ -154,3 +154,47 @@ def attention_varlen(
     out, lse = op(call, backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
+
+
+def attention_nested(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    return_lse: bool,
+    **options: Any,
+) -> Any:
+    """`attention` of jagged q, k and v (B, H, j, D), whose offsets are those of packed rows."""
+    for name, x in (("mask", mask), ("bias", bias), ("kv_lengths", kv_lengths)):
+        if x is not None:
+            raise ValueError(f"attention: got {name} with nested q, expected None")
+    (q_rows, cu_q), (k_rows, cu_k), (v_rows, cu_v) = (
+        _jagged(name, x) for name, x in (("q", q), ("k", k), ("v", v))
+    )
+    if cu_v is not cu_k and not torch.equal(cu_v, cu_k):
+        raise ValueError("attention: got other offsets of v than of k, expected those of k")
+    out = attention_varlen(
+        q_rows, k_rows, v_rows, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=return_lse,
+        **options,
+    )  # fmt: skip
+
+    def nested(x: Tensor) -> Tensor:
+        return torch.nested.nested_tensor_from_jagged(x, cu_q).transpose(1, 2)
+
+    if not return_lse:
+        return nested(out)  # type: ignore[arg-type]
+    return nested(out[0]), nested(out[1].transpose(0, 1))
+
+
+def _jagged(name: str, x: Any) -> tuple[Tensor, Tensor]:
+    """The rows (total, H, D) of a jagged tensor (B, H, j, D), and its offsets."""
+    nested = isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged and x.dim() == 4
+    if not nested or x._ragged_idx != 2 or x.lengths() is not None:
+        raise ValueError(
+            f"attention: got {name} that is not jagged (B, H, j, D) without holes, expected nested "
+            "q, k and v to be so; a (B, j, H, D) one is passed as its .transpose(1, 2)"
+        )
+    return x.transpose(1, 2).values(), x.offsets()

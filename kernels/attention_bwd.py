@@ -43,6 +43,7 @@ from .attention_launch import (
     tiles,
     tuning,
 )
+from .attention_mask import mask_bounds, within
 from .attention_scores import (
     UNSPECIALISED,
     chain,
@@ -125,7 +126,8 @@ def dkdv_kernel(
     ds_scale = load_ds_scale(norms, flat) if norms is not None else None
     PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
     # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
-    SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART
+    DENSE: tl.constexpr = rules.bounds is not None
+    SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART and not DENSE
     bounds = (begin, whole, end) if SPLIT else (begin, end)
 
     k_head = rows_from(k, batch, kv_head, sequence.first_k, ALIGNED)
@@ -139,8 +141,11 @@ def dkdv_kernel(
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
         dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
+        span = bounds
+        if DENSE:
+            span = within(rules.bounds, batch, head, j, seq_k, begin, end, BLOCK_M)
         for part in tl.static_range(1 + SPLIT):
-            for at in tl.range(bounds[part], bounds[part + 1], BLOCK_M):
+            for at in tl.range(span[part], span[part + 1], BLOCK_M):
                 i = at + tl.arange(0, BLOCK_M)
                 inside = i < sequence.seq_q
                 q_tile = load_tile(q_head, at, sequence.seq_q, BLOCK_M, D, BLOCK_D)
@@ -213,8 +218,11 @@ def attention_backward(
     packed = packed_of(launches, call)
     norms = largest_norms(launches, v, dout, lse, dlse, lengths, packed, arguments)
     shift, delta, scaled = row_terms(launches, dout, dlse, out, lse, norms, arguments)
-    inputs = (view(q), view(k), view(v), rules_of(call), lengths)
-    views = (*inputs, packed, dout, shift)
+    seqs = (q.shape[2], k.shape[2])
+    rules = rules_of(call, mask_bounds(launches, call.mask, *seqs))
+    of_keys = rules._replace(bounds=mask_bounds(launches, call.mask, *seqs, of_keys=True))
+    inputs = (view(q), view(k), view(v))
+    views = (*inputs, rules, lengths, packed, dout, shift)
 
     def dkdv_grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_k * tiles(call, k, tile["BLOCK_N"]),)
@@ -224,7 +232,7 @@ def attention_backward(
 
     launches.tuned(
         _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
-        dkdv_grid, *views, scaled, norms, view(dk), view(dv), heads_total=heads_k,
+        dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, view(dk), view(dv), heads_total=heads_k,
         section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
     )  # fmt: skip
     # In fp32, and zero where no tile comes by.
@@ -241,6 +249,6 @@ def attention_backward(
     if dbias is not None:
         if not whole:
             del arguments["sequences"]  # they have no bias
-            given = (*inputs, dout, shift, delta)
+            given = (*inputs, rules, lengths, dout, shift, delta)
             broadcast_bias_gradient(launches, ds, given, arguments, about, q)
         launches.apply(Tensor.copy_, dbias, ds)

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
+from .attention_mask import within
 from .attention_scores import (
     UNSPECIALISED,
     Packed,
@@ -79,6 +80,8 @@ def dq_kernel(
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
+    if rules.bounds is not None:
+        begin, end = within(rules.bounds, batch, head, i, sequence.seq_q, begin, end, BLOCK_N)
     ds_scale = load_ds_scale(norms, flat // group) if norms is not None else None
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)

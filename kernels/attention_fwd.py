@@ -36,6 +36,7 @@ from .attention_launch import (
     tiles,
     tuning,
 )
+from .attention_mask import mask_bounds, within
 from .attention_scores import (
     UNSPECIALISED,
     hide,
@@ -112,6 +113,8 @@ def forward_kernel(
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
+    if rules.bounds is not None:
+        begin, end = within(rules.bounds, batch, head, i, rows, begin, end, BLOCK_N)
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
@@ -199,7 +202,8 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     lengths = launches.vector(call.kv_lengths)
     sinks = broadcast_view(call.sinks)
     packed = packed_of(launches, call)
-    views = (view(q), view(k), view(v), rules_of(call), lengths, packed, sinks, view(out), lse)
+    rules = rules_of(call, mask_bounds(launches, call.mask, q.shape[2], k.shape[2]))
+    views = (view(q), view(k), view(v), rules, lengths, packed, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_total * tiles(call, q, tile["BLOCK_M"]),)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
+from .attention_mask import Bounds
 from .attention_scores import Packed, Rules
 from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision
 from .plans import Launches
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     )
 
 
-def rules_of(call: AttentionCall | AttentionBackwardCall) -> Rules:
-    """The rules of a call, as the kernels take them."""
+def rules_of(call: AttentionCall | AttentionBackwardCall, bounds: Bounds | None) -> Rules:
+    """The rules of a call, as the kernels take them; bounds: of the rows of the mask."""
     softcap = call.config.softcap or None
     return Rules(
         broadcast_view(call.mask),
         broadcast_view(call.bias),
         softcap,
         broadcast_view(call.alibi_slopes),
+        bounds,
     )
 
 

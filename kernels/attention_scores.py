@@ -151,6 +151,7 @@ class Rules(NamedTuple):
     bias: Any  # View (B, Hq, Sq, Sk)
     softcap: Any  # float
     alibi_slopes: Any  # View (B, Hq, 1, 1) of fp32
+    bounds: Any  # of what the mask shows: attention_mask.py
 
 
 @triton.jit

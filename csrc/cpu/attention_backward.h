@@ -297,7 +297,10 @@ class BackwardTask {
   void tile(int64_t g, int64_t i, int64_t j, int64_t j0, int64_t columns) {
     constexpr int w = width<S>;
     const int64_t i0 = i * Blocks::queries, rows = smaller(Blocks::queries, sequence.seq_q - i0);
-    const int64_t last = smaller(sequence.end(i0 + rows - 1) - j0, columns);
+    const int64_t head = h * x.group + g;
+    const int64_t last =
+        scores.mask.cut(b, head, i0, rows, j0, smaller(sequence.end(i0 + rows - 1) - j0, columns));
+    if (last <= 0) return;
     const int64_t wide = round_up(last, 2 * w), padded = round_up(rows, Blocks::padding);
     Unit* queries = x.queries(packed, g, i);
     Unit* keys = x.keys(packed, j);
@@ -329,13 +332,16 @@ class BackwardTask {
     if (i >= sequence.seq_q) return {0, 0, 0};
     const S* of_head = statistics + g * 2 * x.longest_q;
     const S lse = of_head[i], delta = of_head[x.longest_q + i];
-    const int64_t seen = larger(smaller(sequence.end(i) - j0, last), 0);
+    const int64_t head = h * x.group + g;
+    const int64_t seen =
+        scores.mask.cut(b, head, i, 1, j0, larger(smaller(sequence.end(i) - j0, last), 0));
     if (lse == -infinity<S>) return {0, 0, 0};
     const int64_t at = i % Blocks::queries % Blocks::strip * Blocks::keys;
     S* const s = t.s + at;
     if (scores.rewrite)
-      scores.prepare(s, sequence, b, h * x.group + g, i, j0, seen, t.row,
+      scores.prepare(s, sequence, b, head, i, j0, seen, t.row,
                      t.slope == nullptr ? nullptr : t.slope + at);
+    scores.mask.apply(s, b, head, i, j0, seen);
     scores.hide(s, smaller(sequence.begin(i) - j0, seen));
     if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
     scores.rebase(s, seen, lse, 0);  // the forward may have added up its products otherwise
@@ -365,7 +371,7 @@ template <class E, class T>
 static bool attention_backward(const AttentionBackward& f) {
   typedef stat_of<E> S;
   typedef unit_of<E> Unit;
-  const Scores<S> scores(f);
+  Scores<S> scores(f);
   const Lengths lengths(f, [](int64_t) { return true; });
   const BackwardOperands<E> x(f, lengths);
   const int64_t pairs = f.sequences() * f.heads_kv();
@@ -386,18 +392,21 @@ static bool attention_backward(const AttentionBackward& f) {
     S* const statistics = arena.take<S>(x.statistics());
     return BackwardPair<E>{packed, statistics, arena.take<S>(splits * x.dq_size())};
   };
+  scores.mask.take(count);
   if (!apart) take_shared(count);
   const size_t shared = count.used();
   (void)BackwardScratch<E>(x, count);
   if (apart) take_shared(count);
   const size_t own = count.used() - shared;
   const Workspace workspace(shared, own, threads);
+  Arena all = workspace.shared();
+  scores.mask.take(all);
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
   {
     [[maybe_unused]] const typename E::Scope scope;
-    Arena common = workspace.shared();
+    Arena common = all;
     Arena mine = workspace.own(omp_get_thread_num());
     const BackwardScratch<E> scratch(x, mine);
     const BackwardPair<E> memory = take_shared(apart ? mine : common);
@@ -419,6 +428,8 @@ static bool attention_backward(const AttentionBackward& f) {
       store_dq<E, T>(x, pair, row / x.longest_q, row % x.longest_q, memory.dq, splits, x.dq_size());
     };
     const int64_t rows = x.group * x.longest_q;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
     if (apart) {
 #pragma omp for schedule(dynamic)
       for (int64_t pair = 0; pair < pairs; ++pair) {

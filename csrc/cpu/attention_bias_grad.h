@@ -19,7 +19,7 @@ class BiasGradTask {
   const AttentionBackward& f;
   const TensorView& out;
   const bool slopes;
-  const Scores<S> scores;
+  const Scores<S>& scores;
   const int64_t d, dv, units_d, units_dv, depth_d, depth_dv;
   Rows<Unit> q, o;
   Panels<Unit> kt, vt;
@@ -30,11 +30,12 @@ class BiasGradTask {
   Sequence<int64_t> sequence{};
 
  public:
-  BiasGradTask(const AttentionBackward& f, const TensorView& out, bool slopes, Arena& arena)
+  BiasGradTask(const AttentionBackward& f, const Scores<S>& scores, const TensorView& out,
+               bool slopes, Arena& arena)
       : f(f),
         out(out),
         slopes(slopes),
-        scores(f),
+        scores(scores),
         d(f.head_dim()),
         dv(f.head_dim_v()),
         units_d(row_units<E>(d)),
@@ -115,6 +116,7 @@ class BiasGradTask {
   void add_tile(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
     constexpr int w = width<S>;
     if (sequence.end(i0 + rows - 1) <= j0 || sequence.begin(i0) >= j0 + columns) return;
+    if (!(scores.mask.of(b, h, i0, rows, j0, columns) & MaskMap::sees)) return;
     const int64_t first_q = sequence.query_row(i0), first_k = sequence.key_row(j0);
     const int64_t h_kv = h / f.group(), padded = round_up(rows, E::row_step);
     const int64_t wide = round_up(columns, 2 * w), panels = round_up(columns, E::panel);
@@ -139,6 +141,7 @@ class BiasGradTask {
     const S* grad = dp + local * block_k;
     const S delta = delta_of(b, h, row_q);
     scores.prepare(score, sequence, b, h, i, j0, seen, row);
+    scores.mask.apply(score, b, h, i, j0, seen);
     scores.hide(score, smaller(sequence.begin(i) - j0, seen));
     scores.rebase(score, seen, lse);
     S* sum = recent + (out.shape[2] == 1 ? 0 : local * block_k);
@@ -183,16 +186,23 @@ template <class E, class T>
 static void attention_bias_grad(const AttentionBackward& f, const TensorView& out, bool slopes) {
   typedef BiasGradTask<E, T> Task;
   const int threads = threads_for(f, Lengths(f, [](int64_t) { return true; }));
+  Scores<stat_of<E>> scores(f);
   Arena count;
-  const Task any(f, out, slopes, count);
+  scores.mask.take(count);
+  const size_t shared = count.used();
+  const Task any(f, scores, out, slopes, count);
   const int64_t tiles_q = any.tiles_q(), tiles_k = any.tiles_k(), heads = out.shape[1];
   const int64_t tasks = out.shape[0] * heads * tiles_q * tiles_k;
-  const Workspace workspace(0, count.used(), threads);
+  const Workspace workspace(shared, count.used() - shared, threads);
+  Arena common = workspace.shared();
+  scores.mask.take(common);
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] const typename E::Scope scope;
     Arena arena = workspace.own(omp_get_thread_num());
-    Task task(f, out, slopes, arena);
+    Task task(f, scores, out, slopes, arena);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t head = i / (tiles_q * tiles_k);

@@ -123,6 +123,7 @@ class Decode {
         const T* v = f.v.at<const T>(b, h, sequence.key_row(j));
         multiply_keys(q + r * d, k, seen, s);
         if (scores.rewrite) scores.prepare(s, sequence, b, head, i, j, seen, s + block);
+        scores.mask.apply(s, b, head, i, j, seen);
         S* row = o + r * dv;
         const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
         l[r] += probabilities<Fma<S>>(s, seen, round_up(seen, 2 * w), scores.factor, origin,

@@ -64,6 +64,7 @@ class ForwardTask {
   const ForwardScratch<E>& t;
   const Sequence<int64_t> sequence;
   const int64_t b, h, i0, rows, depth, columns_v;
+  uint64_t begun = 0;  // strips of rows, a bit each
 
  public:
   ForwardTask(const Scores<S>& scores, const PackedKeys<E>& keys, unit_of<E>* packed, int64_t b,
@@ -137,13 +138,13 @@ class ForwardTask {
     if (last.rows > 0) multiply_values(last, [](auto&&... x) { E::multiply(x...); });
   }
 
-  Strip<E> first() const {
+  Strip<E> first() {
     return next({sequence.begin(i0) / keys.block * keys.block, -Blocks::strip, 0, 0, 0, 1, true});
   }
 
   // The next strip of this block of keys, else the first of the next block; only those that see a
   // key.
-  Strip<E> next(Strip<E> x) const {
+  Strip<E> next(Strip<E> x) {
     const int64_t end = sequence.end(i0 + rows - 1);
     while (x.key < end) {
       x.row += Blocks::strip;
@@ -153,9 +154,12 @@ class ForwardTask {
       }
       x.rows = smaller(Blocks::strip, rows - x.row);
       x.columns = smaller(keys.block, sequence.end(i0 + x.row + x.rows - 1) - x.key);
-      const int64_t begin = sequence.begin(i0 + x.row);
-      if (x.key < end && x.columns > 0 && x.key + keys.block > begin) {
-        x.first = x.key <= begin;
+      if (x.key >= end || x.key + keys.block <= sequence.begin(i0 + x.row)) continue;
+      x.columns = scores.mask.cut(b, h, i0 + x.row, x.rows, x.key, x.columns);
+      if (x.columns > 0) {
+        const uint64_t strip = uint64_t{1} << x.row / Blocks::strip;
+        x.first = !(begun & strip);
+        begun |= strip;
         x.wide = round_up(x.columns, 2 * width<S>);
         x.buffer ^= 1;
         return x;
@@ -182,7 +186,7 @@ template <class E, class T>
 static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
   typedef unit_of<E> Unit;
   typedef ForwardBlocks<E> Blocks;
-  const Scores<stat_of<E>> scores(f);
+  Scores<stat_of<E>> scores(f);
   const PackedKeys<E> keys(f, lengths);
   const int64_t pairs = f.sequences() * f.heads_kv(), group = f.group();
   const int threads = threads_for(f, lengths);
@@ -194,12 +198,16 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
   const bool apart = pairs_apart(f, lengths, threads, pair_units * int64_t(sizeof(Unit)));
 
   Arena count;
+  scores.mask.take(count);
   if (!apart) count.take<Unit>(pair_units);
   const size_t shared = count.used();
   (void)ForwardScratch<E>(f, count);
   if (apart) count.take<Unit>(pair_units);
   const size_t own = count.used() - shared;
   const Workspace workspace(shared, own, threads);
+  Arena common = workspace.shared();
+  scores.mask.take(common);
+  Unit* const packed_by_all = apart ? nullptr : common.take<Unit>(pair_units);
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
@@ -207,7 +215,7 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
     [[maybe_unused]] const typename E::Scope scope;
     Arena arena = workspace.own(omp_get_thread_num());
     const ForwardScratch<E> scratch(f, arena);
-    Unit* const packed = (apart ? arena : workspace.shared()).template take<Unit>(pair_units);
+    Unit* const packed = apart ? arena.take<Unit>(pair_units) : packed_by_all;
     const auto mine = [&](int64_t pair) {
       return !Decode<T>::takes(f, f.sequence(pair / f.heads_kv()).seq_q);
     };
@@ -223,6 +231,8 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
       if (rows <= 0) return true;
       return ForwardTask<E, T>(scores, keys, packed, b, head, i0, rows, scratch).run();
     };
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
     if (apart) {
 #pragma omp for schedule(dynamic)
       for (int64_t pair = 0; pair < pairs; ++pair) {

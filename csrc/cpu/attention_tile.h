@@ -3,7 +3,7 @@
 
 #include <omp.h>
 
-#include "attention.h"
+#include "attention_mask.h"
 #include "pack.h"
 #include "team.h"
 #include "workspace.h"
@@ -52,19 +52,21 @@ FUSEDATTN_INLINE vec<double> tanh(vec<double> x) {
 }
 
 // Scores leave the products as raw q·k, and mostly become exponents in one instruction: factor · s
-// − shift(m) with the row's maximum m. Where there is a mask, a bias, a softcap or a scale that is
-// not positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied
-// by log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
+// − shift(m) with the row's maximum m. Where there is a bias, a softcap or a scale that is not
+// positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied by
+// log2(e): a bias of −FLT_MAX has no logarithm to base 2 in float. Maxima are in natural units.
 template <class S>
 struct Scores {
   const AttentionForward& p;
+  MaskMap mask;
   const bool rewrite;
   const S unit;    // from a score, as it stands once prepared, to natural units
   const S factor;  // and to log2 units
 
   explicit Scores(const AttentionForward& p)
       : p(p),
-        rewrite(bool(p.mask) || bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
+        mask(p),
+        rewrite(bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
                 p.options.softcap > 0),
         unit(rewrite ? S(1) : S(p.options.scale)),
         factor(rewrite ? S(1) : S(p.options.scale * log2e)) {}
@@ -84,9 +86,9 @@ struct Scores {
     return exp2<Degree>(splat(near ? shift(from) - shift(to) : (from - to) * S(log2e)))[0];
   }
 
-  // Raw scores to scores, −inf where masked: columns [0, n) of query i from key j0 of `sequence`,
-  // number b. `scratch` has room for a row. `slope` gets d score / d (scale · raw) where there is a
-  // softcap; else that is 1.
+  // Raw scores to scores: columns [0, n) of query i from key j0 of `sequence`, number b. `scratch`
+  // has room for a row. `slope` gets d score / d (scale · raw) where there is a softcap; else that
+  // is 1.
   void prepare(S* s, const Sequence<int64_t>& sequence, int64_t b, int64_t h, int64_t i, int64_t j0,
                int64_t n, S* scratch, S* slope = nullptr) const {
     constexpr int w = width<S>;
@@ -103,7 +105,6 @@ struct Scores {
       if (p.alibi_slopes) x -= steep * distance(sequence, i, j0 + j);
       store(s + j, x);
     }
-    if (p.mask) mask_row(p.mask.at<const uint8_t>(b, h, i, j0), p.mask.stride[3], n, s);
   }
 
   // How far keys j, j + 1, … are from the diagonal of ALiBi in the row of query i.

@@ -10,8 +10,8 @@ import fusedattn
 import pytest
 import torch
 from cases.varlen import VarlenCase, check_varlen, one_by_one, packed, regimes
-from fusedattn import _native
 from fusedattn.ops.attention import op
+from fusedattn.ops.attention_backends import _cuda_takes
 from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -268,9 +268,9 @@ def test_explain_names_what_refuses():
     assert text.startswith("attention: cpu\n")
     with pytest.raises(fusedattn.UnsupportedError, match="dropout_p is not supported"):
         attend(*x, dropout_p=0.5)
-    if _native.cuda_emulated() is not None:
-        with pytest.raises(fusedattn.UnsupportedError, match="cu_seqlens_q is not supported; pad"):
-            attend(*x, backend="cuda_emulated")
+    views = [torch.zeros(1, h, 9, 8, dtype=BF16) for h in (2, 1, 1)]
+    call = AttentionCall(*views, cu_seqlens_q=CU_Q, cu_seqlens_k=CU_K)
+    assert _cuda_takes(call).reason == "cu_seqlens_q is not supported"
 
 
 BAD = {

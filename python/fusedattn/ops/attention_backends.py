@@ -5,7 +5,8 @@ Kernels are objects with
     forward(call, out, lse)                 call an `AttentionCall`
     backward(call, dq, dk, dv, dbias, dalibi_slopes)    call an `AttentionBackwardCall`
 
-that write every element of their outputs. mask and bias have four dimensions, nothing is empty,
+that write every element of their outputs. mask and bias have four dimensions, nothing is empty but
+single sequences of a packed call,
 dout or dlse may be None (zero), dbias and dalibi_slopes are None where they are not wanted. The
 gradient of the sinks needs no scores: `_sinks_gradient`.
 """
@@ -54,6 +55,8 @@ def _refuse_pending(call: Any) -> Refusal | None:
     for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
         if x is not None and _PENDING[i] not in _SERVED:
             return _not_yet(_PENDING[i])
+    if call.config.dropout_p != 0.0 and call.cu_seqlens_q is not None:
+        return _not_yet("dropout_p")
     options = call.config[6:]
     if options == _NO_OPTION:
         return None

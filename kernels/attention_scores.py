@@ -74,16 +74,13 @@ def packed_rows(offsets, number, sequences, rows, REST: tl.constexpr):
 
 
 @triton.jit
-def sequence_at(
-    index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences,
-    OF_KEYS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """That of tile `index` of the head's queries, or OF_KEYS of its keys.
+def packed_sequence(
+    index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The packed one of tile `index` of a head's queries, or OF_KEYS of its keys.
 
     A tile that is not there, or of rows that no sequence has, has nothing on the other side.
     """
-    if packed is None:
-        return sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths)
     own = packed.k if OF_KEYS else packed.q
     number = index * 0
     last = sequences + 0
@@ -105,6 +102,19 @@ def sequence_at(
         index = tl.maximum(index - (first_q // BLOCK + number), 0)
         rows_k = tl.where(index * BLOCK < rows_q, rows_k, 0)
     return Sequence(index, number, first_q, rows_q, first_k, rows_k, lower, upper, offset)
+
+
+@triton.jit
+def sequence_at(
+    index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences,
+    OF_KEYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """That of a batch element, or the packed one that has tile `index`."""
+    return (
+        sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths)
+        if packed is None
+        else packed_sequence(index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS, BLOCK)
+    )
 
 
 @triton.jit

@@ -242,7 +242,8 @@ def attention_backward(
     launches.tuned(
         _dq_tuner, tuning(call, arguments, dq_tiles(*about, padded), products=3), dq_kernel,
         dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, slopes,
-        heads_total=heads_q, section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
+        heads_total=heads_q,
+        section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
     )  # fmt: skip
     if dalibi_slopes is not None:
         sum_slopes(launches, slopes, packed, sequences_of(call), dalibi_slopes)

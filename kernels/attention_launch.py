@@ -40,9 +40,7 @@ def sequences_of(call: AttentionCall | AttentionBackwardCall) -> int:
     return call.q.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
-def packed_of(
-    launches: Launches, call: AttentionCall | AttentionBackwardCall
-) -> Packed | None:
+def packed_of(launches: Launches, call: AttentionCall | AttentionBackwardCall) -> Packed | None:
     """Where packed sequences begin, as the kernels take it."""
     if call.cu_seqlens_q is None:
         return None

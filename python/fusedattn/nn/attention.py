@@ -299,7 +299,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             _check(self, values, values, values, None, None, is_causal=False)
             q, k, v = self._project(values, values, values)
             offsets = F.pad(lengths.cumsum(0), (1, 0))
-            out = attention_varlen(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+            out: Any = attention_varlen(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
             return back(self.out_proj(out.flatten(-2))), None
         sequence = torch.arange(len(lengths), device=values.device)
         sequence = sequence.repeat_interleave(lengths, output_size=len(values))

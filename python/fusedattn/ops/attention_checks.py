@@ -214,7 +214,8 @@ def validate_offsets(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
             raise ValueError(
                 f"{op}: got {name} of shape {tuple(shape)}, expected (N + 1,) of N sequences"
             )
-        if plain(x) and (x.is_cpu or (is_strict() and not torch.cuda.is_current_stream_capturing())):
+        asked = is_strict() and not torch.cuda.is_current_stream_capturing()
+        if (x.is_cpu or asked) and plain(x):
             values = x.tolist()
             if values[0] != 0 or values[-1] > rows or any(map(operator.gt, values, values[1:])):
                 first = ", ".join(map(str, values[:8])) + ", …" * (len(values) > 8)

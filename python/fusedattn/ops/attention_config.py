@@ -58,11 +58,12 @@ class AttentionConfig(NamedTuple):
 class AttentionCall(NamedTuple):
     """One call: mask and bias of four dimensions, each 1 or that of the scores (B, Hq, Sq, Sk).
 
-    alibi_slopes (B or 1, Hq, 1, 1) and sinks (1, Hq, 1, 1) are in the dtype of lse. Packed sequences
-    lie one after the other in q (1, Hq, total_q, D), k and v, where cu_seqlens_q and cu_seqlens_k
-    (N + 1,) say that they begin; slopes are then (N or 1, Hq, 1, 1). No backend takes the others
-    yet: scales of the heads, the dropout's seed, a (buckets, Hq) table of biases, lengths of
-    prefixes (B,), documents (B, S) of queries and keys, which blocks are seen, the pages of a cache.
+    alibi_slopes (B or 1, Hq, 1, 1) and sinks (1, Hq, 1, 1) are in the dtype of lse. Packed
+    sequences lie one after the other in q (1, Hq, total_q, D), k and v, where cu_seqlens_q and
+    cu_seqlens_k (N + 1,) say that they begin; slopes are then (N or 1, Hq, 1, 1). No backend takes
+    the others yet: scales of the heads, the dropout's seed, a (buckets, Hq) table of biases,
+    lengths of prefixes (B,), documents (B, S) of queries and keys, which blocks are seen, the pages
+    of a cache.
     """
 
     q: Tensor

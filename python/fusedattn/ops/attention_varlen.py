@@ -139,9 +139,9 @@ def attention_varlen(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    if has_override(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks
-    ) and is_overridden(locals()):
+    if has_override(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks) and is_overridden(
+        locals()
+    ):
         return hand_over(attention_varlen, locals())
     return_lse = check_flag(_NAME, "return_lse", return_lse)
     if deterministic is None:

@@ -38,9 +38,7 @@ class Packing(NamedTuple):
         step = (rows_k - cu_k[number_k])[None, :] - (rows_q - cu_q[number_q])[:, None] - diagonal
         return cls(cu_q.shape[0] - 1, number_q, number_k, step, diagonal)
 
-    def seen(
-        self, causal: bool | str, window: tuple[int | None, int | None] | None
-    ) -> Tensor:
+    def seen(self, causal: bool | str, window: tuple[int | None, int | None] | None) -> Tensor:
         """`functional.visible_keys` of each sequence, (total_q, total_k)."""
         seen = (self.number_q[:, None] == self.number_k) & (self.number_k < self.sequences)
         step = self.step + self.diagonal if causal == "top_left" else self.step

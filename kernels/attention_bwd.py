@@ -232,7 +232,8 @@ def attention_backward(
 
     launches.tuned(
         _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
-        dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, view(dk), view(dv), heads_total=heads_k,
+        dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, view(dk), view(dv),
+        heads_total=heads_k,
         section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
     )  # fmt: skip
     # In fp32, and zero where no tile comes by.

@@ -31,9 +31,9 @@ def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 BAD = {
     "q is a list": ({"q": [1.0]}, TypeError, ["q of type list", "a dense float32, bf"]),
     "v is None": ({"v": None}, TypeError, ["v of type NoneType", "a dense float32, bf"]),
-    "q of rank 3": ({"q": (4, 6, 8)}, ValueError, ["q of shape (4, 6, 8)", "expected 4 dim"]),
-    "k of rank 5": ({"k": (1, *K)}, ValueError, ["k of shape (1, 2, 2, 10, 8)", "expected 4 dim"]),
-    "v of rank 2": ({"v": (10, 5)}, ValueError, ["v of shape (10, 5)", "expected 4 dim"]),
+    "q of rank 2": ({"q": (6, 8)}, ValueError, ["q of shape (6, 8)", "expected 3 dimensions or"]),
+    "k of rank 5": ({"k": (3, 3, *K[1:])}, ValueError, ["dimensions (2,), (3, 3), (2,) of q"]),
+    "v of rank 2": ({"v": (10, 5)}, ValueError, ["v of shape (10, 5)", "expected 3 dimensions or"]),
     "integers": ({"dtype": torch.int32}, TypeError, ["q of dtype torch.int32", "float64"]),
     "complex": ({"dtype": torch.complex64}, TypeError, ["complex64", "float64 tensor"]),
     "k of another dtype": (
@@ -47,7 +47,7 @@ BAD = {
         ["q, k, v on devices cpu, cpu, meta", "expected one device"],
     ),
     "batch of k": ({"k": (3, *K[1:])}, ValueError, ["batch sizes 2, 3, 2 of q, k, v", "expected"]),
-    "batch of v": ({"v": (1, *V[1:])}, ValueError, ["batch sizes 2, 2, 1 of q, k, v", "expected"]),
+    "batch of v": ({"v": (4, *V[1:])}, ValueError, ["batch sizes 2, 2, 4 of q, k, v", "expected"]),
     "length of v": ({"v": (2, 2, 9, 5)}, ValueError, ["v of shape (2, 2, 9, 5)", "(2, 2, 10)"]),
     "heads of v": ({"v": (2, 4, 10, 5)}, ValueError, ["v of shape (2, 4, 10, 5)", "(2, 2, 10)"]),
     "head dim of k": ({"k": (2, 2, 10, 7)}, ValueError, ["head dims 8 of q and 7 of k"]),

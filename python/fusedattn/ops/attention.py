@@ -12,6 +12,7 @@ size Sq·Sk is ever stored (Milakov and Gimelshein 2018; Dao et al. 2022).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .attention_config import (
     remembered,
 )
 from .attention_kernels import attention_bwd, attention_fwd
+from .attention_shapes import over_leading
 
 # Looked up once: what follows runs on every call.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -80,10 +82,13 @@ def _prepare(
     dropout_p: float,
     deterministic: bool | None = None,
     seed: int | Tensor | None = None,
-) -> AttentionCall:
+) -> AttentionCall | None:
+    """The call, checked; None where q, k and v have other leading dimensions than one batch."""
     if _autocast_anywhere():
         q, k, v, bias, alibi_slopes, sinks = autocast(q, k, v, bias, alibi_slopes, sinks)
-    head_dim = validate(q, k, v)
+    head_dim = validate(q, k, v, leading=True)
+    if head_dim == 0:
+        return None
     if deterministic is None:
         deterministic = _deterministic()
     if mask is not None or bias is not None or kv_lengths is not None:
@@ -137,6 +142,10 @@ def attention(
     Fused, in O(Sq + Sk) memory, and differentiable. Second derivatives, forward mode and
     `torch.func` transforms run the reference's formula, which stores all scores. Tensors may have
     any strides and are read in place: a (B, S, H, D) tensor is passed as its `.transpose(1, 2)`.
+
+    Instead of B there may be no dimension or several, in each tensor, and sizes of 1 broadcast, as
+    in `F.scaled_dot_product_attention`: q (Hq, Sq, D); q (B, N, Hq, Sq, D) with a bias
+    (B, 1, Hq, Sq, Sk). Nothing is expanded in memory for it.
 
     Args:
         q: queries (B, Hq, Sq, D), float16, bfloat16, float32 or float64.
@@ -195,5 +204,17 @@ def attention(
         q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
         dropout_p, deterministic, seed,
     )  # fmt: skip
-    out, lse = op(call, backend)
+    if call is None:
+        out, lse = over_leading(
+            functools.partial(attention, return_lse=True),
+            {
+                "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "causal": causal,
+                "window": window, "scale": scale, "softcap": softcap,
+                "alibi_slopes": alibi_slopes, "sinks": sinks, "kv_lengths": kv_lengths,
+                "dropout_p": dropout_p, "seed": seed, "deterministic": deterministic,
+                "backend": backend,
+            },
+        )  # fmt: skip
+    else:
+        out, lse = op(call, backend)
     return (out, lse) if return_lse else out

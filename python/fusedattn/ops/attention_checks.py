@@ -53,8 +53,11 @@ def _unless_single(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype) if floats else x  # type: ignore[union-attr]
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
+def validate(q: Tensor, k: Tensor, v: Tensor, leading: bool = False) -> int:
     """Check q, k and v against each other; returns the head dim of q and k.
+
+    leading: there may be other leading dimensions than one batch; then 0 is returned, and the rest
+    was not checked.
 
     Raises:
         TypeError: not dense tensors, not floating point, or of different dtypes.
@@ -69,7 +72,9 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
         dense = False
     if not dense:
         for name, x in (("q", q), ("k", k), ("v", v)):
-            _check_rank(name, x)
+            _check_rank(name, x, leading)
+        if leading:
+            return 0
     if not q.dtype is k.dtype is v.dtype:
         raise TypeError(
             f"attention: got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype"
@@ -80,6 +85,8 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
             "expected one device"
         )
     if not batch == batch_k == batch_v:
+        if leading and {batch, batch_k, batch_v} == {1, max(batch, batch_k, batch_v)}:
+            return 0
         raise ValueError(
             f"attention: got batch sizes {batch}, {batch_k}, {batch_v} of q, k, v, expected one"
         )
@@ -105,12 +112,13 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> int:
     return head_dim
 
 
-def _check_rank(name: str, x: Tensor) -> None:
+def _check_rank(name: str, x: Tensor, leading: bool) -> None:
     shape = check_tensor("attention", name, x)
-    if len(shape) != 4:
+    if len(shape) != 4 and not (leading and len(shape) >= 3):
+        least = "3 dimensions or more (…, " if leading else "4 dimensions (batch, "
         raise ValueError(
-            f"attention: got {name} of shape {tuple(shape)}, expected 4 dimensions "
-            "(batch, heads, length, head_dim)"
+            f"attention: got {name} of shape {tuple(shape)}, expected {least}heads, length, "
+            "head_dim)"
         )
 
 

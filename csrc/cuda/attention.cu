@@ -30,7 +30,8 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   if (!fits)
     throw std::invalid_argument(
         "fusedattn: CUDA attention takes float16 and bfloat16, rows of aligned 16 bytes, D and Dv "
-        "up to 256, int32 kv_lengths, and no mask, bias, slopes, sinks, window or cu_seqlens; got " +
+        "up to 256, int32 kv_lengths, and no mask, bias, slopes, sinks, window or cu_seqlens; "
+        "got " +
         text(p));
 }
 

@@ -114,7 +114,7 @@ def bias_grad_kernel(
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
         if dropout is not None:
-            keep = kept_weights(dropout, batch, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
+            keep = kept_weights(dropout, sequence, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
         acc += p * (dp - delta_row[:, None])
 

@@ -171,7 +171,7 @@ def dkdv_kernel(
                 p = weights(s, shift_row[None, :], scale, NATURAL)
                 kept_p = p
                 if dropout is not None:
-                    keep = kept_weights(dropout, sequence.number, head, at, start, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(dropout, sequence, head, at, start, BLOCK_M, BLOCK_N)
                     keep = tl.trans(keep)
                     kept_p = tl.where(keep, p, 0.0)
                 dv_tile = dot(kept_p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)

@@ -119,7 +119,7 @@ def dq_kernel(
                 p = weights(s, shift_row[:, None], scale, NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
                 if dropout is not None:
-                    keep = kept_weights(dropout, sequence.number, head, first, start, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(dropout, sequence, head, first, start, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                 ds = p * less_delta(dp, delta_row[:, None], ds_scale)
                 if dbias is not None:

@@ -163,7 +163,7 @@ def forward_kernel(
                 l = l * alpha + tl.sum(p, 1)  # noqa: E741
                 acc = acc * alpha[:, None]
                 if dropout is not None:
-                    keep = kept_weights(dropout, sequence.number, head, first, start, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(dropout, sequence, head, first, start, BLOCK_M, BLOCK_N)
                     p = tl.where(keep, p, 0.0)
                 acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
                 m = m_new

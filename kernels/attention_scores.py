@@ -255,11 +255,11 @@ def load_seed(dropout):
 
 @triton.jit
 def kept_weights(
-    dropout, batch, head, first, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    dropout, sequence, head, first, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Which weights of queries first … and of keys start …, a multiple of 4, are not dropped."""
     i = (first + tl.arange(0, BLOCK_M))[:, None]
-    return kept(dropout.seed, dropout.limit, start, i, head, batch, BLOCK_N)
+    return kept(dropout.seed, dropout.limit, start, i, head, sequence.number, BLOCK_N)
 
 
 @triton.jit

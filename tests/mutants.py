@@ -104,7 +104,7 @@ MUTANTS = [
     ),
     *mutants(
         "python/fusedattn/ops/attention_checks.py",
-        ("values[-1] > rows", "values[-1] > rows + 1", "attention_varlen.py::test_export"),
+        ("values[-1] > rows", "values[-1] > rows + 1", "attention_varlen.py::test_export_with_dynamic_shapes"),
     ),
     *mutants(
         "python/fusedattn/ops/attention_kernels.py",
@@ -179,7 +179,7 @@ MUTANTS = [
          "attention_varlen.py::test_triton"),
         ("tl.minimum(number + 1, sequences)", "tl.minimum(number, sequences)",
          "attention_varlen.py::test_triton"),
-        ("i, head, batch, BLOCK_N", "i, batch, head, BLOCK_N",
+        ("i, head, sequence.number, BLOCK_N", "i, sequence.number, head, BLOCK_N",
          "attention_dropout.py::test_the_mask_is_the_same_everywhere"),
     ),
     *mutants(

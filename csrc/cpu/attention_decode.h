@@ -132,7 +132,7 @@ class Decode {
         const int64_t wide = round_up(seen, 2 * w);
         if (scores.dropout) {
           const int64_t before = j % 4;  // keys that share a counter with the first one
-          scores.keep(b, head(pair, r), query(r), j - before, before + seen, keep);
+          scores.keep(b, head, i, j - before, before + seen, keep);
           l[r] += probabilities<Fma<S>, true>(s, seen, wide, scores.factor, origin, p, 0,
                                               keep + before);
         } else {

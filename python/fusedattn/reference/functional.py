@@ -272,9 +272,7 @@ def attention_backward(
     p = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     p, p_sink = (p, None) if sink is None else (p[..., :-1], p[..., -1:])
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
-    dp = attention_dropout(
-        torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed, places
-    )
+    dp = attention_dropout(torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed, places)
     row = (p * dp).sum(-1, keepdim=True)
     if dlse is not None:
         row = row - dlse.to(row.dtype)[..., None]

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_scores import (
-    distance,
     hide,
     kept_weights,
     load_seed,
@@ -60,7 +59,6 @@ def bias_grad_kernel(
     bias_shape,  # (B or 1, Hq or 1, Sq or 1, Sk or 1)
     SUM_ROWS: tl.constexpr,
     SUM_COLS: tl.constexpr,
-    SLOPES: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -97,7 +95,7 @@ def bias_grad_kernel(
         head = head0 + rest % summed_heads
         batch = batch0 + rest // summed_heads
         i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-        sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
+        sequence = sequence_of(m, batch, seq_q, seq_k, lower, upper, kv_lengths)
         inside, keys = i < sequence.seq_q, sequence.seq_k
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
@@ -116,12 +114,9 @@ def bias_grad_kernel(
         p = weights(s, shift_row[:, None], scale, NATURAL)
         dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
         if dropout is not None:
-            keep = kept_weights(dropout, batch, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
+            keep = kept_weights(dropout, sequence, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
-        ds = p * (dp - delta_row[:, None])
-        if SLOPES:
-            ds *= -distance(sequence, i[:, None], j[None, :])
-        acc += ds
+        acc += p * (dp - delta_row[:, None])
 
     shape_m, shape_n = bias_shape[2], bias_shape[3]
     i, j = m0 * BLOCK_M + tl.arange(0, BLOCK_M), n0 * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -147,13 +142,11 @@ def broadcast_bias_gradient(
     arguments: dict[str, Any],
     about: tuple,
     q: Tensor,
-    slopes: bool = False,
 ) -> None:
     """Write the gradient of a bias that has size 1 where the scores do not.
 
-    dbias: fp32, of the bias's four dimensions, or where `slopes` of those of ALiBi's. views,
-    arguments: what `bias_grad_kernel` shares with the other kernels of the backward; about: what
-    its tile is chosen by, the device first.
+    dbias: fp32, of the bias's four dimensions. views, arguments: what `bias_grad_kernel` shares
+    with the other kernels of the backward; about: what its tile is chosen by, the device first.
     """
     batch, heads, seq_q, _ = q.shape
     seq_k = arguments["seq_k"]
@@ -172,7 +165,7 @@ def broadcast_bias_gradient(
     launches.launch(
         bias_grad_kernel, (splits * owned,), *views, parts, **arguments, splits=splits,
         summed=summed, summed_heads=summed_heads, tiles_m=tiles_m, tiles_n=tiles_n,
-        bias_shape=tuple(dbias.shape), SUM_ROWS=sum_rows, SUM_COLS=sum_cols, SLOPES=slopes,
+        bias_shape=tuple(dbias.shape), SUM_ROWS=sum_rows, SUM_COLS=sum_cols,
         **options.all_kwargs(),
     )  # fmt: skip
     launches.apply(_sum_parts, parts, dbias)

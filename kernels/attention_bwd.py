@@ -30,14 +30,17 @@ from torch import Tensor
 
 from .attention_bias_grad import broadcast_bias_gradient
 from .attention_delta import row_terms
-from .attention_dq import dq_kernel
+from .attention_dq import dq_kernel, sum_slopes
 from .attention_ds_scale import largest_norms, less_delta, load_ds_scale, unscaled
 from .attention_launch import (
     common_arguments,
     heads_in_l2,
     launch_settings,
+    packed_of,
     pair_bytes,
     rules_of,
+    sequences_of,
+    tiles,
     tuning,
 )
 from .attention_mask import mask_bounds, within
@@ -49,7 +52,8 @@ from .attention_scores import (
     load_seed,
     query_range,
     scores,
-    sequence_of,
+    sequence_at,
+    tiles_of,
     weights,
     work_item,
 )
@@ -80,6 +84,7 @@ def dkdv_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     rules,  # of attention_scores.py
     kv_lengths,  # int32 or int64 (B,), or None
+    packed,  # of packed sequences where they begin, or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
@@ -96,6 +101,7 @@ def dkdv_kernel(
     lower,  # query i sees keys i + lower … i + upper; None: all to that side
     upper,
     section,  # key heads that are worked on together
+    sequences,  # that are packed, or None
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,12 +113,16 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     MASKED_APART: tl.constexpr = False,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_k, BLOCK_N), heads_total, section, None)
+    tiles = tiles_of(seq_k, sequences, BLOCK_N)
+    index, flat = work_item(tl.program_id(0), tiles, heads_total, section, None)
     batch, kv_head = flat // (heads // group), flat % (heads // group)
-    start = index * BLOCK_N
+    sequence = sequence_at(
+        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, True, BLOCK_N
+    )
+    start = sequence.index * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
-    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
     keys = sequence.seq_k
+    room = seq_k if packed is None else keys  # rows of dk and dv, whose keys exist or not
     # The tail of the keys is not masked here: a key is a row, what it gets stays in that row, and
     # the row is dropped.
     begin, whole, full, end = query_range(start, sequence, BLOCK_M, BLOCK_N)
@@ -161,7 +171,7 @@ def dkdv_kernel(
                 p = weights(s, shift_row[None, :], scale, NATURAL)
                 kept_p = p
                 if dropout is not None:
-                    keep = kept_weights(dropout, batch, head, at, start, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(dropout, sequence, head, at, start, BLOCK_M, BLOCK_N)
                     keep = tl.trans(keep)
                     kept_p = tl.where(keep, p, 0.0)
                 dv_tile = dot(kept_p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
@@ -180,8 +190,8 @@ def dkdv_kernel(
     dv_tile = tl.where(exists, dv_tile, 0.0)
     dk_head = rows_from(dk, batch, kv_head, sequence.first_k, ALIGNED)
     dv_head = rows_from(dv, batch, kv_head, sequence.first_k, ALIGNED)
-    store_tile(dk_head, dk_tile, start, seq_k, BLOCK_N, D, BLOCK_D)
-    store_tile(dv_head, dv_tile, start, seq_k, BLOCK_N, DV, BLOCK_DV)
+    store_tile(dk_head, dk_tile, start, room, BLOCK_N, D, BLOCK_D)
+    store_tile(dv_head, dv_tile, start, room, BLOCK_N, DV, BLOCK_DV)
 
 
 # --- launcher ------------------------------------------------------------------------------------
@@ -218,19 +228,20 @@ def attention_backward(
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
     dlse = row_view(call.dlse)
     dout = _zero(launches, out.dtype) if call.dout is None else view(call.dout)
-    norms = largest_norms(launches, v, dout, lse, dlse, lengths, arguments["ALIGNED"])
+    packed = packed_of(launches, call)
+    norms = largest_norms(launches, v, dout, lse, dlse, lengths, packed, arguments)
     shift, delta, scaled = row_terms(launches, dout, dlse, out, lse, norms, arguments)
     seqs = (q.shape[2], k.shape[2])
     rules = rules_of(call, mask_bounds(launches, call.mask, *seqs))
     of_keys = rules._replace(bounds=mask_bounds(launches, call.mask, *seqs, of_keys=True))
     inputs = (view(q), view(k), view(v))
-    views = (*inputs, rules, lengths, dout, shift)
+    views = (*inputs, rules, lengths, packed, dout, shift)
 
     def dkdv_grid(tile: dict[str, int]) -> tuple[int]:
-        return (heads_k * triton.cdiv(k.shape[2], tile["BLOCK_N"]),)
+        return (heads_k * tiles(call, k, tile["BLOCK_N"]),)
 
     def dq_grid(tile: dict[str, int]) -> tuple[int]:
-        return (heads_q * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)
+        return (heads_q * tiles(call, q, tile["BLOCK_M"]),)
 
     launches.tuned(
         _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
@@ -241,15 +252,18 @@ def attention_backward(
     # In fp32, and zero where no tile comes by.
     ds = None if dbias is None else launches.zeros(dbias.shape)
     whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
+    slopes = None if dalibi_slopes is None else launches.empty(lse.shape)
     launches.tuned(
         _dq_tuner, tuning(call, arguments, dq_tiles(*about, padded), products=3), dq_kernel,
-        dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, heads_total=heads_q,
+        dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, slopes,
+        heads_total=heads_q,
         section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
     )  # fmt: skip
     if dalibi_slopes is not None:
-        given = (*views, delta)
-        broadcast_bias_gradient(launches, dalibi_slopes, given, arguments, about, q, slopes=True)
+        sum_slopes(launches, slopes, packed, sequences_of(call), dalibi_slopes)
     if dbias is not None:
         if not whole:
-            broadcast_bias_gradient(launches, ds, (*views, delta), arguments, about, q)
+            del arguments["sequences"]  # they have no bias
+            given = (*inputs, rules, lengths, dout, shift, delta)
+            broadcast_bias_gradient(launches, ds, given, arguments, about, q)
         launches.apply(Tensor.copy_, dbias, ds)

@@ -1,26 +1,37 @@
-"""Attention backward: dq and, of a bias that was not broadcast, dbias: see attention_bwd.py."""
+"""Attention backward: dq and, of a bias that was not broadcast, dbias: see attention_bwd.py.
+
+Likewise the gradient of ALiBi's slopes, −Σ ds · distance, one number for each query, which
+`slopes_kernel` adds up.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
 from .attention_mask import within
 from .attention_scores import (
     UNSPECIALISED,
+    Packed,
     chain,
+    distance,
     hide,
     kept_weights,
     key_range,
     load_seed,
+    packed_rows,
     scores,
-    sequence_of,
+    sequence_at,
+    tiles_of,
     weights,
     work_item,
 )
 from .common import dot, load_tile, matrix, rows_from, store_tile
+from .plans import Launches
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -30,12 +41,14 @@ def dq_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     rules,  # of attention_scores.py
     kv_lengths,  # int32 or int64 (B,), or None
+    packed,  # of packed sequences where they begin, or None
     dout,  # View (B, Hq, Sq, Dv)
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
     norms,  # of `load_ds_scale`, or None
     dq,  # View (B, Hq, Sq, D)
     dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
+    dslopes,  # fp32 (B, Hq, Sq), contiguous: of those of ALiBi, what a query adds; or None
     scale,
     dropout,  # Dropped, or None
     heads_total,  # B·Hq
@@ -46,6 +59,7 @@ def dq_kernel(
     lower,  # query i sees keys i + lower … i + upper; None: all to that side
     upper,
     section,  # heads that are worked on together
+    sequences,  # that are packed, or None
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,12 +70,15 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, upper)
+    tiles = tiles_of(seq_q, sequences, BLOCK_M)
+    index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
     batch, head = flat // heads, flat % heads
-    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
+    sequence = sequence_at(
+        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, False, BLOCK_M
+    )
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
-    first = index * BLOCK_M
+    first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
@@ -78,6 +95,7 @@ def dq_kernel(
     shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
     delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    slopes_row = tl.zeros([BLOCK_M], tl.float32)
     # Two loops, on sm_90 never skipped, as in the forward.
     SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
@@ -101,7 +119,7 @@ def dq_kernel(
                 p = weights(s, shift_row[:, None], scale, NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
                 if dropout is not None:
-                    keep = kept_weights(dropout, batch, head, first, start, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(dropout, sequence, head, first, start, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                 ds = p * less_delta(dp, delta_row[:, None], ds_scale)
                 if dbias is not None:
@@ -110,8 +128,57 @@ def dq_kernel(
                     at += j.to(tl.int64)[None, :] * of_head.col
                     exists = inside[:, None] & (j < sequence.seq_k)[None, :]
                     tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
+                if dslopes is not None:
+                    slopes_row -= tl.sum(ds * distance(sequence, i[:, None], j[None, :]), 1)
                 ds = chain(ds, raw, rules, scale)
                 dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+    if dslopes is not None:
+        tl.store(dslopes + rows + i, unscaled(slopes_row, ds_scale), mask=inside)
     dq_tile = unscaled(dq_tile * scale, ds_scale)
     dq_head = rows_from(dq, batch, head, sequence.first_q, ALIGNED)
     store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+
+
+# --- the gradient of ALiBi's slopes --------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["heads", "seq_q", "sequences"])
+def slopes_kernel(
+    rows,  # fp32 (B, Hq, Sq), contiguous: `dslopes` of `dq_kernel`
+    parts,  # fp32 (B, Hq), contiguous; of packed sequences (N, Hq)
+    offsets,  # of packed sequences those of queries, or None
+    heads,
+    seq_q,
+    sequences,
+    BLOCK: tl.constexpr,
+):
+    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    count = seq_q
+    at = rows + tl.program_id(0).to(tl.int64) * seq_q
+    if offsets is not None:
+        first, count = packed_rows(offsets, batch, sequences, seq_q, False)
+        at = rows + head.to(tl.int64) * seq_q + first
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(at + i, mask=i < count, other=0.0)
+    tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+
+
+def _sum_parts(parts: Tensor, dslopes: Tensor) -> None:
+    torch.sum(parts, 0, out=dslopes)
+
+
+def sum_slopes(
+    launches: Launches, rows: Tensor, packed: Packed | None, sequences: int, dslopes: Tensor
+) -> None:
+    """Write dslopes (B or 1, Hq, 1, 1) from what each query adds."""
+    heads, seq_q = rows.shape[1:]
+    one = dslopes.shape[0] == 1
+    lead = (sequences, 1) if one else (1, sequences)
+    parts = launches.empty((*lead, heads, 1, 1))
+    launches.launch(
+        slopes_kernel, (sequences * heads,), rows, parts, None if packed is None else packed.q,
+        heads, seq_q, sequences, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    launches.apply(_sum_parts, parts, dslopes)

@@ -12,15 +12,15 @@ further, and have None in place of all this.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import (
-    sequence_of,
-)
-from .common import View, block_width, load_tile, matrix, rows_from, view
+from .attention_scores import Packed, load_length
+from .common import View, load_tile, matrix, rows_from, view
 from .plans import Launches
 
 # --- in the backward -----------------------------------------------------------------------------
@@ -62,19 +62,21 @@ def _raise(maximum, x):
     tl.atomic_max(maximum, tl.max(tl.where(x < float("inf"), x, 0.0), 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_k", "of_values"])
+@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_k", "of_values", "sequences"])
 def norms_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     dout,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
     dlse,  # View (B, Hq, 1, Sq) of fp32, or None
     kv_lengths,  # int32 or int64 (B,), or None
+    packed,  # of packed sequences where they begin, or None
     norms,  # fp32 (B · Hkv, 3) of zeros: max ‖v_j‖², max ‖dout_i‖², max |dlse_i|
     heads,  # Hq
     group,  # Hq / Hkv
     seq_q,
     seq_k,
     of_values,  # programs, the first ones
+    sequences,  # that are packed, or None
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -85,9 +87,13 @@ def norms_kernel(
         tiles = tl.cdiv(seq_k, ROWS)
         flat, first = program // tiles, program % tiles * ROWS
         batch, head = flat // (heads // group), flat % (heads // group)
-        sequence = sequence_of(batch, seq_q, seq_k, None, None, kv_lengths)
-        v_head = rows_from(v, batch, head, sequence.first_k, ALIGNED)
-        x = load_tile(v_head, first, sequence.seq_k, ROWS, DV, BLOCK_DV).to(tl.float32)
+        keys = seq_k
+        if kv_lengths is not None:
+            keys = load_length(kv_lengths, batch, seq_k)
+        if packed is not None:  # all sequences of a head have one e
+            keys = load_length(packed.k, sequences, seq_k)
+        v_head = rows_from(v, batch, head, 0, ALIGNED)
+        x = load_tile(v_head, first, keys, ROWS, DV, BLOCK_DV).to(tl.float32)
         _raise(norms + 3 * flat, tl.sum(x * x, 1))
     else:
         tiles = tl.cdiv(seq_q, ROWS)
@@ -105,6 +111,9 @@ def norms_kernel(
             _raise(norms + 3 * (flat // group) + 2, tl.abs(y))
 
 
+_ARGUMENTS = ("heads", "group", "seq_q", "seq_k", "sequences", "DV", "BLOCK_DV", "ALIGNED")
+
+
 def largest_norms(
     launches: Launches,
     v: Tensor,
@@ -112,23 +121,23 @@ def largest_norms(
     lse: Tensor,
     dlse: View | None,
     kv_lengths: Tensor | None,
-    aligned: bool,
+    packed: Packed | None,
+    arguments: dict[str, Any],
 ) -> Tensor | None:
     """What `load_ds_scale` reads; None for a dtype that needs no scale.
 
-    lse and kv_lengths are contiguous.
+    lse and kv_lengths are contiguous; arguments: those that the kernels of the backward share.
     """
     if v.dtype != torch.float16:
         return None
-    batch, kv_heads, seq_k, head_dim_v = v.shape
+    batch, kv_heads, seq_k, _ = v.shape
     heads, seq_q = lse.shape[1:]
     rows = 32
     of_values = batch * kv_heads * triton.cdiv(seq_k, rows)
     norms = launches.zeros((batch * kv_heads, 3))
     launches.launch(
         norms_kernel, (of_values + batch * heads * triton.cdiv(seq_q, rows),),
-        view(v), dout, lse, dlse, kv_lengths, norms, heads, heads // kv_heads, seq_q, seq_k,
-        of_values, DV=head_dim_v, BLOCK_DV=block_width(head_dim_v), ALIGNED=aligned, ROWS=rows,
-        num_warps=4,
+        view(v), dout, lse, dlse, kv_lengths, packed, norms, of_values=of_values, ROWS=rows,
+        num_warps=4, **{name: arguments[name] for name in _ARGUMENTS},
     )  # fmt: skip
     return norms

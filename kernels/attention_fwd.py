@@ -30,8 +30,10 @@ from .attention_launch import (
     common_arguments,
     heads_in_l2,
     launch_settings,
+    packed_of,
     pair_bytes,
     rules_of,
+    tiles,
     tuning,
 )
 from .attention_mask import mask_bounds, within
@@ -42,7 +44,8 @@ from .attention_scores import (
     key_range,
     load_seed,
     scores,
-    sequence_of,
+    sequence_at,
+    tiles_of,
     weights,
     work_item,
 )
@@ -75,6 +78,7 @@ def forward_kernel(
     v,  # View (B, Hkv, Sk, Dv)
     rules,
     kv_lengths,  # int32 or int64 (B,), or None
+    packed,  # of packed sequences where they begin, or None
     sinks,  # View (1, Hq, 1, 1) of fp32, or None
     out,  # View (B, Hq, Sq, Dv)
     lse,  # fp32 (B, Hq, Sq), contiguous
@@ -88,6 +92,7 @@ def forward_kernel(
     lower,  # query i sees keys i + lower … i + upper; None: all to that side
     upper,
     section,  # heads that are worked on together
+    sequences,  # that are packed, or None
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -99,13 +104,16 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr = False,
 ):
-    index, flat = work_item(tl.program_id(0), tl.cdiv(seq_q, BLOCK_M), heads_total, section, upper)
+    tiles = tiles_of(seq_q, sequences, BLOCK_M)
+    index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
     batch, head = flat // heads, flat % heads
-    sequence = sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths)
+    sequence = sequence_at(
+        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, False, BLOCK_M
+    )
     rows, keys = sequence.seq_q, sequence.seq_k
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
-    first = index * BLOCK_M
+    first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
     dropout = load_seed(dropout)
@@ -155,7 +163,7 @@ def forward_kernel(
                 l = l * alpha + tl.sum(p, 1)  # noqa: E741
                 acc = acc * alpha[:, None]
                 if dropout is not None:
-                    keep = kept_weights(dropout, batch, head, first, start, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(dropout, sequence, head, first, start, BLOCK_M, BLOCK_N)
                     p = tl.where(keep, p, 0.0)
                 acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
                 m = m_new
@@ -202,11 +210,12 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
     lengths = launches.vector(call.kv_lengths)
     sinks = broadcast_view(call.sinks)
+    packed = packed_of(launches, call)
     rules = rules_of(call, mask_bounds(launches, call.mask, q.shape[2], k.shape[2]))
-    views = (view(q), view(k), view(v), rules, lengths, sinks, view(out), lse)
+    views = (view(q), view(k), view(v), rules, lengths, packed, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
-        return (heads_total * triton.cdiv(q.shape[2], tile["BLOCK_M"]),)
+        return (heads_total * tiles(call, q, tile["BLOCK_M"]),)
 
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     padded = widths != (arguments["D"], arguments["DV"])

@@ -9,9 +9,10 @@ import triton
 from torch import Tensor
 
 from .attention_mask import Bounds
-from .attention_scores import Dropped, Rules
+from .attention_scores import Dropped, Packed, Rules
 from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision, with_data
 from .dropout import dropout_of
+from .plans import Launches
 from .tuning import Key, settings
 
 if TYPE_CHECKING:
@@ -40,9 +41,45 @@ def dropped_of(call: AttentionCall | AttentionBackwardCall) -> Dropped | None:
     return None if drop is None else Dropped(with_data(call.seed), *drop)  # type: ignore[arg-type]
 
 
-def bounds_of(config: AttentionConfig, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
-    """(lower, upper): query i sees keys i + lower … i + upper; None for all to that side."""
-    diagonal = 0 if config.causal == 1 else seq_k - seq_q
+def sequences_of(call: AttentionCall | AttentionBackwardCall) -> int:
+    """How many there are."""
+    offsets = call.cu_seqlens_q
+    return call.q.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
+def packed_of(launches: Launches, call: AttentionCall | AttentionBackwardCall) -> Packed | None:
+    """Where packed sequences begin, as the kernels take it."""
+    if call.cu_seqlens_q is None:
+        return None
+    offsets = (launches.vector(x) for x in (call.cu_seqlens_q, call.cu_seqlens_k))
+    return Packed(*offsets, True if call.config.causal == 1 else None)
+
+
+def tiles(call: AttentionCall | AttentionBackwardCall, x: Tensor, block: int) -> int:
+    """`tiles_of` for a head of x."""
+    if call.cu_seqlens_q is None:
+        return triton.cdiv(x.shape[2], block)
+    return x.shape[2] // block + sequences_of(call) + 1
+
+
+def longest_of(call: AttentionCall | AttentionBackwardCall) -> tuple[int, int]:
+    """The lengths of queries and keys; of packed sequences a guess where nobody knows."""
+    lengths, known = (call.q.shape[2], call.k.shape[2]), call.config[7:9]
+    if call.cu_seqlens_q is None:
+        return lengths
+    mean = [-(-n // sequences_of(call)) for n in lengths]
+    seq_q, seq_k = (most or guess for most, guess in zip(known, mean, strict=True))
+    return seq_q, seq_k
+
+
+def bounds_of(
+    config: AttentionConfig, seq_q: int, seq_k: int, packed: bool = False
+) -> tuple[int | None, int | None]:
+    """(lower, upper): query i sees keys i + lower … i + upper; None for all to that side.
+
+    Of packed sequences from the diagonal of each.
+    """
+    diagonal = 0 if config.causal == 1 or packed else seq_k - seq_q
     left, right = config.window_left, 0 if config.causal else config.window_right
     most = seq_q + seq_k  # no wider than the scores, so that sums stay in 32 bits
     lower = None if left < 0 else diagonal - min(left, most)
@@ -59,7 +96,8 @@ def common_arguments(
     q, k, v, config = call.q, call.k, call.v, call.config
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     seq_q, seq_k = q.shape[2], k.shape[2]
-    lower, upper = bounds_of(config, seq_q, seq_k)
+    packed = call.cu_seqlens_q is not None
+    lower, upper = bounds_of(config, seq_q, seq_k, packed)
     natural = call.bias is not None or call.alibi_slopes is not None or config.softcap > 0
     return {
         "scale": config.scale,
@@ -69,6 +107,7 @@ def common_arguments(
         "seq_k": seq_k,
         "lower": lower,
         "upper": upper,
+        "sequences": sequences_of(call) if packed else None,
         "D": head_dim,
         "DV": head_dim_v,
         "BLOCK_D": block_width(head_dim),
@@ -92,14 +131,14 @@ def tuning(
     products: int,
 ) -> dict[str, Any]:
     """What `Tuner.pick` asks of a call with so many products of matrices."""
-    q, k = call.q, call.k
+    q = call.q
     kind = (
         q.device, q.dtype, arguments["D"], arguments["DV"], arguments["lower"] is None,
         arguments["upper"] is None, call.alibi_slopes is None,
         arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
-        arguments["group"], arguments["dropout"] is None,
+        arguments["group"], arguments["dropout"] is None, call.cu_seqlens_q is None,
     )  # fmt: skip
-    heads, seq_q, seq_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
+    heads, (seq_q, seq_k) = sequences_of(call) * q.shape[1], longest_of(call)
     width = (arguments["D"] + arguments["DV"]) // 2
     return {
         "candidates": candidates,

@@ -13,12 +13,28 @@ from .dropout import kept
 # Kernel arguments that change from call to call.
 UNSPECIALISED = [
     "dropout", "heads_total", "heads", "group", "seq_q", "seq_k", "lower", "upper", "section",
+    "sequences",
 ]  # fmt: skip
+
+
+class Packed(NamedTuple):
+    """Where packed sequences begin, which lie one after the other in tensors with B = 1.
+
+    Rows past the last offset are a sequence more, whose queries see no key. Sequence b has no tile
+    before number offsets[b] // BLOCK + b of the head, so that a head of so many rows has at most
+    rows // BLOCK + sequences + 1 of them, whatever the lengths are, and nobody has to know those.
+    """
+
+    q: Any  # int32 or int64 (sequences + 1,)
+    k: Any
+    top_left: Any  # True, or None: the diagonal of each ends at its last key
 
 
 class Sequence(NamedTuple):
     """One sequence of the batch; its queries i and keys j are counted from its own first."""
 
+    index: Any  # which tile of it a program has
+    number: Any  # of the sequence
     first_q: Any  # rows of q, out, dout, dq, lse
     seq_q: Any
     first_k: Any  # of k, v, dk, dv
@@ -29,13 +45,78 @@ class Sequence(NamedTuple):
 
 
 @triton.jit
-def sequence_of(batch, seq_q, seq_k, lower, upper, kv_lengths):
+def load_length(lengths, at, most):
+    """lengths[at], at least 0 and at most `most`, whose dtype nothing larger may have."""
+    return tl.minimum(tl.maximum(tl.load(lengths + at), 0), most).to(most.dtype)
+
+
+@triton.jit
+def sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths):
     """That of a batch element; seq_q and seq_k: what the tensors have room for."""
     keys = seq_k
     if kv_lengths is not None:
-        # Only what is at most seq_k has its dtype.
-        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + batch), 0), seq_k).to(seq_k.dtype)
-    return Sequence(0, seq_q, 0, keys, lower, upper, seq_k - seq_q)
+        keys = load_length(kv_lengths, batch, seq_k)
+    return Sequence(index, batch, 0, seq_q, 0, keys, lower, upper, seq_k - seq_q)
+
+
+@triton.jit
+def tiles_of(rows, sequences, BLOCK: tl.constexpr):
+    """How many tiles of rows a head has, or at most."""
+    return tl.cdiv(rows, BLOCK) if sequences is None else rows // BLOCK + sequences + 1
+
+
+@triton.jit
+def packed_rows(offsets, number, sequences, rows, REST: tl.constexpr):
+    """(first, count) of a packed sequence; those past the last one's end if REST, else none."""
+    first = load_length(offsets, number, rows)
+    last = load_length(offsets, tl.minimum(number + 1, sequences), rows)
+    if REST:
+        last = tl.where(number < sequences, last, rows)
+    return first, tl.maximum(last - first, 0)
+
+
+@triton.jit
+def packed_sequence(
+    index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The packed one of tile `index` of a head's queries, or OF_KEYS of its keys.
+
+    A tile that is not there, or of rows that no sequence has, has nothing on the other side.
+    """
+    own = packed.k if OF_KEYS else packed.q
+    number = index * 0
+    last = sequences + 0
+    while number < last:
+        middle = (number + last + 1) // 2
+        begun = tl.load(own + middle) // BLOCK + middle <= index
+        number = tl.where(begun, middle, number)
+        last = tl.where(begun, last, middle - 1)
+    first_q, rows_q = packed_rows(packed.q, number, sequences, seq_q, not OF_KEYS)
+    first_k, rows_k = packed_rows(packed.k, number, sequences, seq_k, OF_KEYS)
+    offset = rows_k - rows_q
+    if packed.top_left is None:
+        lower = None if lower is None else lower + offset
+        upper = None if upper is None else upper + offset
+    if OF_KEYS:
+        index = tl.maximum(index - (first_k // BLOCK + number), 0)
+        rows_q = tl.where(index * BLOCK < rows_k, rows_q, 0)
+    else:
+        index = tl.maximum(index - (first_q // BLOCK + number), 0)
+        rows_k = tl.where(index * BLOCK < rows_q, rows_k, 0)
+    return Sequence(index, number, first_q, rows_q, first_k, rows_k, lower, upper, offset)
+
+
+@triton.jit
+def sequence_at(
+    index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences,
+    OF_KEYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """That of a batch element, or the packed one that has tile `index`."""
+    return (
+        sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths)
+        if packed is None
+        else packed_sequence(index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS, BLOCK)
+    )
 
 
 @triton.jit
@@ -128,7 +209,7 @@ def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
         bias = load_pairs(matrix(rules.bias, batch, head), i, j, sequence.seq_q, sequence.seq_k)
         s = s + bias.to(tl.float32)
     if rules.alibi_slopes is not None:
-        slope = tl.load(matrix(rules.alibi_slopes, batch, head).data)
+        slope = tl.load(matrix(rules.alibi_slopes, sequence.number, head).data)
         s = s - slope * distance(sequence, i, j)
     if rules.mask is not None:
         seen = load_pairs(matrix(rules.mask, batch, head), i, j, sequence.seq_q, sequence.seq_k)
@@ -174,11 +255,11 @@ def load_seed(dropout):
 
 @triton.jit
 def kept_weights(
-    dropout, batch, head, first, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    dropout, sequence, head, first, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Which weights of queries first … and of keys start …, a multiple of 4, are not dropped."""
     i = (first + tl.arange(0, BLOCK_M))[:, None]
-    return kept(dropout.seed, dropout.limit, start, i, head, batch, BLOCK_N)
+    return kept(dropout.seed, dropout.limit, start, i, head, sequence.number, BLOCK_N)
 
 
 @triton.jit

@@ -95,8 +95,16 @@ MUTANTS = [
     ),
     *mutants(
         "python/fusedattn/ops/attention_backends.py",
-        ("dout, call.dlse, q, k, v,", "dout, None, q, k, v,",
+        ("dout, call.dlse, q, k, v, **_options", "dout, None, q, k, v, **_options",
          "second_order.py::test_inputs_that_share_a_history"),
+    ),
+    *mutants(
+        "python/fusedattn/reference/varlen.py",
+        (">= cu[1:]", "> cu[1:]", "attention_varlen.py::test_regime"),
+    ),
+    *mutants(
+        "python/fusedattn/ops/attention_checks.py",
+        ("values[-1] > rows", "values[-1] > rows + 1", "attention_varlen.py::test_export_with_dynamic_shapes"),
     ),
     *mutants(
         "python/fusedattn/ops/attention_kernels.py",
@@ -167,7 +175,11 @@ MUTANTS = [
          "whole = tl.maximum(low + BLOCK_N - 1, 0) // BLOCK_M * BLOCK_M",
          "triton_attention.py::test_regimes"),
         ("ds = ds * (1.0 - t * t)", "ds = ds * 1.0", "triton_attention.py::test_regimes"),
-        ("i, head, batch, BLOCK_N", "i, batch, head, BLOCK_N",
+        ("index - (first_q // BLOCK + number)", "index - (first_q // BLOCK + number + 1)",
+         "attention_varlen.py::test_triton"),
+        ("tl.minimum(number + 1, sequences)", "tl.minimum(number, sequences)",
+         "attention_varlen.py::test_triton"),
+        ("i, head, sequence.number, BLOCK_N", "i, sequence.number, head, BLOCK_N",
          "attention_dropout.py::test_the_mask_is_the_same_everywhere"),
     ),
     *mutants(
@@ -212,7 +224,6 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/attention_bwd.py",
-        ("(*views, delta)", "(*views, scaled)", "attention_fp16_range.py::test_large"),
         ("dv_tile *= dropout.keep_scale", "dv_tile *= 1.0",
          "triton_attention.py::test_regimes[dropout, causal]"),
         ("kept_p = tl.where(keep, p, 0.0)", "kept_p = p",
@@ -220,12 +231,13 @@ MUTANTS = [
         ("keep = tl.trans(keep)\n                    kept_p = tl.where(keep, p, 0.0)",
          "keep = tl.trans(keep)\n                    kept_p = p = tl.where(keep, p, 0.0)",
          "triton_attention.py::test_regimes[dropout, causal]"),
+        ("shift, delta)", "shift, scaled)", "attention_fp16_range.py::test_large"),
     ),
     *mutants(
         "kernels/attention_ds_scale.py",
         ("tl.where(exponent > 141, 268 - exponent, 127)", "tl.where(exponent > 141, 127, 127)",
          "attention_fp16_range.py::test_large"),
-        ("seq_k, 0, kv_lengths)", "seq_k, 0, None)",
+        ("load_length(kv_lengths, batch, seq_k)", "seq_k",
          "attention_fp16_range.py::test_what_does_not_count"),
         (' != float("-inf")', ' != float("inf")',
          "attention_fp16_range.py::test_what_does_not_count"),
@@ -241,7 +253,7 @@ MUTANTS = [
          "triton_attention.py::test_bias_gradient"),
         ("dp * dropout.keep_scale", "dp * 1.0",
          "triton_attention.py::test_regimes[dropout, shared bias, slopes]"),
-        ("n0 * BLOCK_N < (m0 + 1) * BLOCK_M + diagonal", "n0 * BLOCK_N < m0 * BLOCK_M + diagonal",
+        ("n0 * BLOCK_N < (m0 + 1) * BLOCK_M + upper", "n0 * BLOCK_N < m0 * BLOCK_M + upper",
          "triton_attention.py::test_bias_gradient"),
     ),
     *mutants(
@@ -292,11 +304,16 @@ MUTANTS = [
     ),
     *mutants(
         "csrc/include/attention.h",
-        ("within(i + diagonal + right + 1, seq_k)", "within(i + diagonal + right, seq_k)",
+        ("end_k = packed_k(b + 1)", "end_k = packed_k(b + 1) - 1",
+         "attention_varlen.py::test_regime"),
+        ("end_q = packed_q(b + 1)", "end_q = packed_q(b + 1) - 1",
+         "attention_varlen.py::test_regime"),
+        ("Int(all - queries)}", "Int(all - queries + 1)}", "attention.py::test_kind"),
+        ("within(i + upper, seq_k)", "within(i + upper - 1, seq_k)",
          "attention.py::test_causal_alignment_in_full"),
-        ("within(i + diagonal - left, seq_k)", "within(i + diagonal - left + 1, seq_k)",
+        ("within(i + lower, seq_k)", "within(i + lower + 1, seq_k)",
          "attention.py::test_kind"),
-        ("within(j - diagonal + left + 1, seq_q)", "within(j - diagonal + left - 40, seq_q)",
+        ("within(j - lower + 1, seq_q)", "within(j - lower - 40, seq_q)",
          "attention.py::test_kind"),
     ),
     *mutants(
@@ -322,7 +339,7 @@ MUTANTS = [
     ),
     *mutants(
         "csrc/cpu/attention_tile.h",
-        ("x -= steep * distance(i, j0 + j)", "x -= steep * distance(i + 1, j0 + j)",
+        ("steep * distance(sequence, i, j0 + j)", "steep * distance(sequence, i + 1, j0 + j)",
          "attention.py::test_kind"),
         ("store(slope + j, S(1) - t * t)", "store(slope + j, splat(S(1)))",
          "attention.py::test_kind"),

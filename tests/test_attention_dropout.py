@@ -173,3 +173,24 @@ def test_vmap_over_drawn_seeds_asks_for_randomness() -> None:
     assert torch.equal(same[0], same[1])
     other = torch.vmap(draw, randomness="different")(q[:1].expand_as(q))
     assert not torch.equal(other[0], other[1])
+
+
+def test_a_seed_drops_of_packed_sequences_what_it_drops_of_a_batch(any_backend: str) -> None:
+    """Places are counted in each sequence; the second derivatives go by the same ones."""
+    device = device_for(any_backend)
+    batch = [torch.randn(3, 2, 21, 8, device=device, requires_grad=True) for _ in range(3)]
+    offsets = torch.arange(0, 64, 21, dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"dropout_p": 0.4, "seed": 7, "causal": True, "backend": any_backend}
+    wanted = fusedattn.attention(*batch, **options)
+    rows = [x.transpose(1, 2).reshape(63, 2, 8) for x in batch]
+    found = fusedattn.attention_varlen(
+        *rows, cu_seqlens_q=offsets, cu_seqlens_k=offsets, **options
+    ).reshape(3, 21, 2, 8)
+    torch.testing.assert_close(found.transpose(1, 2), wanted)
+    grads = [
+        torch.autograd.grad(x.square().sum(), batch, create_graph=True) for x in (found, wanted)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x[0].square().sum(), batch) for x in grads), rtol=1e-4, atol=1e-4
+    )

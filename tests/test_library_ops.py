@@ -193,9 +193,9 @@ def test_the_raw_op_in_place_has_no_gradient():
 
 
 NOT_YET = {
-    **{name: torch.ones(2) for name in AttentionCall._fields[8:-1] if name != "seed"},
-    "max_seqlen_q": 4, "max_seqlen_k": 4, "table_kind": 1, "table_distance": 8,
-    "block_size": 16,
+    **{name: torch.ones(2) for name in AttentionCall._fields[8:-1]
+       if name != "seed" and "cu_seqlens" not in name},
+    "table_kind": 1, "table_distance": 8, "block_size": 16,
 }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ struct Call<AttentionForward> {
                                         {"documents_q", nullptr, Read::refused},
                                         {"documents_k", nullptr, Read::refused},
                                         {"mask_blocks", nullptr, Read::refused},
-                                        {"cu_seqlens_q", nullptr, Read::refused},
-                                        {"cu_seqlens_k", nullptr, Read::refused},
+                                        {"cu_seqlens_q", &P::cu_seqlens_q},
+                                        {"cu_seqlens_k", &P::cu_seqlens_k},
                                         {"block_table", nullptr, Read::refused}};
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
   static constexpr auto config =
@@ -63,8 +63,8 @@ struct Call<AttentionBackward> {
                                         {"documents_q", nullptr, Read::refused},
                                         {"documents_k", nullptr, Read::refused},
                                         {"mask_blocks", nullptr, Read::refused},
-                                        {"cu_seqlens_q", nullptr, Read::refused},
-                                        {"cu_seqlens_k", nullptr, Read::refused},
+                                        {"cu_seqlens_q", &P::cu_seqlens_q},
+                                        {"cu_seqlens_k", &P::cu_seqlens_k},
                                         {"block_table", nullptr, Read::refused},
                                         {"bias_grad", nullptr, Read::unread},
                                         {"alibi_slopes_grad", nullptr, Read::unread},
@@ -78,6 +78,35 @@ struct Call<AttentionBackward> {
                                          {"dalibi_slopes", &P::dalibi_slopes, Read::broadcast}};
   static constexpr auto config = Call<AttentionForward>::config;
 };
+
+// The sequences of a packed call share the one batch entry of its tensors.
+inline void share_batch(const AttentionForward& p, std::initializer_list<TensorView*> tensors) {
+  if (!p.cu_seqlens_q) return;
+  for (TensorView* each : tensors) each->stride[0] = 0;
+}
+
+template <>
+inline void settle(AttentionForward& p) {
+  share_batch(p, {&p.q, &p.k, &p.v, &p.out, &p.lse});
+}
+
+template <>
+inline void settle(AttentionBackward& p) {
+  share_batch(p, {&p.q, &p.k, &p.v, &p.out, &p.lse, &p.dout, &p.dlse, &p.dq, &p.dk, &p.dv});
+}
+
+// Offsets have the sequences that the call has, and do without what is of a padded batch.
+inline void check_packed(const AttentionForward& p) {
+  if (!p.cu_seqlens_q && !p.cu_seqlens_k) return;
+  const int64_t n = p.cu_seqlens_q.shape[0];
+  Argument("cu_seqlens_q", p.cu_seqlens_q).given().shape({n}).integer();
+  Argument("cu_seqlens_k", p.cu_seqlens_k).given().shape({n}).integer();
+  if (n < 2 || p.batch() != 1 || p.mask || p.bias || p.kv_lengths)
+    throw py::value_error("fusedattn: got " + std::to_string(n) + " cu_seqlens_q and " +
+                          std::to_string(p.batch()) +
+                          " batch entries, expected at least 2 and 1, and no mask, bias or "
+                          "kv_lengths");
+}
 
 template <>
 inline void check(const AttentionForward& p) {
@@ -95,7 +124,8 @@ inline void check(const AttentionForward& p) {
   Argument("mask", p.mask).broadcasts(scores).dtype(DType::boolean);
   Argument("bias", p.bias).broadcasts(scores).floating_beside(dtype, true);
   Argument("kv_lengths", p.kv_lengths).shape({batch}).integer();
-  Argument("alibi_slopes", p.alibi_slopes).broadcasts({batch, heads}).dtype(wide(dtype));
+  check_packed(p);
+  Argument("alibi_slopes", p.alibi_slopes).broadcasts({p.sequences(), heads}).dtype(wide(dtype));
   Argument("sinks", p.sinks).broadcasts({1, heads}).dtype(wide(dtype));
   if (p.options.dropout_p != 0) Argument("seed", p.seed).given();
   Argument("seed", p.seed).shape({1}).dtype(DType::i64);

@@ -128,6 +128,10 @@ auto options_of(py::handle config) {
 template <class Params>
 constexpr size_t outputs_of = std::size(Call<Params>::outputs);
 
+// What fields say together; nothing, for most ops.
+template <class Params>
+void settle(Params&) {}
+
 template <class Params>
 Params read(py::handle call, const py::handle (&outputs)[outputs_of<Params>]) {
   constexpr const auto& fields = Call<Params>::fields;
@@ -140,6 +144,7 @@ Params read(py::handle call, const py::handle (&outputs)[outputs_of<Params>]) {
   for (size_t i = 0; i < outputs_of<Params>; ++i)
     read_into(params, reader, Call<Params>::outputs[i], outputs[i]);
   params.options = options_of<Params>(PyTuple_GET_ITEM(call.ptr(), n));
+  settle(params);
   return params;
 }
 

@@ -34,6 +34,7 @@ struct BackwardOperands {
   typedef BackwardBlocks<E> Blocks;
   static constexpr int64_t square = vector_bytes / int64_t(sizeof(Unit));
   const AttentionBackward& f;
+  const int64_t longest_q;            // of any sequence
   int64_t d, dv;                      // head dims
   int64_t rows_d, rows_dv;            // of transposed operands
   int64_t units_d, units_dv;          // of rows
@@ -42,8 +43,9 @@ struct BackwardOperands {
   int64_t q_units, qt_units, o_units, ot_units, head_units;
   int64_t kt_units, vt_units, kn_units, block_units;
 
-  explicit BackwardOperands(const AttentionBackward& f)
+  BackwardOperands(const AttentionBackward& f, const Lengths& lengths)
       : f(f),
+        longest_q(lengths.q),
         d(f.head_dim()),
         dv(f.head_dim_v()),
         rows_d(round_up(d, 16)),
@@ -53,8 +55,8 @@ struct BackwardOperands {
         depth_d(panel_depth<E>(d)),
         depth_dv(panel_depth<E>(dv)),
         wide_d(panel_columns<E>(d)),
-        blocks_q((f.longest_q() + Blocks::queries - 1) / Blocks::queries),
-        blocks_k((f.longest_k() + Blocks::keys - 1) / Blocks::keys),
+        blocks_q((lengths.q + Blocks::queries - 1) / Blocks::queries),
+        blocks_k((lengths.k + Blocks::keys - 1) / Blocks::keys),
         group(f.group()),
         q_units(Blocks::queries * units_d),
         qt_units(rows_d * Blocks::queries / E::per_unit),
@@ -68,9 +70,9 @@ struct BackwardOperands {
 
   // Units, and Δ and lse, of everything that one (batch, key head) needs.
   int64_t units() const { return group * blocks_q * head_units + blocks_k * block_units; }
-  int64_t statistics() const { return 2 * group * f.longest_q(); }
+  int64_t statistics() const { return 2 * group * longest_q; }
   // Products write padded rows: each head's dq has room for them.
-  int64_t dq_rows() const { return round_up(f.longest_q(), Blocks::padding); }
+  int64_t dq_rows() const { return round_up(longest_q, Blocks::padding); }
   int64_t dq_size() const { return group * dq_rows() * wide_d; }
 
   Unit* queries(Unit* base, int64_t g, int64_t i) const {
@@ -123,6 +125,7 @@ struct BackwardOperands {
     const Sequence<int64_t> sequence = f.sequence(b);
     const int64_t i0 = i * Blocks::queries, first = sequence.query_row(i0);
     const int64_t rows = smaller(sequence.seq_q - i0, Blocks::queries);
+    if (rows <= 0) return true;
     const int64_t given = f.dout ? rows : 0;
     Unit* at = queries(base, g, i);
     const int64_t padded = round_up(rows, Blocks::padding);
@@ -134,7 +137,7 @@ struct BackwardOperands {
       S delta = f.dlse ? -*f.dlse.at<S>(b, h, row) : S(0);
       if (f.dout) delta += dot(source<T>(f.dout, b, h, row), source<T>(f.out, b, h, row), dv);
       statistics[i0 + r] = *f.lse.at<S>(b, h, row);
-      statistics[f.longest_q() + i0 + r] = delta;
+      statistics[longest_q + i0 + r] = delta;
     }
     return pack_rows<E>(from, rows, d, padded, q(at)) &
            pack_rows<E>(dout, given, dv, padded, o(at));
@@ -276,10 +279,12 @@ class BackwardTask {
 
   void run(int64_t split, int64_t splits) {
     const AttentionBackward& f = x.f;
-    memset(dq, 0, x.dq_size() * sizeof(S));
-    const int64_t n = sequence.seq_k;
-    for (int64_t j = split; j < x.blocks_k; j += splits) {
-      const int64_t j0 = j * Blocks::keys, rows = smaller(Blocks::keys, f.longest_k() - j0);
+    const int64_t n = sequence.seq_k, all = sequence.rows_k();
+    for (int64_t g = 0; g < x.group; ++g)
+      memset(dq + g * x.dq_rows() * x.wide_d, 0,
+             round_up(sequence.seq_q, Blocks::padding) * x.wide_d * sizeof(S));
+    for (int64_t j = split; j * Blocks::keys < all; j += splits) {
+      const int64_t j0 = j * Blocks::keys, rows = smaller(Blocks::keys, all - j0);
       const int64_t first = sequence.key_row(j0);
       memset(t.dkt, 0, x.rows_d * Blocks::keys * sizeof(S));
       memset(t.dvt, 0, x.rows_dv * Blocks::keys * sizeof(S));
@@ -345,9 +350,8 @@ class BackwardTask {
   // Also applies bias and mask to the row's scores.
   RowStatistics<S> statistics_of(int64_t g, int64_t i, int64_t j0, int64_t last) {
     if (i >= sequence.seq_q) return {0, 0, 0};
-    const int64_t longest = x.f.longest_q();
-    const S* of_head = statistics + g * 2 * longest;
-    const S lse = of_head[i], delta = of_head[longest + i];
+    const S* of_head = statistics + g * 2 * x.longest_q;
+    const S lse = of_head[i], delta = of_head[x.longest_q + i];
     const int64_t head = h * x.group + g;
     const int64_t seen =
         scores.mask.cut(b, head, i, 1, j0, larger(smaller(sequence.end(i) - j0, last), 0));
@@ -355,7 +359,8 @@ class BackwardTask {
     const int64_t at = i % Blocks::queries % Blocks::strip * Blocks::keys;
     S* const s = t.s + at;
     if (scores.rewrite)
-      scores.prepare(s, b, head, i, j0, seen, t.row, t.slope == nullptr ? nullptr : t.slope + at);
+      scores.prepare(s, sequence, b, head, i, j0, seen, t.row,
+                     t.slope == nullptr ? nullptr : t.slope + at);
     scores.mask.apply(s, b, head, i, j0, seen);
     scores.hide(s, smaller(sequence.begin(i) - j0, seen));
     if (scores.is_near(lse)) return {seen, scores.shift(lse), delta};
@@ -370,13 +375,15 @@ static void store_dq(const BackwardOperands<E>& x, int64_t pair, int64_t g, int6
                      stat_of<E>* sums, int64_t splits, int64_t split_stride) {
   typedef stat_of<E> S;
   const AttentionBackward& f = x.f;
+  const int64_t b = pair / f.heads_kv();
+  const Sequence<int64_t> sequence = f.sequence(b);
+  if (i >= sequence.seq_q) return;
   S* total = sums + (g * x.dq_rows() + i) * x.wide_d;
   for (int64_t split = 1; split < splits; ++split)
     for (int64_t c = 0; c < x.d; c += width<S>)
       store(total + c, load(total + c) + load(total + split * split_stride + c));
   const int64_t head = pair % f.heads_kv() * x.group + g;
-  const int64_t b = pair / f.heads_kv();
-  store_row(f.dq.at<T>(b, head, f.sequence(b).query_row(i)), f.dq.stride[3], x.d, total,
+  store_row(f.dq.at<T>(b, head, sequence.query_row(i)), f.dq.stride[3], x.d, total,
             S(f.options.scale));
 }
 
@@ -385,17 +392,19 @@ static bool attention_backward(const AttentionBackward& f) {
   typedef stat_of<E> S;
   typedef unit_of<E> Unit;
   Scores<S> scores(f);
-  const BackwardOperands<E> x(f);
-  const int64_t pairs = f.batch() * f.heads_kv();
-  const int threads = threads_for(f);
+  const Lengths lengths(f, [](int64_t) { return true; });
+  const BackwardOperands<E> x(f, lengths);
+  const int64_t pairs = f.sequences() * f.heads_kv();
+  const int threads = threads_for(f, lengths);
   const int64_t dq_bytes = x.dq_size() * int64_t(sizeof(S));
   const int64_t pair_bytes =
       x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S)) + dq_bytes;
-  const bool apart = pairs_apart(pairs, threads, pair_bytes);
+  const bool apart = pairs_apart(f, lengths, threads, pair_bytes);
   // Threads that share a pair split its blocks of keys, within the memory of the partial dq.
   constexpr int64_t most_dq_bytes = int64_t{24} << 20;
   const int64_t wanted = apart ? 1 : threads;
-  const int64_t splits = larger(smaller(smaller(wanted, x.blocks_k), most_dq_bytes / dq_bytes), 1);
+  const int64_t fitting = most_dq_bytes / larger(dq_bytes, 1);
+  const int64_t splits = larger(smaller(smaller(wanted, x.blocks_k), fitting), 1);
 
   Arena count;
   const auto take_shared = [&](Arena& arena) {
@@ -428,7 +437,7 @@ static bool attention_backward(const AttentionBackward& f) {
         return x.template pack_keys<T>(b, h, task, memory.packed, scratch.strip);
       const int64_t g = (task - x.blocks_k) / x.blocks_q, i = (task - x.blocks_k) % x.blocks_q;
       return x.template pack_queries<T>(b, h * x.group + g, g, i, memory.packed,
-                                        memory.statistics + g * 2 * f.longest_q(), scratch.strip);
+                                        memory.statistics + g * 2 * x.longest_q, scratch.strip);
     };
     const auto differentiate = [&](int64_t pair, int64_t split) {
       BackwardTask<E, T>(x, scores, scratch, memory.packed, memory.statistics,
@@ -436,10 +445,9 @@ static bool attention_backward(const AttentionBackward& f) {
           .run(split, splits);
     };
     const auto finish = [&](int64_t pair, int64_t row) {
-      store_dq<E, T>(x, pair, row / f.longest_q(), row % f.longest_q(), memory.dq, splits,
-                     x.dq_size());
+      store_dq<E, T>(x, pair, row / x.longest_q, row % x.longest_q, memory.dq, splits, x.dq_size());
     };
-    const int64_t rows = x.group * f.longest_q();
+    const int64_t rows = x.group * x.longest_q;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
     if (apart) {
@@ -459,6 +467,11 @@ static bool attention_backward(const AttentionBackward& f) {
         for (int64_t row = 0; row < rows; ++row) finish(pair, row);
       }
     }
+  }
+  if (f.cu_seqlens_q) {
+    fill_rows<T>(f.dq, f.packed_q(f.sequences()), 0);
+    fill_rows<T>(f.dk, f.packed_k(f.sequences()), 0);
+    fill_rows<T>(f.dv, f.packed_k(f.sequences()), 0);
   }
   return good;
 }

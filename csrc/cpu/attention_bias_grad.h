@@ -66,7 +66,7 @@ class BiasGradTask {
   }
 
   void run(int64_t bias_b, int64_t bias_h, int64_t tile_q, int64_t tile_k) {
-    const int64_t b_end = out.shape[0] == 1 ? f.batch() : bias_b + 1;
+    const int64_t b_end = out.shape[0] == 1 ? f.sequences() : bias_b + 1;
     const int64_t h_end = out.shape[1] == 1 ? f.heads() : bias_h + 1;
     const int64_t i_end =
         out.shape[2] == 1 ? f.longest_q() : smaller(f.longest_q(), (tile_q + 1) * block_q);
@@ -78,11 +78,11 @@ class BiasGradTask {
     if (total) memset(total, 0, rows * block_k * sizeof(double));
     for (int64_t b = bias_b; b < b_end; ++b) {
       sequence = f.sequence(b);
-      const int64_t past = smaller(j_end, sequence.seq_k);
+      const int64_t past = smaller(j_end, sequence.seq_k), past_q = smaller(i_end, sequence.seq_q);
       for (int64_t h = bias_h; h < h_end; ++h)
         for (int64_t j0 = tile_k * block_k; j0 < past; j0 += block_k)
-          for (int64_t i0 = tile_q * block_q; i0 < i_end; i0 += block_q) {
-            const int64_t here = smaller(block_q, i_end - i0);
+          for (int64_t i0 = tile_q * block_q; i0 < past_q; i0 += block_q) {
+            const int64_t here = smaller(block_q, past_q - i0);
             add_tile(b, h, i0, here, j0, smaller(block_k, past - j0));
             pending += out.shape[2] == 1 ? here : 1;
             if (pending >= per_flush) flush(rows, columns);
@@ -101,7 +101,7 @@ class BiasGradTask {
   // To an element of dbias, at most; what one row adds to its sum over the keys counts once.
   int64_t additions() const {
     const int64_t* const shape = out.shape;
-    return (shape[0] == 1 ? f.batch() : 1) * (shape[1] == 1 ? f.heads() : 1) *
+    return (shape[0] == 1 ? f.sequences() : 1) * (shape[1] == 1 ? f.heads() : 1) *
            (shape[2] == 1 ? f.longest_q() : 1) *
            (shape[3] == 1 ? (f.longest_k() + block_k - 1) / block_k : 1);
   }
@@ -148,7 +148,7 @@ class BiasGradTask {
         store(grad + j,
               select_bytes<S>(keep + j, load(grad + j) * S(scores.dropout.factor), vec<S>{}));
     }
-    scores.prepare(score, b, h, i, j0, seen, row);
+    scores.prepare(score, sequence, b, h, i, j0, seen, row);
     scores.mask.apply(score, b, h, i, j0, seen);
     scores.hide(score, smaller(sequence.begin(i) - j0, seen));
     scores.rebase(score, seen, lse);
@@ -157,7 +157,7 @@ class BiasGradTask {
     for (int64_t j = 0; j < seen; j += w) {
       const vec<S> p = exp2<E::exp2_degree>(load(score + j));
       vec<S> ds = select_below(int(seen - j), p * (load(grad + j) - delta), vec<S>{});
-      if (slopes) ds *= -scores.distance(i, j0 + j);
+      if (slopes) ds *= -scores.distance(sequence, i, j0 + j);
       if (out.shape[3] == 1) {
         of_row += ds;
       } else {
@@ -193,7 +193,7 @@ class BiasGradTask {
 template <class E, class T>
 static void attention_bias_grad(const AttentionBackward& f, const TensorView& out, bool slopes) {
   typedef BiasGradTask<E, T> Task;
-  const int threads = threads_for(f);
+  const int threads = threads_for(f, Lengths(f, [](int64_t) { return true; }));
   Scores<stat_of<E>> scores(f);
   Arena count;
   scores.mask.take(count);

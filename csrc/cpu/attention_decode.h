@@ -25,22 +25,22 @@ class Decode {
 
   const AttentionForward& f;
   const Scores<S> scores;
-  const int64_t d, dv, rows, pairs;
-  const int64_t splits;  // at most, of any batch entry
+  const int64_t d, dv, rows, pairs;  // rows: of the sequence with most, of one key head
+  const int64_t splits;              // at most, of any sequence
 
  public:
-  explicit Decode(const AttentionForward& f)
+  Decode(const AttentionForward& f, const Lengths& lengths)
       : f(f),
         scores(f),
         d(f.head_dim()),
         dv(f.head_dim_v()),
-        rows(f.group() * f.longest_q()),
-        pairs(f.batch() * f.heads_kv()),
-        splits(smaller((f.longest_k() + least_split - 1) / least_split, most_splits)) {}
+        rows(f.group() * lengths.q),
+        pairs(f.sequences() * f.heads_kv()),
+        splits(smaller((lengths.k + least_split - 1) / least_split, most_splits)) {}
 
-  // Whole vectors of contiguous elements, and few queries.
-  static bool takes(const AttentionForward& f) {
-    return f.group() * f.longest_q() <= most_queries && f.head_dim() % w == 0 &&
+  // Whole vectors of contiguous elements, and few queries of a sequence.
+  static bool takes(const AttentionForward& f, int64_t queries) {
+    return f.group() * queries <= most_queries && f.head_dim() % w == 0 &&
            f.head_dim_v() % w == 0 && f.k.stride[3] == 1 && f.v.stride[3] == 1;
   }
 
@@ -86,45 +86,53 @@ class Decode {
     for (int64_t i = 0; i < n; i += line) __builtin_prefetch(row + i);
   }
 
-  int64_t query(int64_t row) const { return row % f.longest_q(); }
-  int64_t head(int64_t pair, int64_t row) const {
-    return pair % f.heads_kv() * f.group() + row / f.longest_q();
+  // Row r of a key head's is query i of head h; none of a sequence that another kernel takes.
+  struct Row {
+    int64_t h, i;
+  };
+  int64_t rows_of(const Sequence<int64_t>& sequence) const {
+    return takes(f, sequence.seq_q) ? f.group() * sequence.seq_q : 0;
+  }
+  Row row_of(const Sequence<int64_t>& sequence, int64_t pair, int64_t r) const {
+    return {pair % f.heads_kv() * f.group() + r / sequence.seq_q, r % sequence.seq_q};
   }
 
   // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
   void stream(int64_t pair, int64_t split, S* q, S* s, uint8_t* keep, S* partial) const {
     const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
     const Sequence<int64_t> sequence = f.sequence(b);
-    const int64_t each = keys_each(visible(sequence));
+    const int64_t own = rows_of(sequence), each = keys_each(visible(sequence));
     const int64_t first = sequence.begin(0) + split * each;
     const int64_t end = smaller(sequence.seq_k, first + each);
-    if (first >= end) return;
+    if (first >= end || own == 0) return;
     S *m = partial, *l = partial + rows, *o = partial + 2 * rows;
     memset(o, 0, rows * dv * sizeof(S));
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < own; ++r) {
       m[r] = -infinity<S>;
       l[r] = 0;
-      const Source<T> from = source<T>(f.q, b, head(pair, r), sequence.query_row(query(r)));
+      const Row row = row_of(sequence, pair, r);
+      const Source<T> from = source<T>(f.q, b, row.h, sequence.query_row(row.i));
       load_row(from.data, from.column, d, q + r * d, d);
     }
     for (int64_t j0 = first; j0 < end; j0 += block) {
       const int64_t past = smaller(j0 + block, end);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t j = larger(j0, sequence.begin(query(r)));
-        const int64_t seen = smaller(sequence.end(query(r)), past) - j;
+      for (int64_t r = 0; r < own; ++r) {
+        const auto [head, i] = row_of(sequence, pair, r);
+        const int64_t j = larger(j0, sequence.begin(i));
+        const int64_t seen = smaller(sequence.end(i), past) - j;
         if (seen <= 0) continue;
         const T* k = f.k.at<const T>(b, h, sequence.key_row(j));
         const T* v = f.v.at<const T>(b, h, sequence.key_row(j));
         multiply_keys(q + r * d, k, seen, s);
-        if (scores.rewrite) scores.prepare(s, b, head(pair, r), query(r), j, seen, s + block);
-        scores.mask.apply(s, b, head(pair, r), query(r), j, seen);
+        if (scores.rewrite) scores.prepare(s, sequence, b, head, i, j, seen, s + block);
+        scores.mask.apply(s, b, head, i, j, seen);
         S* row = o + r * dv;
         const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
         const Rows<S> p{s, block, block};
         const int64_t wide = round_up(seen, 2 * w);
         if (scores.dropout) {
           const int64_t before = j % 4;  // keys that share a counter with the first one
-          scores.keep(b, head(pair, r), query(r), j - before, before + seen, keep);
+          scores.keep(b, head, i, j - before, before + seen, keep);
           l[r] += probabilities<Fma<S>, true>(s, seen, wide, scores.factor, origin, p, 0,
                                               keep + before);
         } else {
@@ -188,6 +196,7 @@ class Decode {
   void combine(int64_t pair, int64_t r, S* partials, int64_t stride) const {
     const int64_t b = pair / f.heads_kv();
     const Sequence<int64_t> sequence = f.sequence(b);
+    if (r >= rows_of(sequence)) return;
     const int64_t n = visible(sequence), each = keys_each(n), used = (n + each - 1) / each;
     S m = -infinity<S>, l = 0;
     for (int64_t k = 0; k < used; ++k) {
@@ -208,7 +217,8 @@ class Decode {
         store(total + i, k == 0 ? x : load(total + i) + x);
       }
     }
-    write_row<T>(scores, b, head(pair, r), sequence.query_row(query(r)), m, l, total);
+    const Row row = row_of(sequence, pair, r);
+    write_row<T>(scores, b, row.h, sequence.query_row(row.i), m, l, total);
   }
 };
 

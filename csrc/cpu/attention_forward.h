@@ -23,12 +23,12 @@ struct PackedKeys {
   static constexpr int64_t block = ForwardBlocks<E>::keys;
   int64_t depth, columns_v, k_units, v_units, blocks;
 
-  explicit PackedKeys(const AttentionForward& p)
+  PackedKeys(const AttentionForward& p, const Lengths& lengths)
       : depth(panel_depth<E>(p.head_dim())),
         columns_v(panel_columns<E>(p.head_dim_v())),
         k_units(depth * block),
         v_units(block / E::per_unit * columns_v),
-        blocks((p.longest_k() + block - 1) / block) {}
+        blocks((lengths.k + block - 1) / block) {}
 
   int64_t units() const { return E::planes * blocks * (k_units + v_units); }
   Panels<Unit> k(Unit* base, int64_t j) const {
@@ -181,24 +181,21 @@ class ForwardTask {
   }
 };
 
+// The sequences that `Decode` does not take, of which `lengths` are.
 template <class E, class T>
-static bool attention_forward(const AttentionForward& f) {
+static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
   typedef unit_of<E> Unit;
   typedef ForwardBlocks<E> Blocks;
   Scores<stat_of<E>> scores(f);
-  const PackedKeys<E> keys(f);
-  const int64_t pairs = f.batch() * f.heads_kv(), group = f.group();
-  const int threads = threads_for(f);
-  if (Decode<T>::takes(f)) {
-    Decode<T>(f).run(threads);
-    return true;
-  }
+  const PackedKeys<E> keys(f, lengths);
+  const int64_t pairs = f.sequences() * f.heads_kv(), group = f.group();
+  const int threads = threads_for(f, lengths);
   // Rows of a task: many, but not so many that threads stay without one.
-  const int64_t share = f.batch() * f.heads() * f.longest_q() / (4 * threads);
+  const int64_t share = f.heads() * lengths.queries / (4 * threads);
   const int64_t queries = smaller(round_up(larger(share, 1), Blocks::strip), Blocks::queries);
-  const int64_t blocks_q = (f.longest_q() + queries - 1) / queries;
+  const int64_t blocks_q = (lengths.q + queries - 1) / queries;
   const int64_t pair_units = keys.units();
-  const bool apart = pairs_apart(pairs, threads, pair_units * int64_t(sizeof(Unit)));
+  const bool apart = pairs_apart(f, lengths, threads, pair_units * int64_t(sizeof(Unit)));
 
   Arena count;
   scores.mask.take(count);
@@ -219,6 +216,9 @@ static bool attention_forward(const AttentionForward& f) {
     Arena arena = workspace.own(omp_get_thread_num());
     const ForwardScratch<E> scratch(f, arena);
     Unit* const packed = apart ? arena.take<Unit>(pair_units) : packed_by_all;
+    const auto mine = [&](int64_t pair) {
+      return !Decode<T>::takes(f, f.sequence(pair / f.heads_kv()).seq_q);
+    };
     const auto pack = [&](int64_t pair, int64_t block) {
       return keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), block, packed,
                                    scratch.packing);
@@ -226,21 +226,23 @@ static bool attention_forward(const AttentionForward& f) {
     // Under a causal mask the last queries have most to do: they start first.
     const auto attend = [&](int64_t pair, int64_t task) {
       const int64_t head = pair % f.heads_kv() * group + task / blocks_q;
-      const int64_t i0 = (blocks_q - 1 - task % blocks_q) * queries;
-      return ForwardTask<E, T>(scores, keys, packed, pair / f.heads_kv(), head, i0,
-                               smaller(queries, f.longest_q() - i0), scratch)
-          .run();
+      const int64_t i0 = (blocks_q - 1 - task % blocks_q) * queries, b = pair / f.heads_kv();
+      const int64_t rows = smaller(queries, f.sequence(b).seq_q - i0);
+      if (rows <= 0) return true;
+      return ForwardTask<E, T>(scores, keys, packed, b, head, i0, rows, scratch).run();
     };
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
     if (apart) {
 #pragma omp for schedule(dynamic)
       for (int64_t pair = 0; pair < pairs; ++pair) {
+        if (!mine(pair)) continue;
         for (int64_t block = 0; block < keys.blocks; ++block) good &= pack(pair, block);
         for (int64_t task = 0; task < group * blocks_q; ++task) good &= attend(pair, task);
       }
     } else {
       for (int64_t pair = 0; pair < pairs; ++pair) {
+        if (!mine(pair)) continue;
 #pragma omp for schedule(dynamic)
         for (int64_t block = 0; block < keys.blocks; ++block) good &= pack(pair, block);
 #pragma omp for schedule(dynamic)
@@ -249,6 +251,19 @@ static bool attention_forward(const AttentionForward& f) {
     }
   }
   return good;
+}
+
+template <class E, class T>
+static bool attention_forward(const AttentionForward& f) {
+  const auto few = [&](int64_t queries) { return Decode<T>::takes(f, queries); };
+  const Lengths short_ones(f, few), others(f, [&](int64_t queries) { return !few(queries); });
+  if (short_ones.q > 0) Decode<T>(f, short_ones).run(threads_for(f, short_ones));
+  if (f.cu_seqlens_q) {
+    const int64_t end = f.packed_q(f.sequences());
+    fill_rows<T>(f.out, end, 0);
+    fill_rows<compute_t<T>>(f.lse, end, -infinity<float>);
+  }
+  return others.q == 0 || attention_tiles<E, T>(f, others);
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -86,7 +86,7 @@ class SoftmaxWork {
     if (column < 0) {
       seen = larger(smaller(sequence.end(i) - x.key, x.columns), 0);
       seen = scores.mask.cut(b, h, i, 1, x.key, seen);
-      if (scores.rewrite) scores.prepare(s, b, h, i, x.key, seen, t.row);
+      if (scores.rewrite) scores.prepare(s, sequence, b, h, i, x.key, seen, t.row);
       scores.mask.apply(s, b, h, i, x.key, seen);
       scores.hide(s, smaller(sequence.begin(i) - x.key, seen));
       origin = raise_maximum<E>(scores, s, seen, t.m[local], t.l[local], t.o + local * t.ld_o,

@@ -89,10 +89,11 @@ struct Scores {
     return exp2<Degree>(splat(near ? shift(from) - shift(to) : (from - to) * S(log2e)))[0];
   }
 
-  // Raw scores to scores: columns [0, n) of query i from key j0. `scratch` has room for a row.
-  // `slope` gets d score / d (scale · raw) where there is a softcap; else that is 1.
-  void prepare(S* s, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* scratch,
-               S* slope = nullptr) const {
+  // Raw scores to scores: columns [0, n) of query i from key j0 of `sequence`, number b. `scratch`
+  // has room for a row. `slope` gets d score / d (scale · raw) where there is a softcap; else that
+  // is 1.
+  void prepare(S* s, const Sequence<int64_t>& sequence, int64_t b, int64_t h, int64_t i, int64_t j0,
+               int64_t n, S* scratch, S* slope = nullptr) const {
     constexpr int w = width<S>;
     const S scale = S(p.options.scale), cap = S(p.options.softcap), steep = steepness(b, h);
     if (p.bias) load_bias(b, h, i, j0, n, scratch);
@@ -104,7 +105,7 @@ struct Scores {
         if (slope != nullptr) store(slope + j, S(1) - t * t);
       }
       if (p.bias) x += load(scratch + j);
-      if (p.alibi_slopes) x -= steep * distance(i, j0 + j);
+      if (p.alibi_slopes) x -= steep * distance(sequence, i, j0 + j);
       store(s + j, x);
     }
   }
@@ -116,8 +117,8 @@ struct Scores {
   }
 
   // How far keys j, j + 1, … are from the diagonal of ALiBi in the row of query i.
-  FUSEDATTN_MEMBER vec<S> distance(int64_t i, int64_t j) const {
-    const vec<S> x = S(i + p.longest_k() - p.longest_q() - j) - counted<S>();
+  FUSEDATTN_MEMBER static vec<S> distance(const Sequence<int64_t>& sequence, int64_t i, int64_t j) {
+    const vec<S> x = S(i + sequence.offset - j) - counted<S>();
     return x < S(0) ? -x : x;
   }
 
@@ -157,17 +158,59 @@ struct Scores {
   }
 };
 
-FUSEDATTN_INLINE int threads_for(const AttentionForward& f) {
-  const double work = double(f.batch()) * f.heads() * f.longest_q() * f.longest_k() *
-                      (f.head_dim() + f.head_dim_v());
+// The lengths of sequences: memory has room for the longest, whatever the tensors hold.
+struct Lengths {
+  int64_t q = 0, k = 0;         // of the longest
+  int64_t queries = 0;          // of all sequences
+  double scores = 0, most = 0;  // pairs of query and key: of all, of the largest sequence
+
+  // Of those sequences of which counts(number of queries).
+  template <class Counts>
+  FUSEDATTN_MEMBER Lengths(const AttentionForward& f, const Counts& counts) {
+    if (!f.cu_seqlens_q) {
+      if (counts(f.longest_q())) add(f.longest_q(), f.longest_k(), f.batch());
+      return;
+    }
+    for (int64_t b = 0; b < f.sequences(); ++b) {
+      const Sequence<int64_t> sequence = f.sequence(b);
+      if (counts(sequence.seq_q)) add(sequence.seq_q, sequence.seq_k, 1);
+    }
+  }
+
+ private:
+  FUSEDATTN_MEMBER void add(int64_t seq_q, int64_t seq_k, int64_t times) {
+    const double pairs = double(seq_q) * double(seq_k);
+    q = larger(q, seq_q);
+    k = larger(k, seq_k);
+    queries += times * seq_q;
+    scores += double(times) * pairs;
+    most = pairs > most ? pairs : most;
+  }
+};
+
+FUSEDATTN_INLINE int threads_for(const AttentionForward& f, const Lengths& lengths) {
+  const double work = lengths.scores * f.heads() * (f.head_dim() + f.head_dim_v());
   return threads_if(work >= 1e5);
 }
 
 // Whether each thread takes whole (batch, key head) pairs, packs them for itself and meets the
-// others only at the end; else all threads share the work on one pair after another.
-FUSEDATTN_INLINE bool pairs_apart(int64_t pairs, int threads, int64_t bytes_of_pair) {
+// others only at the end; else all threads share the work on one pair after another. Pairs of
+// unequal lengths count as so many of the largest.
+FUSEDATTN_INLINE bool pairs_apart(const AttentionForward& f, const Lengths& lengths, int threads,
+                                  int64_t bytes_of_pair) {
   constexpr int64_t most_bytes = int64_t{48} << 20;
-  return (pairs % threads == 0 || pairs >= 8 * threads) && threads * bytes_of_pair <= most_bytes;
+  const int64_t pairs = f.sequences() * f.heads_kv();
+  const double whole = lengths.scores * f.heads_kv();
+  const bool even = f.heads_kv() % threads == 0 || (!f.cu_seqlens_q && pairs % threads == 0);
+  return (even || whole >= 8.0 * threads * lengths.most) && threads * bytes_of_pair <= most_bytes;
+}
+
+// Rows from `first` on, which no packed sequence has.
+template <class T>
+static void fill_rows(const TensorView& x, int64_t first, float value) {
+  for (int64_t h = 0; h < x.shape[1]; ++h)
+    for (int64_t i = first; i < x.shape[2]; ++i)
+      for (int64_t c = 0; c < x.shape[3]; ++c) put(x.at<T>(0, h, i, c), value);
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

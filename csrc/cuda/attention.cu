@@ -21,7 +21,7 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   constexpr int64_t most_rows = int64_t{1} << 30;
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
   bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask && !p.bias &&
-              !p.alibi_slopes && !p.sinks && p.options.window_left < 0 &&
+              !p.alibi_slopes && !p.sinks && !p.cu_seqlens_q && p.options.window_left < 0 &&
               p.options.window_right < 0 && p.options.dropout_p == 0 && packs(p.head_dim()) &&
               packs(p.head_dim_v()) && p.longest_q() <= most_rows && p.longest_k() <= most_rows &&
               p.batch() * p.heads() <= most_rows &&
@@ -30,7 +30,8 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   if (!fits)
     throw std::invalid_argument(
         "fusedattn: CUDA attention takes float16 and bfloat16, rows of aligned 16 bytes, D and Dv "
-        "up to 256, int32 kv_lengths, and no mask, bias, slopes, sinks, window or dropout; got " +
+        "up to 256, int32 kv_lengths, and no mask, bias, slopes, sinks, window, dropout or "
+        "cu_seqlens; got " +
         text(p));
 }
 

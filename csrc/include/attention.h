@@ -1,5 +1,6 @@
 // Attention's parameters, shared by every native backend. Shapes: q (B, Hq, Sq, D),
-// k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
+// k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Packed sequences lie
+// one after the other along Sq and Sk of tensors that have B = 1.
 #pragma once
 
 #include "kernel_table.h"
@@ -28,9 +29,11 @@ struct Sequence {
   Int first_q, seq_q;  // rows of q, out and lse
   Int first_k, seq_k;  // of k and v
   Int lower, upper;    // query i sees keys i + lower … i + upper − 1 of those that exist
+  Int offset;          // its rows of k less those of q: where ALiBi counts distances from
 
   FUSEDATTN_MEMBER Int query_row(Int i) const { return first_q + i; }
   FUSEDATTN_MEMBER Int key_row(Int j) const { return first_k + j; }
+  FUSEDATTN_MEMBER Int rows_k() const { return seq_q + offset; }  // existing or not
 
   // Query i sees keys [begin(i), end(i)).
   FUSEDATTN_MEMBER Int begin(Int i) const { return windowed ? within(i + lower, seq_k) : 0; }
@@ -55,11 +58,18 @@ struct AttentionForward {
   TensorView alibi_slopes;  // −slope · |i + Sk − Sq − j| is added to a score
   TensorView sinks;         // one more logit in the sum, of no value
   TensorView seed;          // of dropout, one int64; absent without
+  // (N + 1,) int32 or int64, of any value: where each of N packed sequences begins and the last one
+  // ends. Either both or none. The kernels' batch entry b is then sequence b, and strides of the
+  // tensors' one batch entry are 0.
+  TensorView cu_seqlens_q, cu_seqlens_k;
   TensorView out, lse;
   AttentionOptions options;
 
   FUSEDATTN_MEMBER DType dtype() const { return q.dtype; }
-  FUSEDATTN_MEMBER int64_t work() const { return longest_q() * longest_k(); }
+  FUSEDATTN_MEMBER int64_t work() const {
+    const int64_t all = longest_q() * longest_k(), n = sequences();
+    return cu_seqlens_q ? all / (n * n) : all;
+  }
   FUSEDATTN_MEMBER int64_t batch() const { return q.shape[0]; }
   FUSEDATTN_MEMBER int64_t heads() const { return q.shape[1]; }
   FUSEDATTN_MEMBER int64_t heads_kv() const { return k.shape[1]; }
@@ -71,7 +81,18 @@ struct AttentionForward {
   FUSEDATTN_MEMBER int64_t longest_q() const { return q.shape[2]; }
   FUSEDATTN_MEMBER int64_t longest_k() const { return k.shape[2]; }
 
+  FUSEDATTN_MEMBER int64_t sequences() const {
+    return cu_seqlens_q ? cu_seqlens_q.shape[0] - 1 : q.shape[0];
+  }
+
   FUSEDATTN_MEMBER Sequence<int64_t> sequence(int64_t b) const {
+    if (cu_seqlens_q) {
+      const int64_t first_q = packed_q(b), first_k = packed_k(b);
+      const int64_t end_q = packed_q(b + 1), end_k = packed_k(b + 1);
+      const int64_t queries = end_q < first_q ? 0 : end_q - first_q;
+      const int64_t keys = end_k < first_k ? 0 : end_k - first_k;
+      return bounded<int64_t>(first_q, queries, first_k, keys, keys);
+    }
     int64_t keys = longest_k();
     if (kv_lengths) {
       const int64_t n = kv_lengths.integer(b * kv_lengths.stride[0]);
@@ -80,22 +101,43 @@ struct AttentionForward {
     return with_keys(keys);
   }
 
-  // The sequence of a batch element of which so many keys exist. The bounds are no wider than the
-  // tensors, so that sums stay in the range of Int.
+  // Where packed sequence b begins, and the one before it ends; never outside the tensors.
+  FUSEDATTN_MEMBER int64_t packed_q(int64_t b) const {
+    return packed(cu_seqlens_q, b, longest_q());
+  }
+  FUSEDATTN_MEMBER int64_t packed_k(int64_t b) const {
+    return packed(cu_seqlens_k, b, longest_k());
+  }
+
+  // The sequence of a batch element of which so many keys exist.
   template <class Int, bool windowed = true>
   FUSEDATTN_MEMBER Sequence<Int, windowed> with_keys(Int keys) const {
-    const int64_t queries = longest_q(), all = longest_k();
+    return bounded<Int, windowed>(0, longest_q(), 0, longest_k(), keys);
+  }
+
+ private:
+  FUSEDATTN_MEMBER static int64_t packed(const TensorView& cu_seqlens, int64_t b, int64_t rows) {
+    const int64_t at = cu_seqlens.integer(b * cu_seqlens.stride[0]);
+    return at < 0 ? 0 : at < rows ? at : rows;
+  }
+
+  // Of so many rows of q and k, of which so many keys exist. The bounds are no wider than these, so
+  // that sums stay in the range of Int.
+  template <class Int, bool windowed = true>
+  FUSEDATTN_MEMBER Sequence<Int, windowed> bounded(int64_t first_q, int64_t queries,
+                                                   int64_t first_k, int64_t all, Int keys) const {
     const int64_t diagonal = options.causal == Causal::top_left ? 0 : all - queries;
     const int64_t left = options.window_left;
     const int64_t right = options.causal == Causal::none ? options.window_right : 0;
     const bool all_left = left < 0 || left > diagonal + queries;
     const bool all_right = right < 0 || right >= all - diagonal;
-    return {0,
+    return {Int(first_q),
             Int(queries),
-            0,
+            Int(first_k),
             keys,
             Int(all_left ? -queries : diagonal - left),
-            Int(all_right ? all : diagonal + right + 1)};
+            Int(all_right ? all : diagonal + right + 1),
+            Int(all - queries)};
   }
 };
 

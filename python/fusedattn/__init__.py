@@ -14,6 +14,7 @@ from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
 from .ops._warmup import warmup
 from .ops.attention import attention
+from .ops.attention_varlen import attention_varlen
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rotary import apply_rotary, apply_rotary_qk
@@ -29,6 +30,7 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_qk",
     "attention",
+    "attention_varlen",
     "autograd",
     "explain",
     "layer_norm",

@@ -90,6 +90,12 @@ def cases() -> dict[str, Case]:
             {n: (normal(2, h, 5, 8), S1, R) for n, h in (("q", 6), ("k", 3), ("v", 3))},
             silent=False,
         ),
+        "attention, packed sequences, heads": Case(
+            fusedattn.attention_varlen, [S1],
+            {n: (normal(9, h, 8), S1, S1) for n, h in (("q", 4), ("k", 2), ("v", 2))}
+            | {f"cu_seqlens_{n}": (torch.tensor([0, 4, 4, 9]), R, None) for n in "qk"}
+            | {"alibi_slopes": (normal(3, 4), S1, S1)},
+        ),
         "attention, sequence": Case(
             attention, [R, R],
             {n: (x, S2, R) for n, (x, *_) in inputs(S2, 2).items()}, silent=False,

@@ -91,21 +91,33 @@ def _attention_inputs(q, k, v, mask, bias, kv_lengths, slopes, sinks) -> list[tu
     return [*like_q, (kv_lengths, "b"), (slopes, "bh.."), (sinks, "bh..")]
 
 
+def _packed(given: Any) -> tuple[list[tuple[Any, str]], bool]:
+    """The inputs of attention's call, and whether sequences are packed in one batch entry."""
+    offsets = given[15:17]
+    between = [(None, "")] * 7
+    packed = offsets[0] is not None
+    further = [*between, *((x, ".") for x in offsets)] if packed else []
+    return [*_attention_inputs(*given[:8]), *further], packed
+
+
 def _attention_fwd(*given: Any):
     q, k = given[:2]
     _refuse_dropout("attention", given[_DROPOUT_P], "weight in the whole batch, of all heads")
-    return _shardings(_attention_ways(q, k), _attention_inputs(*given[:8]), ["bh..", "bh."])
+    inputs, packed = _packed(given)
+    ways = [way for way in _attention_ways(q, k) if way != "b" or not packed]
+    return _shardings(ways, inputs, ["bh..", "bh."])
 
 
 def _attention_bwd(dout, dlse, out, lse, *given: Any):
     q, k, v, _, bias, _, slopes, sinks = given[:8]
     _refuse_dropout("attention", given[_DROPOUT_P], "weight in the whole batch, of all heads")
     like_out = [(dout, "bh.."), (dlse, "bh."), (out, "bh.."), (lse, "bh.")]
-    inputs = like_out + _attention_inputs(*given[:8])
+    of_call, packed = _packed(given)
+    inputs = like_out + of_call
     wanted = zip((bias, slopes, sinks), given[-5:-2], strict=True)
     grads = [_named(x, "bh..") for x in (q, k, v)]
     further = [_named(x, "bh..") if asked else None for x, asked in wanted]
-    ways = _attention_ways(q, k)
+    ways = [way for way in _attention_ways(q, k) if way != "b" or not packed]
     return _shardings(ways, inputs, [*grads, *further, None, None], gradients=True)
 
 

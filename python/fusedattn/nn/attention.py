@@ -21,6 +21,7 @@ from torch.fx import Proxy
 from ..ops._checks import check_probability
 from ..ops._registry import UnsupportedError, is_strict
 from ..ops.attention import attention
+from ..ops.attention_varlen import attention_varlen
 from ..reference import functional as reference
 from ._inputs import check_dtype, check_sizes, is_nested, recorded, rows
 
@@ -293,8 +294,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         values, back = found
         if query.layout is torch.jagged:
             lengths = query.offsets().diff()  # type: ignore[attr-defined]
+            packed = query.lengths() is None  # type: ignore[attr-defined]
         else:
-            lengths = query._nested_tensor_size()[:, 0].to(values.device)
+            lengths, packed = query._nested_tensor_size()[:, 0].to(values.device), True
+        appended = self.bias_k is not None or self.add_zero_attn
+        dropped = self.training and self.dropout > 0.0
+        if packed and not (need_weights or appended or dropped):
+            _check(self, values, values, values, None, None, is_causal=False)
+            q, k, v = self._project(values, values, values)
+            offsets = F.pad(lengths.cumsum(0), (1, 0))
+            out: Any = attention_varlen(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+            return back(self.out_proj(out.flatten(-2))), None
         sequence = torch.arange(len(lengths), device=values.device)
         sequence = sequence.repeat_interleave(lengths, output_size=len(values))
         first = lengths.cumsum(0) - lengths

@@ -53,7 +53,8 @@ def strict(enabled: bool = True) -> Iterator[None]:
     """Within this context a fallback to the slow reference raises `UnsupportedError`.
 
     It holds for the current thread and nests. Second derivatives, forward mode and `torch.func` are
-    no fallback: they are the formula on every backend.
+    no fallback: they are the formula on every backend. What is not checked because a GPU would have
+    to be waited for, the offsets of `attention_varlen`, is checked here.
     """
     before = getattr(_strict, "enabled", False)
     _strict.enabled = enabled

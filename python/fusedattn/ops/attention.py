@@ -99,9 +99,9 @@ def _prepare(
         mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     if alibi_slopes is not None:
-        alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, batches=True)
+        alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, q.shape[0])
     if sinks is not None:
-        sinks = validate_heads("sinks", sinks, q, batches=False)
+        sinks = validate_heads("sinks", sinks, q)
     # 1 == True == np.float32(1), a tensor may change, and dynamo warns about a cache.
     usual = (
         (type(causal) is bool or type(causal) is str)
@@ -159,7 +159,8 @@ def attention(
     Args:
         q: queries (B, Hq, Sq, D), float16, bfloat16, float32 or float64.
         k: keys (B, Hkv, Sk, D); Hq is a multiple of Hkv (grouped queries).
-        v: values (B, Hkv, Sk, Dv).
+        v: values (B, Hkv, Sk, Dv). All three may be nested, jagged (B, H, j, D): then so are the
+            results, and there is no mask, bias or kv_lengths (see `attention_varlen`).
         mask: bool, True = may attend, broadcastable to (B, Hq, Sq, Sk). As mask or bias also a
             `torch.nn.attention.bias.CausalBias`, which stands for `causal`.
         bias: added to the scaled scores, broadcastable likewise, in the dtype of q or float32. It,
@@ -203,10 +204,14 @@ def attention(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    if has_override(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks) and is_overridden(
-        locals()
-    ):
-        return hand_over(attention, locals())
+    if has_override(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks):
+        given = locals()
+        if is_overridden(given):
+            return hand_over(attention, given)
+        if isinstance(q, Tensor) and q.is_nested:
+            from .attention_varlen import attention_nested
+
+            return attention_nested(**given)
     if return_lse is not False:
         return_lse = check_flag("attention", "return_lse", return_lse)
     call = _prepare(

@@ -5,7 +5,8 @@ Kernels are objects with
     forward(call, out, lse)                 call an `AttentionCall`
     backward(call, dq, dk, dv, dbias, dalibi_slopes)    call an `AttentionBackwardCall`
 
-that write every element of their outputs. mask and bias have four dimensions, nothing is empty,
+that write every element of their outputs. mask and bias have four dimensions, nothing is empty but
+single sequences of a packed call,
 dout or dlse may be None (zero), dbias and dalibi_slopes are None where they are not wanted. The
 gradient of the sinks needs no scores: `_sinks_gradient`.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference import functional as reference
+from ..reference import varlen
 from ._backends import (
     architecture_of,
     capability_of,
@@ -42,23 +44,23 @@ from .attention_config import (
 # --- backends ------------------------------------------------------------------------------------
 
 
-# What no kernel takes yet: tensors from scales on but for the seed, options from max_seqlen_q on.
+# What no kernel takes yet: tensors from scales on, options from max_seqlen_q on, but for `_SERVED`.
 _PENDING = AttentionCall._fields[8:-1]
-_SEED = _PENDING.index("seed")
 _NO_OPTION = AttentionConfig()[7:]
+_SERVED = {"seed", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 
 
 def _refuse_pending(call: Any) -> Refusal | None:
     given = call[8:18] if type(call) is AttentionCall else call[12:22]
     for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
-        if x is not None and i != _SEED:
+        if x is not None and _PENDING[i] not in _SERVED:
             return _not_yet(_PENDING[i])
     options = call.config[7:]
     if options == _NO_OPTION:
         return None
     names = zip(call.config._fields[7:], options, _NO_OPTION, strict=True)
-    name = next(name for name, x, usual in names if x != usual)
-    return _not_yet(name)
+    name = next((name for name, x, usual in names if x != usual and name not in _SERVED), None)
+    return None if name is None else _not_yet(name)
 
 
 def _not_yet(name: str) -> Refusal:
@@ -101,6 +103,8 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
     for name in ("alibi_slopes", "sinks"):
         if getattr(call, name) is not None:
             return Refusal(f"{name} is not supported", f"leave {name} out")
+    if call.cu_seqlens_q is not None:
+        return Refusal("cu_seqlens_q is not supported", "pad, and pass kv_lengths to attention")
     if call.config.window is not None:
         return Refusal("window is not supported", "leave window out")
     if call.config.dropout_p != 0.0:
@@ -206,7 +210,10 @@ def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """The reference, differentiable to any order; half precision computes in float32."""
     q, k, v = (_wide(x) for x in call[:3])
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = reference.attention(q, k, v, **_options(call), bias=call.bias)
+        if call.cu_seqlens_q is not None:
+            out, lse = varlen.attention(q, k, v, **_packed_options(call))
+        else:
+            out, lse = reference.attention(q, k, v, **_options(call), bias=call.bias)
     return out.to(call.q.dtype), lse
 
 
@@ -214,6 +221,13 @@ def backward_formula(call: AttentionBackwardCall) -> Outputs:
     """The gradients by the reference, those of q, k and v not rounded."""
     dout, q, k, v = (_wide(x) for x in (call.dout, call.q, call.k, call.v))
     with torch.autocast(call.q.device.type, enabled=False):
+        if call.cu_seqlens_q is not None:
+            *grads, slopes, dsinks = varlen.attention_backward(
+                dout, call.dlse, q, k, v, **_packed_options(call)
+            )
+            slopes = slopes if call.alibi_slopes_grad else None
+            sinks = dsinks.sum_to_size(call.sinks.shape) if call.sinks_grad else None  # type: ignore[union-attr]
+            return *grads, None, slopes, sinks, None, None
         *grads, ds, dsinks = reference.attention_backward(
             dout, call.dlse, q, k, v, **_options(call), bias=call.bias
         )
@@ -244,6 +258,12 @@ def _options(call: Any) -> dict[str, Any]:
         "dropout_p": call.config.dropout_p,
         "seed": call.seed,
     }
+
+
+def _packed_options(call: Any) -> dict[str, Any]:
+    options = _options(call)
+    del options["mask"], options["kv_lengths"]
+    return options | {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
 
 
 def _reference_kernels() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ._checks import (
     is_causal_bias,
 )
 from ._library import plain
+from ._registry import is_strict
 from .attention_config import AttentionBackwardCall, AttentionCall
 
 
@@ -178,8 +180,8 @@ def validate_extras(
     return mask, bias, kv_lengths
 
 
-def validate_heads(name: str, x: Tensor, q: Tensor, batches: bool) -> Tensor:
-    """A number for each head, (Hq,) or with `batches` also (B, Hq), as (B or 1, Hq, 1, 1).
+def validate_heads(name: str, x: Tensor, q: Tensor, batch: int | None = None) -> Tensor:
+    """A number for each head, (Hq,) or with `batch` = B also (B, Hq), as (B or 1, Hq, 1, 1).
 
     In the dtype of the log-sum-exp; what has four dimensions already is of that shape.
     """
@@ -187,14 +189,12 @@ def validate_heads(name: str, x: Tensor, q: Tensor, batches: bool) -> Tensor:
     dtypes = (wide,) if q.dtype == wide else (q.dtype, wide)
     shape = check_tensor("attention", name, x, dtypes)
     check_device("attention", name, x, "q", q)
-    batch, heads = q.shape[:2]
-    expected = [
-        (heads,),
-        (1, heads, 1, 1),
-        *([(batch, heads), (batch, heads, 1, 1)][: 2 * batches]),
-    ]
+    heads = q.shape[1]
+    expected: list[tuple[Any, ...]] = [(heads,), (1, heads, 1, 1)]
+    if batch is not None:
+        expected += [(batch, heads), (batch, heads, 1, 1)]
     if tuple(shape) not in expected:
-        also = f" or (B, Hq) = {(batch, heads)}" if batches else ""
+        also = "" if batch is None else f" or (B, Hq) = {(batch, heads)}"
         raise ValueError(
             f"attention: got {name} of shape {tuple(shape)}, expected (Hq,) = {(heads,)}{also}"
         )
@@ -208,15 +208,62 @@ def validate_heads(name: str, x: Tensor, q: Tensor, batches: bool) -> Tensor:
     return x if x.dim() == 4 else x[..., None, None] if x.dim() == 2 else x[None, :, None, None]
 
 
+def validate_offsets(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
+    """Check where packed sequences begin in q and k (1, H, total, D); returns how many there are.
+
+    Values are looked at where no device must be waited for, and within `strict()`.
+    """
+    op = "attention_varlen"
+    for name, x, rows in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[2]), ("cu_seqlens_k", cu_seqlens_k, k.shape[2])
+    ):  # fmt: skip
+        shape = check_tensor(op, name, x, INDICES)
+        check_device(op, name, x, "q", q)
+        if len(shape) != 1 or shape[0] == 0:
+            raise ValueError(
+                f"{op}: got {name} of shape {tuple(shape)}, expected (N + 1,) of N sequences"
+            )
+        asked = is_strict() and not torch.cuda.is_current_stream_capturing()
+        if (x.is_cpu or asked) and plain(x):
+            values = x.tolist()
+            if values[0] != 0 or values[-1] > rows or any(map(operator.gt, values, values[1:])):
+                first = ", ".join(map(str, values[:8])) + ", …" * (len(values) > 8)
+                raise ValueError(
+                    f"{op}: got {name} = [{first}], expected numbers that begin with 0, never fall "
+                    f"and end with at most {rows}, the rows of {name[-1]}"
+                )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"{op}: got cu_seqlens_q of {cu_seqlens_q.shape[0] - 1} sequences and cu_seqlens_k of "
+            f"{cu_seqlens_k.shape[0] - 1}, expected one number"
+        )
+    return cu_seqlens_q.shape[0] - 1
+
+
+def _sequences(call: AttentionCall) -> int:
+    """How many a checked call has: packed in one batch entry, or one for each."""
+    q, k, v = call[:3]
+    validate(q, k, v)
+    if call.cu_seqlens_q is None and call.cu_seqlens_k is None:
+        return q.shape[0]
+    padded = ("mask", call.mask), ("bias", call.bias), ("kv_lengths", call.kv_lengths)
+    for name, x in padded:
+        if x is not None:
+            raise ValueError(f"attention: got {name} with cu_seqlens, expected one of the two")
+    if q.shape[0] != 1:
+        raise ValueError(f"attention: got q of shape {tuple(q.shape)}, expected a batch of 1")
+    return validate_offsets(q, k, call.cu_seqlens_q, call.cu_seqlens_k)  # type: ignore[arg-type]
+
+
 def check_call(call: AttentionCall) -> AttentionCall:
     """A call from a traced or exported program, checked as the public function checks its own."""
-    q, k, v, mask, bias, kv_lengths, slopes, sinks = call[:8]
-    validate(q, k, v)
+    q, k, _, mask, bias, kv_lengths, slopes, sinks = call[:8]
+    sequences = _sequences(call)
     mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     if slopes is not None:
-        slopes = validate_heads("alibi_slopes", slopes, q, batches=True)
+        slopes = validate_heads("alibi_slopes", slopes, q, sequences)
     if sinks is not None:
-        sinks = validate_heads("sinks", sinks, q, batches=False)
+        sinks = validate_heads("sinks", sinks, q)
     if call.config.causal not in (0, 1, 2):
         raise ValueError(f"attention: got causal={call.config.causal}, expected 0, 1 or 2")
     seed = None

@@ -24,8 +24,8 @@ class AttentionConfig(NamedTuple):
     of the diagonal, −1 for unbounded.
 
     The schema is in exported programs, so that what is to come has its place already: no backend
-    takes one of these yet. max_seqlen_q, max_seqlen_k: of packed sequences, 0 where nobody knows.
-    table_kind: what `bias_table` is indexed by, 0 none, 1 T5's
+    takes one of those from table_kind on yet. max_seqlen_q, max_seqlen_k: of packed sequences, 0
+    where nobody knows. table_kind: what `bias_table` is indexed by, 0 none, 1 T5's
     buckets, 2 those of a decoder, 3 clipped distances; table_distance: from there on all are one.
     block_size: queries and keys of an entry of `mask_blocks`.
     """
@@ -59,9 +59,11 @@ class AttentionCall(NamedTuple):
     """One call: mask and bias of four dimensions, each 1 or that of the scores (B, Hq, Sq, Sk).
 
     alibi_slopes (B or 1, Hq, 1, 1) and sinks (1, Hq, 1, 1) are in the dtype of lse. seed: one
-    int64, None without dropout. No backend takes these yet: scales of the heads, a (buckets, Hq)
-    table of biases, lengths of prefixes (B,), documents (B, S) of queries and keys, which blocks
-    are seen, the offsets of packed sequences, and the pages of a cache.
+    int64, None without dropout. Packed sequences lie one after the other in q (1, Hq, total_q, D),
+    k and v, where cu_seqlens_q and cu_seqlens_k (N + 1,) say that they begin; slopes are then
+    (N or 1, Hq, 1, 1). No backend takes the others yet: scales of the heads, a (buckets, Hq) table
+    of biases, lengths of prefixes (B,), documents (B, S) of queries and keys, which blocks are
+    seen, the pages of a cache.
     """
 
     q: Tensor

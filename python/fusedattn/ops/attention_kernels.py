@@ -10,7 +10,7 @@ from torch import Tensor
 from ._checks import HALVES
 from ._library import LibraryOp
 from .attention_checks import check_backward_call, check_call
-from .attention_config import AttentionBackwardCall, AttentionCall
+from .attention_config import AttentionBackwardCall, AttentionCall, AttentionConfig
 
 # Of q, k, v, bias, alibi_slopes, sinks, scales and bias_table; the last two are still None.
 Gradients = tuple[Tensor | None, ...]
@@ -50,9 +50,16 @@ def _sinks_gradient(call: AttentionBackwardCall, dsinks: Tensor) -> None:
     torch.sum(ds, (0, 2), out=dsinks.view(-1))
 
 
+def _nothing(call: AttentionCall | AttentionBackwardCall) -> bool:
+    """No key, or no sequence that has one."""
+    return call.k.numel() == 0 or (
+        call.cu_seqlens_q is not None and call.cu_seqlens_q.shape[0] == 1
+    )
+
+
 def _run_forward(call: AttentionCall, kernels: Any) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(call)
-    if out.numel() == 0 or call.k.numel() == 0:
+    if out.numel() == 0 or _nothing(call):
         return out.zero_(), lse.fill_(float("-inf"))
     kernels.forward(call, out, lse)
     return out, lse
@@ -60,7 +67,7 @@ def _run_forward(call: AttentionCall, kernels: Any) -> tuple[Tensor, Tensor]:
 
 def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
     grads = _empty_gradients(call)
-    if call.lse.numel() == 0 or call.k.numel() == 0:
+    if call.lse.numel() == 0 or _nothing(call):
         for x in grads:
             if x is not None:
                 x.zero_()
@@ -74,16 +81,26 @@ def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
 # --- library ops ---------------------------------------------------------------------------------
 
 
-def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+# Among the arguments of the library ops, counted from q on; torch leaves out the last defaults.
+_MAX_SEQLEN_K = len(AttentionCall._fields) + AttentionConfig._fields.index("max_seqlen_k")
+
+
+def _scores(q: Any, k: Any, given: tuple[Any, ...]) -> int:
+    """How many there are; of packed sequences, whose offsets nobody reads here, at most."""
+    longest = given[_MAX_SEQLEN_K] if len(given) > _MAX_SEQLEN_K else 0
+    return q[0] * q[1] * q[2] * (min(k[2], longest) if longest else k[2])
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
     """Two operations a multiply-add, as torch counts SDPA: causal is not halved."""
-    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+    return 2 * _scores(q, k, (q, k, v, *rest)) * (q[3] + v[3])
 
 
 def _backward_flops(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any, **_: Any
 ) -> int:
     """Five products: the scores again and dq, dk over D; dp and dv over Dv."""
-    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+    return 2 * _scores(q, k, (q, k, v, *rest)) * (3 * q[3] + 2 * v[3])
 
 
 attention_fwd = LibraryOp(

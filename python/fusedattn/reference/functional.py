@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,15 +48,33 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return _drop(x, p, philox(seed, x.shape[1], row & 0xFFFFFFFF, row >> 32, row * 0))
 
 
-def attention_dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
-    """Dropout of attention's weights (B, Hq, Sq, Sk), with (query, head, batch) as the counter."""
+class Places(NamedTuple):
+    """Where weights are, for their dropout: batch entry (B, 1, 1, 1) or (Sq, 1), query (Sq, 1) and
+    key (Sk,), each counted from the first of its sequence."""
+
+    batch: Tensor
+    query: Tensor
+    key: Tensor
+
+
+def attention_dropout(
+    x: Tensor, p: float, seed: int | Tensor | None, places: Places | None = None
+) -> Tensor:
+    """Dropout of attention's weights (B, Hq, Sq, Sk), with (query, head, batch) as the counter.
+
+    places: where they are, if not where they stand.
+    """
     if p == 0.0 or seed is None:
         return x
     if not isinstance(seed, Tensor):
         seed = torch.tensor([seed], device=x.device)
     batch, head, query = (torch.arange(n, device=x.device) for n in x.shape[:3])
-    at = query[:, None], head[:, None, None], batch[:, None, None, None]
-    return _drop(x, p, philox(seed, x.shape[3], *at))
+    head = head[:, None, None]
+    if places is None:
+        words = philox(seed, x.shape[3], query[:, None], head, batch[:, None, None, None])
+    else:
+        words = philox(seed, x.shape[3], places.query, head, places.batch)[..., places.key]
+    return _drop(x, p, words)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -179,6 +198,7 @@ def attention(
     kv_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dropout(softmax(scores)) v and the log-sum-exp, in the dtype of q; see `scores`.
 
@@ -206,7 +226,7 @@ def attention(
     if sink is not None:
         total = total + torch.exp(sink - highest)
     total = total.masked_fill(nothing, 1.0)
-    p = attention_dropout(e / total, dropout_p, seed)
+    p = attention_dropout(e / total, dropout_p, seed, places)
     out = torch.matmul(p.to(v.dtype), v)
     lse = (highest + torch.log(total)).masked_fill(nothing, float("-inf"))
     return out, lse.squeeze(-1)
@@ -230,6 +250,7 @@ def attention_backward(
     kv_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `attention` as a formula: (dq, dk, dv, ds, dsinks).
 
@@ -251,7 +272,7 @@ def attention_backward(
     p = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     p, p_sink = (p, None) if sink is None else (p[..., :-1], p[..., -1:])
     dout = torch.zeros_like(torch.matmul(p, v)) if dout is None else dout
-    dp = attention_dropout(torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed)
+    dp = attention_dropout(torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed, places)
     row = (p * dp).sum(-1, keepdim=True)
     if dlse is not None:
         row = row - dlse.to(row.dtype)[..., None]
@@ -260,7 +281,7 @@ def attention_backward(
     dr = chain(ds, q, k, scale, softcap)
     dq = scale * torch.matmul(dr, k)
     dk = scale * torch.matmul(dr.transpose(-1, -2), q)
-    dv = torch.matmul(attention_dropout(p, dropout_p, seed).transpose(-1, -2), dout)
+    dv = torch.matmul(attention_dropout(p, dropout_p, seed, places).transpose(-1, -2), dout)
     dk, dv = (drop_absent(sum_heads(x, heads_kv), kv_lengths) for x in (dk, dv))
     dsinks = None if p_sink is None else torch.where(p_sink == 0, 0.0, -p_sink * row)
     return dq, dk, dv, ds, dsinks
@@ -360,6 +381,7 @@ def layer_norm(
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    places: Places | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.layer_norm` of z = dropout(x) + residual; with a residual (out, z)."""
     return _norm_of_shape(
@@ -377,6 +399,7 @@ def rms_norm(
     weight_offset: float = 0.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    places: Places | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.rms_norm` of z = dropout(x) + residual, with weight_offset + weight as the weight."""
     if eps is None:

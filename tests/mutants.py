@@ -104,7 +104,8 @@ MUTANTS = [
     ),
     *mutants(
         "python/fusedattn/ops/attention_checks.py",
-        ("values[-1] > rows", "values[-1] > rows + 1", "attention_varlen.py::test_export_with_dynamic_shapes"),
+        ("values[-1] > rows", "values[-1] > rows + 1",
+         "attention_varlen.py::test_export_with_dynamic_shapes"),
     ),
     *mutants(
         "python/fusedattn/ops/attention_kernels.py",

@@ -6,6 +6,7 @@ from .positional import (
     LearnedPositionalEncoding,
     RotaryEmbedding,
     SinusoidalPositionalEncoding,
+    alibi_slopes,
 )
 from .softmax import Softmax
 from .swiglu import SwiGLU
@@ -19,4 +20,5 @@ __all__ = [
     "SinusoidalPositionalEncoding",
     "Softmax",
     "SwiGLU",
+    "alibi_slopes",
 ]

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..ops._checks import check_probability
+from ..ops._checks import check_flag, check_probability
 from ..ops._registry import UnsupportedError, is_strict
 from ..ops.attention import attention
+from ..ops.attention_config import configure
 from ..ops.attention_varlen import attention_varlen
 from ..reference import functional as reference
 from ._inputs import check_dtype, check_sizes, is_nested, recorded, rows
+from .positional import alibi_slopes
 
 
 def _called_in_evaluation(module: torch.nn.Module, args: Any) -> None:
@@ -60,10 +62,30 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         kdim, vdim: features of key and value; E by default.
         batch_first: whether batched tensors are (N, L, E) rather than (L, N, E).
         device, dtype: of the parameters; fp16, bf16, fp32 or fp64.
+        window: (left, right), how many keys a query sees to either side of the diagonal that ends
+            at the last key, either None for all.
+        softcap: c, scores become c · tanh(score / c), before masks of floats are added.
+        alibi: whether −slope · distance is added, with the slopes of Press et al. 2022.
+        sinks: whether each head has one learned logit more in its softmax, that gives no value: the
+            parameter `sinks` (H,), zero at first.
+        rotary: turns queries and keys before they meet, as a `fusedattn.nn.RotaryEmbedding(D)`:
+            called with q (N, H, L, D) and k (N, H, S, D), it returns both.
+
+    From `window` on they are not torch's. A module without them has torch's `state_dict`.
+
+    >>> import torch, fusedattn
+    >>> rotary = fusedattn.nn.RotaryEmbedding(16)
+    >>> layer = fusedattn.nn.MultiheadAttention(
+    ...     64, 4, batch_first=True, window=(127, 0), sinks=True, rotary=rotary)
+    >>> x = torch.randn(2, 300, 64)
+    >>> layer(x, x, x, need_weights=False)[0].shape
+    torch.Size([2, 300, 64])
 
     Raises:
         TypeError: sizes that are no integers, a dropout that is no number, another dtype.
-        ValueError: sizes that are not positive, E not a multiple of H, dropout outside [0, 1].
+        ValueError: sizes that are not positive, E not a multiple of H, dropout outside [0, 1]; a
+            window or softcap that `attention` refuses; appended keys, which have no place, with
+            what depends on places.
     """
 
     def __init__(
@@ -79,6 +101,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch_first: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        alibi: bool = False,
+        sinks: bool = False,
+        rotary: torch.nn.Module | None = None,
     ) -> None:
         name = "MultiheadAttention"
         check_sizes(name, embed_dim=embed_dim, num_heads=num_heads)
@@ -94,7 +122,38 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )  # fmt: skip
+        self._add_options(window, softcap, alibi, sinks, rotary)
         self._keep_off_torch_fast_path()
+
+    def _add_options(
+        self, window: Any, softcap: float | None, alibi: bool, sinks: bool, rotary: Any
+    ) -> None:
+        name = "MultiheadAttention"
+        alibi, sinks = check_flag(name, "alibi", alibi), check_flag(name, "sinks", sinks)
+        configure(self.head_dim, window=window, softcap=softcap)
+        if rotary is not None and not isinstance(rotary, torch.nn.Module):
+            raise _wrong(TypeError, "rotary", f"of type {type(rotary).__name__}", "a Module")
+        placed = window is not None or alibi or rotary is not None
+        if placed and (self.bias_k is not None or self.add_zero_attn):
+            wanted = "neither add_bias_kv nor add_zero_attn: those keys have no place"
+            raise _wrong(ValueError, "window, alibi or rotary", "with appended keys", wanted)
+        # Only what is given is there: a twin of torch's has none of them.
+        own = {"window": window, "softcap": softcap, "rotary": rotary}
+        for option, value in own.items():
+            if value is not None:
+                setattr(self, option, value)
+        like = self.out_proj.weight
+        if alibi:
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            slopes = alibi_slopes(self.num_heads).to(like.device, wide)
+            self.register_buffer("alibi_slopes", slopes, persistent=False)
+        if sinks:
+            self.sinks = torch.nn.Parameter(like.new_zeros(self.num_heads))
+
+    def _options(self) -> dict[str, Any]:
+        """Those of `attention` that are the module's own."""
+        options = {name: getattr(self, name, None) for name in _OPTIONS}
+        return {name: x for name, x in options.items() if x is not None}
 
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention) -> MultiheadAttention:
@@ -180,6 +239,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )  # fmt: skip
         _check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        rotary = getattr(self, "rotary", None)
+        if rotary is not None:
+            q, k = rotary(q, k)
         k, v = self._append_keys(k, v)
         appended = k.shape[2] - key.shape[_length_dim(self, key)]
         causal: bool | str = "top_left" if is_causal and not appended else False
@@ -187,7 +249,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         out: Any
         weights: Tensor | None = None
-        dropout = self.dropout if self.training else 0.0
+        dropout, options = self.dropout if self.training else 0.0, self._options()
         if need_weights and dropout > 0.0:
             if is_strict():
                 raise UnsupportedError(
@@ -195,12 +257,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                     "need_weights asks for in plain PyTorch, and strict() forbids it; pass "
                     "need_weights=False, or set dropout to 0"
                 )
-            weights = F.dropout(_attention_weights(q, k, mask, bias, causal), dropout)
+            weights = F.dropout(_attention_weights(q, k, mask, bias, causal, **options), dropout)
             out = torch.matmul(weights, v)
         else:
-            out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout)
+            out = attention(
+                q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout, **options
+            )
             if need_weights:
-                weights = _attention_weights(q, k, mask, bias, causal)
+                weights = _attention_weights(q, k, mask, bias, causal, **options)
         out = self.out_proj(self._join_heads(out, batched=query.dim() == 3))
         if weights is None or not need_weights:
             return out, None
@@ -298,12 +362,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             lengths, packed = query._nested_tensor_size()[:, 0].to(values.device), True
         appended = self.bias_k is not None or self.add_zero_attn
-        dropped = self.training and self.dropout > 0.0
-        if packed and not (need_weights or appended or dropped):
+        if packed and not (need_weights or appended or hasattr(self, "rotary")):
             _check(self, values, values, values, None, None, is_causal=False)
             q, k, v = self._project(values, values, values)
             offsets = F.pad(lengths.cumsum(0), (1, 0))
-            out: Any = attention_varlen(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+            out: Any = attention_varlen(
+                q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
+                dropout_p=self.dropout if self.training else 0.0, **self._options(),
+            )  # fmt: skip
             return back(self.out_proj(out.flatten(-2))), None
         sequence = torch.arange(len(lengths), device=values.device)
         sequence = sequence.repeat_interleave(lengths, output_size=len(values))
@@ -320,10 +386,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return back(out[sequence, position]), weights
 
 
+_OPTIONS = ("window", "softcap", "alibi_slopes", "sinks")
+
+
 def _attention_weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str
-) -> Tensor:
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str,
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """softmax(q kᵀ / √D + bias) in full, (N, H, L, S); 0 for a query that sees no key."""
+    if options:  # what each key gives where its value is 1
+        one = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+        for name in ("alibi_slopes", "sinks"):
+            if name in options:
+                options[name] = options[name].to(q.dtype)[None, :, None, None]
+        return reference.attention(q, k, one, mask=mask, bias=bias, causal=causal, **options)[0]
     seen = reference.visible_keys(q, k, mask=mask, causal=causal)
     s = reference.scores(q, k, q.shape[-1] ** -0.5, bias, seen).to(q.dtype)
     if mask is None and bias is None:  # then every query sees the first key

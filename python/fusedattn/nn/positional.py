@@ -20,6 +20,23 @@ from .rotary_scaling import RotaryScaling
 Tables = tuple[Tensor, Tensor]
 
 
+def alibi_slopes(num_heads: int) -> Tensor:
+    """The slopes of `fusedattn.attention(alibi_slopes=…)` in Press et al. 2022, (H,) float64.
+
+    2^(−8 h / H) for h = 1 … H; where H is no power of two, those of the next lower one, then every
+    other one of twice that.
+
+    >>> from fusedattn.nn import alibi_slopes
+    >>> alibi_slopes(4).tolist()
+    [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    check_sizes("alibi_slopes", num_heads=num_heads)
+    whole = 2 ** (num_heads.bit_length() - 1)
+    steps = torch.arange(1, whole + 1, dtype=torch.float64)
+    between = torch.arange(1, 2 * (num_heads - whole), 2, dtype=torch.float64)
+    return torch.exp2(torch.cat([-8 / whole * steps, -4 / whole * between]))
+
+
 class RotaryEmbedding(torch.nn.Module):
     """Rotates queries and keys by the angles of their positions (Su et al. 2021).
 

@@ -173,6 +173,20 @@ def test_attention(layout: torch.layout, options: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_attention_drops_what_it_drops_of_a_padded_batch(layout: torch.layout) -> None:
+    ours = fusedattn.nn.MultiheadAttention(E, H, dropout=0.4, batch_first=True)
+    x = sequences(layout)
+    padded = x.to_padded_tensor(0.0)
+    blocked = torch.arange(L) >= torch.tensor(LENGTHS)[:, None]
+    torch.manual_seed(3)
+    found, _ = ours(x, x, x, need_weights=False)
+    torch.manual_seed(3)
+    want, _ = ours(padded, padded, padded, blocked, need_weights=False)
+    for part, row, length in zip(found.unbind(), want, LENGTHS, strict=True):
+        torch.testing.assert_close(part, row[:length])
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_attention_where_torch_takes_it(need_weights: bool) -> None:
     theirs = nn.MultiheadAttention(E, H, batch_first=True).eval()

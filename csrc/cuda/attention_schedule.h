@@ -29,7 +29,8 @@ struct Tiles {
 
 // Of `width` keys each, for queries first … first + rows - 1, the first of which exists.
 template <bool windowed>
-FUSEDATTN_MEMBER inline Tiles key_tiles(const Sequence<int, windowed>& x, int first, int rows, int width) {
+FUSEDATTN_MEMBER inline Tiles key_tiles(const Sequence<int, windowed>& x, int first, int rows,
+                                        int width) {
   const int past = first + rows < x.seq_q ? first + rows : x.seq_q;
   return {x.begin(first) / width, ceil_div(x.begin(past - 1), width), x.end(first) / width,
           ceil_div(x.end(past - 1), width)};
@@ -37,7 +38,8 @@ FUSEDATTN_MEMBER inline Tiles key_tiles(const Sequence<int, windowed>& x, int fi
 
 // Of `rows` queries each, for keys first … first + width - 1.
 template <bool windowed>
-FUSEDATTN_MEMBER inline Tiles query_tiles(const Sequence<int, windowed>& x, int first, int rows, int width) {
+FUSEDATTN_MEMBER inline Tiles query_tiles(const Sequence<int, windowed>& x, int first, int rows,
+                                          int width) {
   const int last = first + width - 1;
   const int end = ceil_div(x.past_query(last), rows);
   // The first query that sees any key of the tile, and those that see all of them.

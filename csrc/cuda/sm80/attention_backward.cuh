@@ -100,8 +100,7 @@ struct ScoresOf {
   }
 
   // Zeros where a key is hidden; the scores begin at `query` and `key`.
-  FUSEDATTN_DEVICE static void hide(Fragments& s, const Unwindowed& sequence, int query,
-                                    int key) {
+  FUSEDATTN_DEVICE static void hide(Fragments& s, const Unwindowed& sequence, int query, int key) {
     constexpr int query_step = transposed ? 8 : 16, key_step = transposed ? 16 : 8;
     query += transposed ? column_of(0) : row_of(0);
     key += transposed ? row_of(0) : column_of(0);

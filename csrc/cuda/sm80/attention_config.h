@@ -4,8 +4,9 @@
 // Shared memory decides between two rows of a head dim. `large`: 163 KB for a block, 164 on a
 // multiprocessor (sm_80; sm_90 and sm_100 have 227, 228). `little`: 99 and 100 (sm_86, sm_89,
 // sm_120). A resident block takes 1 KB more than it asks for. A multiprocessor has 65536 registers,
-// a thread gets at most 255, in eights. Below, shared bytes are held to the layout and to the blocks
-// of a row when compiling; tests/test_cuda_build.py holds the machine code's registers to the blocks.
+// a thread gets at most 255, in eights. Below, shared bytes are held to the layout and to the
+// blocks of a row when compiling; tests/test_cuda_build.py holds the machine code's registers to
+// the blocks.
 //
 // All of them stand against one limit, the 255 registers of a thread: a warp with 32 rows of its
 // accumulators reads half as much shared memory for each product as one with 16, so rows of a warp
@@ -49,21 +50,11 @@ struct ForwardShape {
 // barrier; above, out takes the registers of 32 queries and a warp has 16. What registers are left
 // decides keys and held, shared memory decides slots and the keys of `little`.
 constexpr Row<ForwardShape> forward_rows[] = {
-    {64,
-     {128, 64, 4, 3, 64, 2, 40960},
-     {128, 64, 4, 3, 64, 2, 40960}},
-    {96,
-     {128, 64, 4, 3, 32, 2, 61440},
-     {128, 64, 4, 2, 16, 2, 49152}},
-    {128,
-     {128, 48, 4, 3, 0, 2, 69632},
-     {128, 32, 4, 2, 0, 2, 49152}},
-    {192,
-     {128, 64, 8, 3, 192, 1, 122880},
-     {128, 64, 8, 2, 192, 1, 98304}},
-    {256,
-     {128, 64, 8, 3, 0, 1, 163840},
-     {128, 32, 8, 2, 0, 1, 98304}},
+    {64, {128, 64, 4, 3, 64, 2, 40960}, {128, 64, 4, 3, 64, 2, 40960}},
+    {96, {128, 64, 4, 3, 32, 2, 61440}, {128, 64, 4, 2, 16, 2, 49152}},
+    {128, {128, 48, 4, 3, 0, 2, 69632}, {128, 32, 4, 2, 0, 2, 49152}},
+    {192, {128, 64, 8, 3, 192, 1, 122880}, {128, 64, 8, 2, 192, 1, 98304}},
+    {256, {128, 64, 8, 3, 0, 1, 163840}, {128, 32, 8, 2, 0, 1, 98304}},
 };
 
 // --- backward: dK and dV -------------------------------------------------------------------------
@@ -88,21 +79,11 @@ struct KeysShape {
 // dK and dV of a warp take at most 128 registers: 32 keys at 64 columns, or 16 at 128; from 192 on
 // warps share keys to stay there. `little` gives up the second stage, then keys or queries.
 constexpr Row<KeysShape> keys_rows[] = {
-    {64,
-     {128, 64, 4, 1, 32, 2, 2, 82944},
-     {64, 64, 4, 1, 32, 1, 2, 41472}},
-    {96,
-     {128, 64, 8, 1, 64, 2, 1, 115712},
-     {128, 64, 8, 1, 32, 1, 1, 90624}},
-    {128,
-     {128, 64, 8, 1, 32, 2, 1, 148480},
-     {128, 32, 8, 1, 32, 1, 1, 90368}},
-    {192,
-     {64, 64, 8, 4, 16, 2, 1, 164864},
-     {64, 32, 8, 2, 16, 1, 1, 82176}},
-    {256,
-     {64, 64, 8, 4, 16, 1, 1, 147968},
-     {32, 32, 4, 2, 16, 1, 1, 69888}},
+    {64, {128, 64, 4, 1, 32, 2, 2, 82944}, {64, 64, 4, 1, 32, 1, 2, 41472}},
+    {96, {128, 64, 8, 1, 64, 2, 1, 115712}, {128, 64, 8, 1, 32, 1, 1, 90624}},
+    {128, {128, 64, 8, 1, 32, 2, 1, 148480}, {128, 32, 8, 1, 32, 1, 1, 90368}},
+    {192, {64, 64, 8, 4, 16, 2, 1, 164864}, {64, 32, 8, 2, 16, 1, 1, 82176}},
+    {256, {64, 64, 8, 4, 16, 1, 1, 147968}, {32, 32, 4, 2, 16, 1, 1, 69888}},
 };
 
 // --- backward: dQ where it must be the same each time --------------------------------------------
@@ -128,10 +109,8 @@ struct QueriesRow {
 // One row for both classes, within 99 KB: dQ takes half the registers that dK and dV take, shared
 // memory decides.
 constexpr QueriesRow queries_rows[] = {
-    {64, {128, 64, 4, 32, 2, 2, 65536}},
-    {96, {128, 64, 8, 64, 2, 1, 98304}},
-    {128, {128, 32, 8, 32, 2, 1, 98304}},
-    {192, {64, 32, 4, 32, 2, 1, 98304}},
+    {64, {128, 64, 4, 32, 2, 2, 65536}},  {96, {128, 64, 8, 64, 2, 1, 98304}},
+    {128, {128, 32, 8, 32, 2, 1, 98304}}, {192, {64, 32, 4, 32, 2, 1, 98304}},
     {256, {64, 32, 4, 32, 1, 1, 98304}},
 };
 

@@ -343,7 +343,10 @@ def test_instruction_set(case, dtype, instruction_set):
 @st.composite
 def attention_cases(draw) -> AttentionCase:
     batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
-    seq_q, seq_k = draw(st.integers(1, 80)), draw(st.integers(1, 80))
+    lengths_of = st.integers(1, 80) | st.sampled_from((127, 129, 193, 260))
+    seq_q, seq_k = draw(lengths_of), draw(lengths_of)
+    side = st.none() | st.integers(0, 90)
+    heads = kv_heads * group
     full = (batch, kv_heads * group, seq_q, seq_k)
     broadcast = st.none() | st.tuples(*(st.sampled_from((1, size)) for size in full))
     lengths = st.tuples(*[st.integers(0, seq_k)] * batch)
@@ -361,6 +364,10 @@ def attention_cases(draw) -> AttentionCase:
         mask=draw(broadcast),
         bias=draw(broadcast),
         kv_lengths=draw(st.none() | lengths),
+        window=draw(st.none() | st.tuples(side, side)),
+        softcap=draw(st.none() | st.floats(0.5, 5.0, width=32)),
+        alibi_slopes=draw(st.sampled_from((None, (heads,), (batch, heads)))),
+        sinks=draw(st.booleans()),
         dropout_p=draw(st.sampled_from((0.0, 0.5))),
         grads=draw(st.sampled_from((("lse",), BOTH))),
     )

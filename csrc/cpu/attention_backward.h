@@ -8,141 +8,16 @@
 //     s = q kᵀ     dp = dO vᵀ     ds = p ∘ (dp − Δ),  Δ = rowsum(dO ∘ O) − dlse
 //     dvᵀ += dOᵀ p     dkᵀ += qᵀ ds     dq += ds k
 //
-// Dropout changes dp, and p in the sum of dV. What it multiplies dV by comes at the end.
+// Dropout changes dp, and p in the sum of dV. What it multiplies dV by comes at the end. The
+// gradient of a bias is ds, before a softcap bends it.
 //
 // The transposed sums let p and ds be the right-hand operand just as they leave the registers.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_backward_operands.h"
+#include "attention_bias_sums.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
-
-// Sizes of a tile; `strip` queries are scored at a time, so that their scores stay in L1.
-template <class E>
-struct BackwardBlocks {
-  static constexpr int64_t queries = E::overlaps ? 64 : 96;
-  static constexpr int64_t keys = E::overlaps ? 256 : 128;
-  static constexpr int64_t strip = E::overlaps ? 32 : 96;
-  static constexpr int64_t padding = 32;  // rows are padded to whole squares of a transpose
-};
-
-// The operands of one (batch, key head) and its group of query heads, packed block by block.
-template <class E>
-struct BackwardOperands {
-  typedef stat_of<E> S;
-  typedef unit_of<E> Unit;
-  typedef BackwardBlocks<E> Blocks;
-  static constexpr int64_t square = vector_bytes / int64_t(sizeof(Unit));
-  const AttentionBackward& f;
-  const int64_t longest_q;            // of any sequence
-  int64_t d, dv;                      // head dims
-  int64_t rows_d, rows_dv;            // of transposed operands
-  int64_t units_d, units_dv;          // of rows
-  int64_t depth_d, depth_dv, wide_d;  // of panels
-  int64_t blocks_q, blocks_k, group;
-  int64_t q_units, qt_units, o_units, ot_units, head_units;
-  int64_t kt_units, vt_units, kn_units, block_units;
-
-  BackwardOperands(const AttentionBackward& f, const Lengths& lengths)
-      : f(f),
-        longest_q(lengths.q),
-        d(f.head_dim()),
-        dv(f.head_dim_v()),
-        rows_d(round_up(d, 16)),
-        rows_dv(round_up(dv, 16)),
-        units_d(row_units<E>(d)),
-        units_dv(row_units<E>(dv)),
-        depth_d(panel_depth<E>(d)),
-        depth_dv(panel_depth<E>(dv)),
-        wide_d(panel_columns<E>(d)),
-        blocks_q((lengths.q + Blocks::queries - 1) / Blocks::queries),
-        blocks_k((lengths.k + Blocks::keys - 1) / Blocks::keys),
-        group(f.group()),
-        q_units(Blocks::queries * units_d),
-        qt_units(rows_d * Blocks::queries / E::per_unit),
-        o_units(Blocks::queries * units_dv),
-        ot_units(rows_dv * Blocks::queries / E::per_unit),
-        head_units(E::planes * (q_units + qt_units + o_units + ot_units)),
-        kt_units(depth_d * Blocks::keys),
-        vt_units(depth_dv * Blocks::keys),
-        kn_units(Blocks::keys / E::per_unit * wide_d),
-        block_units(E::planes * (kt_units + vt_units + kn_units)) {}
-
-  // Units, and Δ and lse, of everything that one (batch, key head) needs.
-  int64_t units() const { return group * blocks_q * head_units + blocks_k * block_units; }
-  int64_t statistics() const { return 2 * group * longest_q; }
-  // Products write padded rows: each head's dq has room for them.
-  int64_t dq_rows() const { return round_up(longest_q, Blocks::padding); }
-  int64_t dq_size() const { return group * dq_rows() * wide_d; }
-
-  Unit* queries(Unit* base, int64_t g, int64_t i) const {
-    return base + (g * blocks_q + i) * head_units;
-  }
-  Rows<Unit> q(Unit* at) const { return {at, units_d, q_units}; }
-  Rows<Unit> qt(Unit* at) const {
-    return {at + E::planes * q_units, Blocks::queries / E::per_unit, qt_units};
-  }
-  Rows<Unit> o(Unit* at) const {
-    return {at + E::planes * (q_units + qt_units), units_dv, o_units};
-  }
-  Rows<Unit> ot(Unit* at) const {
-    return {at + E::planes * (q_units + qt_units + o_units), Blocks::queries / E::per_unit,
-            ot_units};
-  }
-
-  Unit* keys(Unit* base, int64_t j) const {
-    return base + group * blocks_q * head_units + j * block_units;
-  }
-  Panels<Unit> kt(Unit* at) const { return {at, depth_d, kt_units}; }
-  Panels<Unit> vt(Unit* at) const { return {at + E::planes * kt_units, depth_dv, vt_units}; }
-  Panels<Unit> kn(Unit* at) const {
-    return {at + E::planes * (kt_units + vt_units), Blocks::keys / E::per_unit, kn_units};
-  }
-
-  int64_t scratch_units() const {
-    return E::planes * larger(larger(units_d, units_dv) * square,
-                              square * larger(wide_d, panel_columns<E>(dv)));
-  }
-
-  template <class T>
-  bool pack_keys(int64_t b, int64_t h, int64_t j, Unit* base, Unit* scratch) const {
-    const Sequence<int64_t> sequence = f.sequence(b);
-    const int64_t rows = smaller(sequence.seq_k - j * Blocks::keys, Blocks::keys);
-    if (rows <= 0) return true;
-    const int64_t first = sequence.key_row(j * Blocks::keys);
-    Unit* at = keys(base, j);
-    const int64_t columns = round_up(rows, E::panel);
-    const Source<T> k = source<T>(f.k, b, h, first), v = source<T>(f.v, b, h, first);
-    pack_panels<E>(k, rows, d, round_up(rows, 2 * width<S>), kn(at));
-    return pack_panels_transposed<E>(k, rows, d, columns, kt(at), scratch) &
-           pack_panels_transposed<E>(v, rows, dv, columns, vt(at), scratch);
-  }
-
-  // `statistics`: lse, then Δ, for the queries of this head.
-  template <class T>
-  bool pack_queries(int64_t b, int64_t h, int64_t g, int64_t i, Unit* base, S* statistics,
-                    Unit* scratch) const {
-    const Sequence<int64_t> sequence = f.sequence(b);
-    const int64_t i0 = i * Blocks::queries, first = sequence.query_row(i0);
-    const int64_t rows = smaller(sequence.seq_q - i0, Blocks::queries);
-    if (rows <= 0) return true;
-    const int64_t given = f.dout ? rows : 0;
-    Unit* at = queries(base, g, i);
-    const int64_t padded = round_up(rows, Blocks::padding);
-    const Source<T> from = source<T>(f.q, b, h, first), dout = source<T>(f.dout, b, h, first);
-    pack_rows_transposed<E>(from, rows, d, padded, qt(at), scratch);
-    pack_rows_transposed<E>(dout, given, dv, padded, ot(at), scratch);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = first + r;
-      S delta = f.dlse ? -*f.dlse.at<S>(b, h, row) : S(0);
-      if (f.dout) delta += dot(source<T>(f.dout, b, h, row), source<T>(f.out, b, h, row), dv);
-      statistics[i0 + r] = *f.lse.at<S>(b, h, row);
-      statistics[longest_q + i0 + r] = delta;
-    }
-    return pack_rows<E>(from, rows, d, padded, q(at)) &
-           pack_rows<E>(dout, given, dv, padded, o(at));
-  }
-};
 
 // A thread's buffers.
 template <class E>
@@ -178,6 +53,7 @@ template <class E>
 struct BackwardPair {
   unit_of<E>* packed;
   stat_of<E>*statistics, *dq;
+  stat_of<E>* dbias;  // one thread's alone, where the bias has its gradient here
 };
 
 // What one row of a tile needs to become probabilities and score gradients.
@@ -185,6 +61,7 @@ template <class S>
 struct RowStatistics {
   int64_t seen;
   S lse, delta;
+  S* dbias = nullptr;  // where ds is added to, if anywhere
 };
 
 // Two rows of a tile: scores, dp and, where `bent`, slopes in, p and ds out as operands. Where
@@ -219,7 +96,6 @@ FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> facto
         if constexpr (dropped) dp = select_bytes<S>(keep, dp * kept, vec<S>{});
         ds[r][c] = p[r][c] * (dp - row[r].delta);
         if constexpr (dropped) p[r][c] = select_bytes<S>(keep, p[r][c], vec<S>{});
-        if constexpr (bent) ds[r][c] *= load(t.slope + at);
       }
     if (j >= whole) {
       for (int r = 0; r < 2; ++r)
@@ -229,6 +105,14 @@ FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> facto
           ds[r][c] = select_below(left, ds[r][c], vec<S>{});
         }
     }
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        S* const sum = row[r].dbias + j + c * w;
+        if (row[r].dbias != nullptr) store(sum, load(sum) + ds[r][c]);
+        if constexpr (bent) ds[r][c] *= load(t.slope + from + r * ld + j + c * w);
+      }
     put(j);
   }
   for (auto& x : p) x[0] = x[1] = vec<S>{};
@@ -258,20 +142,20 @@ class BackwardTask {
   const BackwardOperands<E>& x;
   const Scores<S>& scores;
   const BackwardScratch<E>& t;
-  Unit* packed;
-  const S* statistics;
-  S* dq;
+  const BiasSums<S>& sums;
+  const BackwardPair<E> memory;
+  S* dq;         // of the split
   int64_t b, h;  // batch entry and key head
   const Sequence<int64_t> sequence;
 
  public:
   BackwardTask(const BackwardOperands<E>& x, const Scores<S>& scores, const BackwardScratch<E>& t,
-               Unit* packed, const S* statistics, S* dq, int64_t pair)
+               const BiasSums<S>& sums, const BackwardPair<E>& memory, S* dq, int64_t pair)
       : x(x),
         scores(scores),
         t(t),
-        packed(packed),
-        statistics(statistics),
+        sums(sums),
+        memory(memory),
         dq(dq),
         b(pair / x.f.heads_kv()),
         h(pair % x.f.heads_kv()),
@@ -312,8 +196,8 @@ class BackwardTask {
         scores.mask.cut(b, head, i0, rows, j0, smaller(sequence.end(i0 + rows - 1) - j0, columns));
     if (last <= 0) return;
     const int64_t wide = round_up(last, 2 * w), padded = round_up(rows, Blocks::padding);
-    Unit* queries = x.queries(packed, g, i);
-    Unit* keys = x.keys(packed, j);
+    Unit* queries = x.queries(memory.packed, g, i);
+    Unit* keys = x.keys(memory.packed, j);
     const int64_t deep = round_up(x.d, E::depth_step), deep_v = round_up(x.dv, E::depth_step);
     for (int64_t r = 0; r < padded; r += Blocks::strip) {
       const int64_t here = smaller(rows - r, Blocks::strip);
@@ -324,7 +208,11 @@ class BackwardTask {
                   false);
       for (int64_t k = 0; k < smaller(Blocks::strip, padded - r); k += 2) {
         RowStatistics<S> row[2];
-        for (int64_t c = 0; c < 2; ++c) row[c] = statistics_of(g, i0 + r + k + c, j0, last);
+        for (int64_t c = 0; c < 2; ++c) {
+          row[c] = statistics_of(g, i0 + r + k + c, j0, last);
+          if (sums && row[c].seen > 0)
+            row[c].dbias = sums.row(memory.dbias, g, i0 + r + k + c) + j0;
+        }
         const auto gradient = [&]<bool bent, bool dropped>() {
           gradient_rows<bent, dropped>(k * Blocks::keys, wide, scores.factor,
                                        S(scores.dropout.factor), row, r + k, t);
@@ -350,7 +238,7 @@ class BackwardTask {
   // Also applies bias and mask to the row's scores.
   RowStatistics<S> statistics_of(int64_t g, int64_t i, int64_t j0, int64_t last) {
     if (i >= sequence.seq_q) return {0, 0, 0};
-    const S* of_head = statistics + g * 2 * x.longest_q;
+    const S* of_head = memory.statistics + g * 2 * x.longest_q;
     const S lse = of_head[i], delta = of_head[x.longest_q + i];
     const int64_t head = h * x.group + g;
     const int64_t seen =
@@ -387,8 +275,9 @@ static void store_dq(const BackwardOperands<E>& x, int64_t pair, int64_t g, int6
             S(f.options.scale));
 }
 
+// bias_done: whether dbias, if wanted, was written as well.
 template <class E, class T>
-static bool attention_backward(const AttentionBackward& f) {
+static bool attention_backward(const AttentionBackward& f, bool& bias_done) {
   typedef stat_of<E> S;
   typedef unit_of<E> Unit;
   Scores<S> scores(f);
@@ -399,7 +288,9 @@ static bool attention_backward(const AttentionBackward& f) {
   const int64_t dq_bytes = x.dq_size() * int64_t(sizeof(S));
   const int64_t pair_bytes =
       x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S)) + dq_bytes;
-  const bool apart = pairs_apart(f, lengths, threads, pair_bytes);
+  const BiasSums<S> sums(f, threads);
+  bias_done = bool(sums);
+  const bool apart = sums || pairs_apart(f, lengths, threads, pair_bytes);
   // Threads that share a pair split its blocks of keys, within the memory of the partial dq.
   constexpr int64_t most_dq_bytes = int64_t{24} << 20;
   const int64_t wanted = apart ? 1 : threads;
@@ -410,7 +301,8 @@ static bool attention_backward(const AttentionBackward& f) {
   const auto take_shared = [&](Arena& arena) {
     Unit* const packed = arena.take<Unit>(x.units());
     S* const statistics = arena.take<S>(x.statistics());
-    return BackwardPair<E>{packed, statistics, arena.take<S>(splits * x.dq_size())};
+    S* const dq = arena.take<S>(splits * x.dq_size());
+    return BackwardPair<E>{packed, statistics, dq, sums ? arena.take<S>(sums.size()) : nullptr};
   };
   scores.mask.take(count);
   if (!apart) take_shared(count);
@@ -440,8 +332,7 @@ static bool attention_backward(const AttentionBackward& f) {
                                         memory.statistics + g * 2 * x.longest_q, scratch.strip);
     };
     const auto differentiate = [&](int64_t pair, int64_t split) {
-      BackwardTask<E, T>(x, scores, scratch, memory.packed, memory.statistics,
-                         memory.dq + split * x.dq_size(), pair)
+      BackwardTask<E, T>(x, scores, scratch, sums, memory, memory.dq + split * x.dq_size(), pair)
           .run(split, splits);
     };
     const auto finish = [&](int64_t pair, int64_t row) {
@@ -452,10 +343,15 @@ static bool attention_backward(const AttentionBackward& f) {
     for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
     if (apart) {
 #pragma omp for schedule(dynamic)
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        for (int64_t task = 0; task < packs; ++task) good &= pack(pair, task);
-        differentiate(pair, 0);
-        for (int64_t row = 0; row < rows; ++row) finish(pair, row);
+      for (int64_t unit = 0; unit < sums.units(); ++unit) {
+        if (sums) sums.clear(memory.dbias);
+        for (int64_t n = 0; n < sums.pairs_of_unit(); ++n) {
+          const int64_t pair = sums.pair(unit, n);
+          for (int64_t task = 0; task < packs; ++task) good &= pack(pair, task);
+          differentiate(pair, 0);
+          for (int64_t row = 0; row < rows; ++row) finish(pair, row);
+        }
+        if (sums) sums.write(unit, memory.dbias);
       }
     } else {
       for (int64_t pair = 0; pair < pairs; ++pair) {

@@ -174,18 +174,9 @@ class BiasGradTask {
   }
 
   void write_row(int64_t b, int64_t h, int64_t i, int64_t j, int64_t n, const S* sum) const {
-    const auto write_to = [&](auto* data) {
-      store_row(data + out.offset(b, h, i, j), out.stride[3], n, sum, S(1));
-    };
-    if constexpr (sizeof(S) == 8) {
-      write_to(static_cast<double*>(out.data));
-    } else if (out.dtype == DType::f32) {
-      write_to(static_cast<float*>(out.data));
-    } else if (out.dtype == DType::bf16) {
-      write_to(static_cast<bf16*>(out.data));
-    } else {
-      write_to(static_cast<f16*>(out.data));
-    }
+    with_float_type<S>(out.dtype, [&]<class B>(B) {
+      store_row(out.at<B>(b, h, i, j), out.stride[3], n, sum, S(1));
+    });
   }
 };
 

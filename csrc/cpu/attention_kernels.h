@@ -10,8 +10,9 @@ namespace fusedattn::FUSEDATTN_ISA {
 
 template <class E, class T>
 static bool attention_gradients(const AttentionBackward& f) {
-  if (!attention_backward<E, T>(f)) return false;
-  if (f.dbias) attention_bias_grad<E, T>(f, f.dbias, false);
+  bool bias_done = false;
+  if (!attention_backward<E, T>(f, bias_done)) return false;
+  if (f.dbias && !bias_done) attention_bias_grad<E, T>(f, f.dbias, false);
   if (f.dalibi_slopes) attention_bias_grad<E, T>(f, f.dalibi_slopes, true);
   return true;
 }

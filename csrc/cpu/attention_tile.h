@@ -52,6 +52,20 @@ FUSEDATTN_INLINE vec<double> tanh(vec<double> x) {
   return x;
 }
 
+// body(B()) with the type of a bias: any float beside S = float, else double.
+template <class S, class Body>
+FUSEDATTN_INLINE void with_float_type(DType dtype, const Body& body) {
+  if constexpr (sizeof(S) == 8) {
+    body(double());
+  } else if (dtype == DType::f32) {
+    body(float());
+  } else if (dtype == DType::bf16) {
+    body(bf16());
+  } else {
+    body(f16());
+  }
+}
+
 // Scores leave the products as raw q·k, and mostly become exponents in one instruction: factor · s
 // − shift(m) with the row's maximum m. Where there is a bias, a softcap or a scale that is not
 // positive, `prepare` rewrites the row, and `rebase` subtracts m before anything is multiplied by
@@ -143,18 +157,9 @@ struct Scores {
 
   void load_bias(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* row) const {
     const int64_t stride = p.bias.stride[3], wide = round_up(n, width<S>);
-    const auto load_from = [&](const auto* data) {
-      load_row(data + p.bias.offset(b, h, i, j0), stride, n, row, wide);
-    };
-    if constexpr (sizeof(S) == 8) {
-      load_from(static_cast<const double*>(p.bias.data));
-    } else if (p.bias.dtype == DType::f32) {
-      load_from(static_cast<const float*>(p.bias.data));
-    } else if (p.bias.dtype == DType::bf16) {
-      load_from(static_cast<const bf16*>(p.bias.data));
-    } else {
-      load_from(static_cast<const f16*>(p.bias.data));
-    }
+    with_float_type<S>(p.bias.dtype, [&]<class B>(B) {
+      load_row(p.bias.at<const B>(b, h, i, j0), stride, n, row, wide);
+    });
   }
 };
 

@@ -327,6 +327,14 @@ MUTANTS = [
     *mutants(
         "csrc/cpu/attention_backward.h",
         ("dp * kept,", "dp,", "attention.py::test_kind[cpu-dropout-float32]"),
+        ("if (sums) sums.clear(memory.dbias);", "",
+         "attention.py::test_bias_broadcast_and_its_gradient"),
+    ),
+    *mutants(
+        "csrc/cpu/attention_bias_sums.h",
+        ("over_batch && used ? n * f.heads_kv() + unit", "over_batch && used ? unit",
+         "attention.py::test_bias_broadcast_and_its_gradient"),
+        ("(over_heads ? 0 : g)", "0", "attention.py::test_bias_broadcast_and_its_gradient"),
     ),
     *mutants(
         "csrc/cpu/attention_bias_grad.h",

@@ -111,7 +111,10 @@ FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> facto
       for (int c = 0; c < 2; ++c) {
         S* const sum = row[r].dbias + j + c * w;
         if (row[r].dbias != nullptr) store(sum, load(sum) + ds[r][c]);
-        if constexpr (bent) ds[r][c] *= load(t.slope + from + r * ld + j + c * w);
+        if constexpr (bent) {
+          const vec<S> slope = load(t.slope + from + r * ld + j + c * w);
+          ds[r][c] *= select_below(int(smaller(row[r].seen - j - c * w, w)), slope, vec<S>{});
+        }
       }
     put(j);
   }

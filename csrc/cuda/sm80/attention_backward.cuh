@@ -350,9 +350,9 @@ class KeysKernel {
       put(ds_tile(), anew(row), query / chunk_size, ds);
       sync_block();
       const int skip = part * columns / 16;
-      multiply<T, shape.queries / 16>(dv, OperandA<ScoresTile, Sum::along>(p_tile(), row),
+      multiply<T, shape.queries / 16>(dv, OperandA<ScoresTile, Sum::along>(p_tile(), anew(row)),
                                       Skipping{OperandB<Passes, Sum::across>(dout), skip});
-      multiply<T, shape.queries / 16>(dk, OperandA<ScoresTile, Sum::along>(ds_tile(), row),
+      multiply<T, shape.queries / 16>(dk, OperandA<ScoresTile, Sum::along>(ds_tile(), anew(row)),
                                       Skipping{OperandB<Passes, Sum::across>(q), skip});
       if (shape.stages == 1) sync_block();
     } else {

@@ -23,15 +23,17 @@ CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
-    """The q, k and v of every call of the fused op."""
+    """The q, k and v of every call of the fused op, packed or not."""
     seen: list[tuple[Tensor, ...]] = []
-    op = module_file.attention
+    for name in ("attention", "attention_varlen"):
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        seen.append((q, k, v))
-        return op(q, k, v, **options)
+        def spy(
+            q: Tensor, k: Tensor, v: Tensor, op: Any = getattr(module_file, name), **options: Any
+        ) -> Tensor:
+            seen.append((q, k, v))
+            return op(q, k, v, **options)
 
-    monkeypatch.setattr(module_file, "attention", spy)
+        monkeypatch.setattr(module_file, name, spy)
     return seen
 
 

@@ -30,12 +30,15 @@ pytestmark = [
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every call of the fused attention."""
+    """One entry for every call of the fused attention, packed or not."""
     seen: list[int] = []
-    op = attention_file.attention
-    monkeypatch.setattr(
-        attention_file, "attention", lambda *a, **options: (seen.append(1), op(*a, **options))[1]
-    )
+    for name in ("attention", "attention_varlen"):
+
+        def counted(*args: Any, op: Any = getattr(attention_file, name), **options: Any) -> Any:
+            seen.append(1)
+            return op(*args, **options)
+
+        monkeypatch.setattr(attention_file, name, counted)
     return seen
 
 

@@ -129,13 +129,13 @@ struct AttentionForward {
     const int64_t diagonal = options.causal == Causal::top_left ? 0 : all - queries;
     const int64_t left = options.window_left;
     const int64_t right = options.causal == Causal::none ? options.window_right : 0;
-    const bool all_left = left < 0 || left > diagonal + queries;
+    const bool all_left = left < 0 || left >= diagonal + queries;
     const bool all_right = right < 0 || right >= all - diagonal;
     return {Int(first_q),
             Int(queries),
             Int(first_k),
             keys,
-            Int(all_left ? -queries : diagonal - left),
+            Int(all_left ? 1 - queries : diagonal - left),
             Int(all_right ? all : diagonal + right + 1),
             Int(all - queries)};
   }

@@ -33,7 +33,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     check_sizes("alibi_slopes", num_heads=num_heads)
     whole = 2 ** (num_heads.bit_length() - 1)
     steps = torch.arange(1, whole + 1, dtype=torch.float64)
-    between = torch.arange(1, 2 * (num_heads - whole), 2, dtype=torch.float64)
+    between = 2 * torch.arange(num_heads - whole, dtype=torch.float64) + 1
     return torch.exp2(torch.cat([-8 / whole * steps, -4 / whole * between]))
 
 

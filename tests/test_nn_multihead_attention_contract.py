@@ -25,15 +25,14 @@ CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
     """The q, k and v of every call of the fused op, packed or not."""
     seen: list[tuple[Tensor, ...]] = []
+
+    def spy(op: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((q, k, v))
+        return op(q, k, v, **options)
+
     for name in ("attention", "attention_varlen"):
-
-        def spy(
-            q: Tensor, k: Tensor, v: Tensor, op: Any = getattr(module_file, name), **options: Any
-        ) -> Tensor:
-            seen.append((q, k, v))
-            return op(q, k, v, **options)
-
-        monkeypatch.setattr(module_file, name, spy)
+        op = getattr(module_file, name)
+        monkeypatch.setattr(module_file, name, functools.partial(spy, op))
     return seen
 
 

@@ -6,6 +6,7 @@ compute themselves without calling their modules, unless something keeps them fr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from typing import Any
@@ -32,13 +33,14 @@ pytestmark = [
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every call of the fused attention, packed or not."""
     seen: list[int] = []
+
+    def counted(op: Any, *args: Any, **options: Any) -> Any:
+        seen.append(1)
+        return op(*args, **options)
+
     for name in ("attention", "attention_varlen"):
-
-        def counted(*args: Any, op: Any = getattr(attention_file, name), **options: Any) -> Any:
-            seen.append(1)
-            return op(*args, **options)
-
-        monkeypatch.setattr(attention_file, name, counted)
+        op = getattr(attention_file, name)
+        monkeypatch.setattr(attention_file, name, functools.partial(counted, op))
     return seen
 
 

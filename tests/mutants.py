@@ -54,6 +54,15 @@ def mutants(file: str, *rows: tuple[str, ...]) -> list[Mutant]:
 
 MUTANTS = [
     *mutants(
+        "python/fusedattn/reference/dropout.py",
+        ("0x9E3779B9", "0x9E3779B8", "norm_dropout.py::test_philox"),
+        ("query[:, None], head, batch[:, None, None, None]",
+         "query[:, None], batch[:, None, None, None], head",
+         "attention_dropout.py::test_the_mask_is_the_same_everywhere"),
+        ("places.query, head, places.batch", "places.query, head, places.batch * 0",
+         "attention_dropout.py::test_a_seed_drops_of_packed_sequences_what_it_drops_of_a_batch"),
+    ),
+    *mutants(
         "python/fusedattn/reference/functional.py",
         ('0 if causal == "top_left" else seq_k - seq_q', "0",
          "attention.py::test_causal_alignment_in_full"),
@@ -63,14 +72,13 @@ MUTANTS = [
          "attention_nonfinite.py::test_nothing_leaks_from_past_the_lengths"),
         ("total = total - g.mean(-1, keepdim=True)", "total = total",
          "norm_inputs.py::test_as_torch", "norm.py::test_weight_and_bias_are_optional"),
-        ("0x9E3779B9", "0x9E3779B8", "norm_dropout.py::test_philox"),
-        ("head[:, None, None], batch[:, None, None, None]",
-         "batch[:, None, None, None], head[:, None, None]",
-         "attention_dropout.py::test_the_mask_is_the_same_everywhere"),
-        ("dp = attention_dropout(torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed)",
+        ("dp = attention_dropout(torch.matmul(dout, v.transpose(-1, -2)), dropout_p, seed, places)",
          "dp = torch.matmul(dout, v.transpose(-1, -2))",
          "attention.py::test_kind[reference-dropout-float64]"),
         ("return ds * scale, ds", "return ds, ds", "softmax.py::test_scale"),
+    ),
+    *mutants(
+        "python/fusedattn/reference/positions.py",
         ('found.masked_fill(absent[..., None], float("nan"))', "found",
          "rotary.py::test_position_without_a_row_in_compiled_code"),
         ("base ** (-2.0 * i / width)", "base ** (-2.0 * i / (width + 1))",
@@ -193,7 +201,7 @@ MUTANTS = [
     ),
     *mutants(
         "kernels/attention_fwd.py",
-        ("alpha[:, None]\n                acc", "1.0\n                acc",
+        ("alpha[:, None]\n                if dropout", "1.0\n                if dropout",
          "triton_attention.py::test_regimes"),
         ("l * alpha + more)", "l * alpha)", "triton_attention.py::test_regimes"),
         ("inverse *= dropout.keep_scale", "inverse *= 1.0",

@@ -8,74 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# --- dropout -------------------------------------------------------------------------------------
-
-
-def philox(seed: Tensor, width: int, *counter: Tensor) -> Tensor:
-    """Philox-4x32-10 (Salmon et al. 2011): random words in [0, 2³²), int64 (…, width).
-
-    Key: the low and the high half of `seed` (one int64). Counter: (column // 4, *counter), three
-    integers of 32 bits, each (…, 1); of its four words a column takes number column % 4.
-    """
-    low = 0xFFFFFFFF
-    c = list(torch.broadcast_tensors(torch.arange((width + 3) // 4, device=seed.device), *counter))
-    key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
-    for _ in range(10):
-        # int64 products wrap around, which leaves their 64 bits as they should be.
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [((b >> 32) & low) ^ c[1] ^ key[0], b & low, ((a >> 32) & low) ^ c[3] ^ key[1], a & low]
-        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    return torch.stack(c, dim=-1).flatten(-2)[..., :width]
-
-
-def _drop(x: Tensor, p: float, words: Tensor) -> Tensor:
-    """x / (1 − p) where the random word is at least p·2³², else 0."""
-    factor = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return torch.where(words >= int(p * 2.0**32), x * factor, 0.0)
-
-
-def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of x (rows, width), with the halves of the row as the counter."""
-    if p == 0.0 or seed is None:
-        return x
-    row = torch.arange(x.shape[0], device=x.device)[:, None]
-    return _drop(x, p, philox(seed, x.shape[1], row & 0xFFFFFFFF, row >> 32, row * 0))
-
-
-class Places(NamedTuple):
-    """Where weights are, for their dropout: batch entry (B, 1, 1, 1) or (Sq, 1), query (Sq, 1) and
-    key (Sk,), each counted from the first of its sequence."""
-
-    batch: Tensor
-    query: Tensor
-    key: Tensor
-
-
-def attention_dropout(
-    x: Tensor, p: float, seed: int | Tensor | None, places: Places | None = None
-) -> Tensor:
-    """Dropout of attention's weights (B, Hq, Sq, Sk), with (query, head, batch) as the counter.
-
-    places: where they are, if not where they stand.
-    """
-    if p == 0.0 or seed is None:
-        return x
-    if not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], device=x.device)
-    batch, head, query = (torch.arange(n, device=x.device) for n in x.shape[:3])
-    head = head[:, None, None]
-    if places is None:
-        words = philox(seed, x.shape[3], query[:, None], head, batch[:, None, None, None])
-    else:
-        words = philox(seed, x.shape[3], places.query, head, places.batch)[..., places.key]
-    return _drop(x, p, words)
-
+from .dropout import Places as Places
+from .dropout import attention_dropout as attention_dropout
+from .dropout import dropout as dropout
+from .dropout import philox as philox
+from .positions import add_sinusoidal as add_sinusoidal
+from .positions import apply_rotary as apply_rotary
+from .positions import sinusoidal_positions as sinusoidal_positions
 
 # --- attention -----------------------------------------------------------------------------------
 
@@ -381,7 +325,6 @@ def layer_norm(
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-    places: Places | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.layer_norm` of z = dropout(x) + residual; with a residual (out, z)."""
     return _norm_of_shape(
@@ -399,7 +342,6 @@ def rms_norm(
     weight_offset: float = 0.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-    places: Places | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.rms_norm` of z = dropout(x) + residual, with weight_offset + weight as the weight."""
     if eps is None:
@@ -501,95 +443,3 @@ def swiglu_backward(
         dgate = pulled * _slope(g, activation)
     dup = dout * _activated(g, activation)
     return (torch.cat((dgate, dup), dim=-1), None) if up is None else (dgate, dup)
-
-
-# --- rotary embedding -----------------------------------------------------------------------------
-
-
-def table_rows(
-    table: Tensor, length: int, positions: Tensor | None, offset: int | Tensor
-) -> Tensor:
-    """The rows of a table (T, N) or (B, T, N) at `length` positions: (S, N) or (B, S, N).
-
-    A position without a row gives NaN.
-    """
-    rows = torch.arange(length, device=table.device) if positions is None else positions.long()
-    rows = rows + offset
-    absent = (rows < 0) | (rows >= table.shape[-2])
-    rows = rows.clamp(0, table.shape[-2] - 1)
-    if table.dim() == 2:
-        found = table[rows]
-    else:
-        rows = (
-            rows.expand(table.shape[0], length) if table.shape[0] > 1 else rows.reshape(-1, length)
-        )
-        index = torch.arange(table.shape[0], device=table.device)[:, None]
-        found = table[index.expand(rows.shape[0], 1), rows]
-    return found.masked_fill(absent[..., None], float("nan"))
-
-
-def apply_rotary(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    interleaved: bool = False,
-    positions: Tensor | None = None,
-    offset: int | Tensor = 0,
-) -> Tensor:
-    """Pairs (a, b) of x (…, S, D) become (a·cos − b·sin, b·cos + a·sin), in the dtype of x.
-
-    cos, sin (T, R/2) or (B, T, R/2); positions (S,) or (B, S), B the first dimension of x. The
-    features from R on are unchanged.
-    """
-    cos, sin = (table_rows(t, x.shape[-2], positions, offset).to(x.dtype) for t in (cos, sin))
-    if cos.dim() == 3:
-        between = (1,) * (x.dim() - 3)
-        cos, sin = (t.reshape(t.shape[0], *between, *t.shape[1:]) for t in (cos, sin))
-        cos, sin = (t[0] if x.dim() == 2 else t for t in (cos, sin))
-    half = cos.shape[-1]
-    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
-    if interleaved:
-        a, b = rotated[..., 0::2], rotated[..., 1::2]
-        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = rotated[..., :half], rotated[..., half:]
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((out, rest), dim=-1)
-
-
-# --- sinusoidal positions -------------------------------------------------------------------------
-
-
-def sinusoidal_positions(
-    length: int,
-    width: int,
-    *,
-    positions: Tensor | None = None,
-    offset: int | Tensor = 0,
-    base: float = 10000.0,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """sin(p / base^(2i/W)) in feature 2i and cos in feature 2i + 1; (S, W) or (B, S, W), fp64."""
-    p = torch.arange(length, device=device) if positions is None else positions.long()
-    i = torch.arange((width + 1) // 2, dtype=torch.float64, device=p.device)
-    phase = (p + offset).double()[..., None] * base ** (-2.0 * i / width)
-    return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)[..., :width]
-
-
-def add_sinusoidal(
-    x: Tensor,
-    *,
-    positions: Tensor | None = None,
-    offset: int | Tensor = 0,
-    base: float = 10000.0,
-    scale: float = 1.0,
-) -> Tensor:
-    """scale · x + sinusoidal positions (Vaswani et al. 2017, §3.5), in the dtype of x (…, S, W).
-
-    The phase is fp64 whatever the dtype; the encoding is rounded to it before the sum.
-    """
-    encoding = sinusoidal_positions(
-        x.shape[-2], x.shape[-1], positions=positions, offset=offset, base=base, device=x.device
-    )
-    return scale * x + encoding.to(x.dtype)

@@ -36,7 +36,7 @@ from .attention_launch import (
     tiles,
     tuning,
 )
-from .attention_mask import mask_bounds, within
+from .attention_mask import within
 from .attention_scores import (
     UNSPECIALISED,
     hide,
@@ -127,7 +127,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Full tiles and masked ones have loops of their own: a branch between the products hides from
     # Triton that they are a chain. A mask or a bias leaves no registers for a second loop.
-    SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
+    SPLIT: tl.constexpr = rules.masks is None and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
     bounds = (begin, end)
     if SPLIT:
@@ -211,7 +211,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     lengths = launches.vector(call.kv_lengths)
     sinks = broadcast_view(call.sinks)
     packed = packed_of(launches, call)
-    rules = rules_of(call, mask_bounds(launches, call.mask, q.shape[2], k.shape[2]))
+    rules = rules_of(launches, call)
     views = (view(q), view(k), view(v), rules, lengths, packed, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:

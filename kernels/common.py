@@ -58,6 +58,11 @@ def view(x: Tensor) -> View:
     return View(with_data(x), *x.stride())
 
 
+def optional_view(x: Tensor | None) -> View | None:
+    """`view`, of a tensor that may be absent."""
+    return None if x is None else view(x)
+
+
 def row_view(x: Tensor | None) -> View | None:
     """(B, H, rows) as (B, H, 1, rows)."""
     if x is None:

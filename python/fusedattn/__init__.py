@@ -8,7 +8,7 @@
 (torch.Size([2, 8, 128, 64]), torch.Size([2, 8, 128]))
 """
 
-from . import autograd, nn
+from . import autograd, biases, masks, nn
 from .nn.replacement import Replacement, replace
 from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
@@ -32,8 +32,10 @@ __all__ = [
     "attention",
     "attention_varlen",
     "autograd",
+    "biases",
     "explain",
     "layer_norm",
+    "masks",
     "nn",
     "replace",
     "rms_norm",

@@ -26,6 +26,7 @@ from ..masks import Mask
 from ._checks import check_flag, check_seed, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
+from ._transforms import Folding
 from .attention_backends import BACKENDS, backward_formula, formula
 from .attention_checks import (
     autocast,
@@ -66,11 +67,32 @@ def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tupl
     return dq, dk, dv, None, dbias, None, slopes, sinks, None, distance, *_NOTHING
 
 
+_BATCHED = {"q", "k", "v", "kv_lengths", "prefix_lengths", "dout", "dlse", "out", "lse"}
+_SHARED = {
+    "mask", "bias", "alibi_slopes", "distance_bias", "documents_q", "documents_k", "mask_blocks",
+}  # fmt: skip
+
+
+def _folds(call: Any) -> bool:
+    """Dropout knows the number of a batch entry, and sinks have one gradient for all."""
+    grad = type(call) is AttentionBackwardCall and call.sinks_grad
+    return call.cu_seqlens_q is None and call.config.dropout_p == 0.0 and not grad
+
+
+def _summed(call: Any) -> tuple[str | None, ...]:
+    if type(call) is AttentionCall:
+        return None, None
+    names = (*[None] * 3, "bias", "alibi_slopes", None, "distance_bias")
+    return tuple(name if asked else None for name, asked in zip(names, call[21:28], strict=True))
+
+
+_FOLDING = Folding(frozenset(_BATCHED), frozenset(_SHARED), _folds, _summed)
+
 op = Op(
     "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4, 6, 7, 9),
     cotangents=2,
-    backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula),
-    keep=_keep, pull_back=_pull_back,
+    backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula, folding=_FOLDING),
+    keep=_keep, pull_back=_pull_back, folding=_FOLDING,
 )  # fmt: skip
 
 # --- public functions ----------------------------------------------------------------------------
@@ -160,9 +182,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(scale · qkᵀ + bias)) v over the keys that each query may attend to.
 
-    Fused, in O(Sq + Sk) memory, and differentiable. Second derivatives, forward mode and
-    `torch.func` transforms run the reference's formula, which stores all scores. Tensors may have
-    any strides and are read in place: a (B, S, H, D) tensor is passed as its `.transpose(1, 2)`.
+    Fused, in O(Sq + Sk) memory, and differentiable; `torch.func.vmap` becomes part of the batch.
+    Second derivatives and forward mode run the reference's formula, which stores all scores.
+    Tensors may have any strides and are read in place: a (B, S, H, D) tensor is passed as its
+    `.transpose(1, 2)`.
 
     Instead of B there may be no dimension or several, in each tensor, and sizes of 1 broadcast, as
     in `F.scaled_dot_product_attention`: q (Hq, Sq, D); q (B, N, Hq, Sq, D) with a bias

@@ -95,7 +95,9 @@ class Run:
         for name, x in found.items():
             rule = {"what": name, "case": self.case, "gradient": name.startswith("d")}
             summed = name in ("dbias", "dalibi_slopes")
-            rule |= {"rows": 100 if summed else 1, "tested": self.case.dtype if summed else None}
+            if summed:  # as in cases/attention.py
+                slack = 2 if name == "dalibi_slopes" else 1
+                rule |= {"rows": 100, "tested": self.case.dtype, "slack": slack}
             check(x, self.ref[name], self.eager[name], floor=5e-5 * (name == "lse"), **rule)
 
 
@@ -163,14 +165,16 @@ def runs(head_dim: int, memory: int) -> list[Run]:
 
 def runs_with_options(head_dim: int) -> list[Run]:
     """Of the kernels that take every option; each way in which a bias is broadcast."""
-    common = {"batch": 1, "heads": 2, "kv_heads": 1, "dim": head_dim, "dim_v": head_dim - 8,
+    common = {"batch": 1, "heads": 2, "kv_heads": 1, "dim": head_dim - 8, "dim_v": head_dim - 16,
               "dtype": torch.bfloat16, "grads": ("out", "lse")}  # fmt: skip
     every = {"window": (70, 9), "alibi_slopes": (2,), "sinks": True, "dropout_p": 0.3}
-    cases = [
-        AttentionCase(**common, **every, seq_q=70, seq_k=150, bias=(1, 1, 70, 150)),
-        AttentionCase(**common, seq_q=70, seq_k=40, bias=(1, 1, 1, 40), window=(5, 1)),
+    cases = [  # the cheapest first
         AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 2, 20, 1)),
         AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 1, 1, 1)),
+        AttentionCase(**common, seq_q=70, seq_k=40, bias=(1, 1, 1, 40), window=(5, 1)),
+        AttentionCase(**common, seq_q=20, seq_k=192, causal=True, window=(3, 0), alibi_slopes=(2,)),
+        AttentionCase(**common, seq_q=150, seq_k=10, causal=True, window=(3, 0)),
+        AttentionCase(**common, **every, seq_q=70, seq_k=190, bias=(1, 1, 70, 190)),
     ]
     found = [Run(case, kind) for case in cases for kind in ("forward", "atomics", "deterministic")]
     split = AttentionCase(**common, seq_q=3, seq_k=520, bias=(1, 2, 3, 520), sinks=True)
@@ -178,9 +182,8 @@ def runs_with_options(head_dim: int) -> list[Run]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 192])
-def test_every_flaw_with_options_is_caught(head_dim: int) -> None:
-    survivors, how = hunt(runs_with_options(head_dim))
+def test_every_flaw_with_options_is_caught() -> None:
+    survivors, how = hunt(runs_with_options(64))
     assert not survivors
     kinds = [*ALWAYS, *COPIES, "late begin", "bound too high", "bound too low"]
     assert {flaw for flaw, by in how if by} >= {f"attention_backward_bias: {x}" for x in kinds}

@@ -155,8 +155,7 @@ class BiasKernel {
       for (int i = 0; i < summands; ++i)
         total += load_shared(all + rank * (down ? 1 : stride) + i * step);
     if (down && one_column()) {
-      sync_block();
-      if (rank < count) store_shared(all + rank, total);
+      if (rank < count) store_shared(all + rank, total);  // that only this thread has read
       sync_block();
       total = 0.0f;
       if (rank == 0)

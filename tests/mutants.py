@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mutants_cuda import CUDA_MUTANTS
 from processes import ROOT, SHIPPED
 
+# Of attention in CUDA C++ the emulator gets one dtype and one head dim, "bf16" and "64".
+VARIANTS = (('("f16", "bf16")', '("bf16",)'), ('("64", "96", "128", "192", "256")', '("64",)'))
 PYTEST = ["-q", "-x", "--deterministic", "--durations=0", "-p", "no:cacheprovider"]
 # A compiler that knows no set after avx2: fewer sources to compile.
 OLD_COMPILER = '#!/bin/sh\ncase " $* " in *-mavx512f*) exit 1;; esac\nexec g++ "$@"\n'
@@ -40,8 +43,12 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
     @property
+    def emulated(self) -> bool:
+        return self.file.startswith("csrc/cuda")
+
+    @property
     def native(self) -> bool:
-        return self.file.startswith("csrc")
+        return self.file.startswith("csrc") and not self.emulated
 
     def __str__(self) -> str:
         return f"{self.file}: {self.old}  →  {self.new or '(nothing)'}"
@@ -382,6 +389,7 @@ MUTANTS = [
         "csrc/cpu/rowwise/rotary.cpp",
         ("swap_neighbours(each) * s[k]", "each * s[k]", "rotary.py::test_shapes"),
     ),
+    *(x for file, rows in CUDA_MUTANTS.items() for x in mutants(file, *rows)),
 ]  # fmt: skip
 
 
@@ -404,6 +412,7 @@ def run(tests: tuple[str, ...], site: Path) -> str:
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(site)
     sys.path.insert(0, str(site))
+    sys.setdlopenflags(os.RTLD_LAZY)  # the emulator's module lacks the kernels of other head dims
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         status = pytest.main([*PYTEST, *tests])
@@ -413,23 +422,31 @@ def run(tests: tuple[str, ...], site: Path) -> str:
     return "passed" if status == 0 else f"BROKEN: {text.getvalue()[-2000:]}"
 
 
-def build(tree: Path) -> None:
-    """The native CPU module of a tree, in place."""
+def build(tree: Path, emulator: bool) -> None:
+    """The native CPU module of a tree, in place, or that of the emulator."""
     environment = {**os.environ, "CXX": str(tree / "g++"), "FUSEDATTN_CUDA_ARCHS": "none"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    what = ["build_emulator"] if emulator else ["build_ext", "--inplace"]
+    command = [sys.executable, "setup.py", "-q", *what]
     subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
-def make_tree(folder: Path, native: bool) -> Path:
-    """The sources; with `native` built with the old compiler, so that little is left to build."""
+def make_tree(folder: Path, native: bool, emulated: bool) -> Path:
+    """The sources; what is to be built with the old compiler, so that little is left to build."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder)
     for name in ("csrc", *SHIPPED.values()):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results"))
-    if native:
-        (folder / "g++").write_text(OLD_COMPILER)
-        (folder / "g++").chmod(0o755)
-        build(folder)
+    (folder / "g++").write_text(OLD_COMPILER)
+    (folder / "g++").chmod(0o755)
+    path = folder / "csrc/native_build.py"
+    text = path.read_text()
+    for old, new in VARIANTS:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    for emulator, wanted in ((False, native), (True, emulated)):
+        if wanted:
+            build(folder, emulator)
     return folder
 
 
@@ -443,8 +460,8 @@ def try_out(mutant: Mutant | None, tree: Path, tests: tuple[str, ...]) -> str:
             if text.count(mutant.old) != 1:
                 return f"STALE: the old text stands there {text.count(mutant.old)} times"
             path.write_text(text.replace(mutant.old, mutant.new))
-            if mutant.native:
-                build(changed)
+            if mutant.native or mutant.emulated:
+                build(changed, mutant.emulated)
         return run(tests, package(changed, Path(name, "site")))
 
 
@@ -459,7 +476,7 @@ def main(words: list[str]) -> int:
     begun = time.time()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name, context.Pool(2, maxtasksperchild=1) as pool:
-        tree = make_tree(Path(name), any(x.native for x in chosen))
+        tree = make_tree(Path(name), any(x.native for x in chosen), any(x.emulated for x in chosen))
         tests = tuple(dict.fromkeys(test for x in chosen for test in x.tests))
         sound = pool.apply_async(try_out, (None, tree, tests))
         found = [pool.apply_async(try_out, (x, tree, x.tests)) for x in chosen]

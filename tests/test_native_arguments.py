@@ -309,7 +309,7 @@ def test_dropout_needs_a_seed(native):
 # --- storages that were freed, through the public functions ---------------------------------------
 
 
-_NOT_IN_CUDA = ("mask", "bias", "alibi_slopes", "sinks")
+_NOT_IN_CUDA = ("mask",)
 
 
 def calls_on_freed(backend: str) -> Iterator[Call]:

@@ -97,9 +97,7 @@ struct AttentionForward {
     if (cu_seqlens_q) {
       const int64_t first_q = packed_q(b), first_k = packed_k(b);
       const int64_t end_q = packed_q(b + 1), end_k = packed_k(b + 1);
-      const int64_t queries = end_q < first_q ? 0 : end_q - first_q;
-      const int64_t keys = end_k < first_k ? 0 : end_k - first_k;
-      return bounded<int64_t>(first_q, queries, first_k, keys, keys);
+      return packed_sequence<int64_t>(first_q, end_q, first_k, end_k);
     }
     int64_t keys = longest_k();
     if (kv_lengths) {
@@ -115,6 +113,15 @@ struct AttentionForward {
   }
   FUSEDATTN_MEMBER int64_t packed_k(int64_t b) const {
     return packed(cu_seqlens_k, b, longest_k());
+  }
+
+  // The packed sequence of these rows; none where they end before they begin.
+  template <class Int>
+  FUSEDATTN_MEMBER Sequence<Int> packed_sequence(int64_t first_q, int64_t end_q, int64_t first_k,
+                                                 int64_t end_k) const {
+    const int64_t queries = end_q < first_q ? 0 : end_q - first_q;
+    const int64_t keys = end_k < first_k ? 0 : end_k - first_k;
+    return bounded<Int>(first_q, queries, first_k, keys, Int(keys));
   }
 
   // The sequence of a batch element of which so many keys exist.

@@ -1,8 +1,8 @@
 """Ops under torch.func's transforms: the kernel serves them where vmap can be part of its batch.
 
-`grad`, `vjp` and `jacrev` then run kernels, forward and backward, and `vmap` folds what it maps over
-into the batch; forward mode, and what cannot be folded, is the op's formula. Transforms nest: each
-takes its own level off the tensors and calls what is here again.
+`grad`, `vjp` and `jacrev` then run kernels, forward and backward, and `vmap` folds what it maps
+over into the batch; forward mode, and what cannot be folded, is the op's formula. Transforms nest:
+each takes its own level off the tensors and calls what is here again.
 """
 
 from __future__ import annotations

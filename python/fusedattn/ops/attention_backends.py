@@ -76,23 +76,13 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
     """Why the CUDA C++ kernels do not take a call on tensors that are where they can reach them."""
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
-    if call.mask is not None or call.bias is not None:
-        name = "mask" if call.mask is not None else "bias"
+    if call.mask is not None:
         return Refusal(
-            f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths"
+            "mask is not supported", "leave mask out, or use causal, window and kv_lengths"
         )
-    for name in ("alibi_slopes", "sinks"):
-        if getattr(call, name) is not None:
-            return Refusal(f"{name} is not supported", f"leave {name} out")
     for name in ("distance_bias", "prefix_lengths", "documents_q", "mask_blocks"):
         if getattr(call, name) is not None:
             return Refusal(f"{name} is not supported", "use another mask or bias")
-    if call.cu_seqlens_q is not None:
-        return Refusal("cu_seqlens_q is not supported", "pad, and pass kv_lengths to attention")
-    if call.config.window is not None:
-        return Refusal("window is not supported", "leave window out")
-    if call.config.dropout_p != 0.0:
-        return Refusal("dropout_p is not supported", "leave dropout_p out")
     for name, x in (("D", call.q), ("Dv", call.v)):
         width = x.shape[3]
         if width % 8 != 0 or width > 256:

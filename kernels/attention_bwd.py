@@ -60,6 +60,8 @@ from .attention_scores import (
 from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
     View,
+    describable,
+    described,
     device_of,
     dot,
     load_tile,
@@ -112,6 +114,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED_APART: tl.constexpr = False,
+    TMA: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_k, sequences, BLOCK_N)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, None)
@@ -144,6 +147,9 @@ def dkdv_kernel(
         head = kv_head * group + member
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
         dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
+        if TMA:
+            q_head = described(q_head, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+            dout_head = described(dout_head, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         span = bounds
         if DENSE:
@@ -224,6 +230,7 @@ def attention_backward(
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     about = (device, q.dtype, widths, pair_bytes(call), arguments["dropout"] is not None)
     padded = widths != (arguments["D"], arguments["DV"])
+    walked = call.dout is not None and describable(q, call.dout)
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
     dlse = row_view(call.dlse)
@@ -244,7 +251,7 @@ def attention_backward(
         return (heads_q * tiles(call, q, tile["BLOCK_M"]),)
 
     launches.tuned(
-        _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
+        _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about, walked), products=4), dkdv_kernel,
         dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, view(dk), view(dv),
         heads_total=heads_k,
         section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
@@ -253,10 +260,10 @@ def attention_backward(
     ds = None if dbias is None else launches.zeros(dbias.shape)
     whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
     slopes = None if dalibi_slopes is None else launches.empty(lse.shape)
+    found = dq_tiles(*about, padded, describable(k, v))
     launches.tuned(
-        _dq_tuner, tuning(call, arguments, dq_tiles(*about, padded), products=3), dq_kernel,
-        dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, slopes,
-        heads_total=heads_q,
+        _dq_tuner, tuning(call, arguments, found, products=3), dq_kernel, dq_grid, *views, scaled,
+        norms, view(dq), view(ds) if whole else None, slopes, heads_total=heads_q,
         section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
     )  # fmt: skip
     if dalibi_slopes is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention_mask import Bounds
 from .attention_scores import Dropped, Packed, Rules
+from .attention_tiles import TMA
 from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision, with_data
 from .dropout import dropout_of
 from .plans import Launches
@@ -137,6 +138,7 @@ def tuning(
         arguments["upper"] is None, call.alibi_slopes is None,
         arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
         arguments["group"], arguments["dropout"] is None, call.cu_seqlens_q is None,
+        any(TMA in each.kwargs for each in candidates),  # not for every layout
     )  # fmt: skip
     heads, (seq_q, seq_k) = sequences_of(call) * q.shape[1], longest_of(call)
     width = (arguments["D"] + arguments["DV"]) // 2

@@ -61,6 +61,8 @@ from .attention_scores import (
 from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
     View,
+    describable,
+    described,
     device_of,
     dot,
     load_tile,
@@ -114,6 +116,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED_APART: tl.constexpr = False,
+    TMA: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_k, sequences, BLOCK_N)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, None)
@@ -146,6 +149,9 @@ def dkdv_kernel(
         head = kv_head * group + member
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
         dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
+        if TMA:
+            q_head = described(q_head, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+            dout_head = described(dout_head, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         span = bounds
         if DENSE:
@@ -232,6 +238,7 @@ def attention_backward(
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     about = (device, q.dtype, widths, pair_bytes(call), arguments["dropout"] is not None)
     padded = widths != (arguments["D"], arguments["DV"])
+    walked = call.dout is not None and describable(q, call.dout)
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
     dlse = row_view(call.dlse)
@@ -251,20 +258,21 @@ def attention_backward(
 
     if dk is not None or dv is not None:
         of_keys = rules_of(launches, call, of_keys=True)
+        found = dkdv_tiles(*about, walked)
         launches.tuned(
-            _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
-            dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, optional_view(dk),
-            optional_view(dv), heads_total=heads_k,
-            section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
+            _dkdv_tuner, tuning(call, arguments, found, products=4), dkdv_kernel, dkdv_grid,
+            *inputs, of_keys, *views[4:], scaled, norms, optional_view(dk), optional_view(dv),
+            heads_total=heads_k, section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
         )  # fmt: skip
     # In fp32, and zero where no tile comes by.
     ds = None if dbias is None else launches.zeros(dbias.shape)
     whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
     slopes = None if dalibi_slopes is None else launches.empty(lse.shape)
     if dq is not None or whole or slopes is not None:
+        found = dq_tiles(*about, padded, describable(k, v))
         launches.tuned(
-            _dq_tuner, tuning(call, arguments, dq_tiles(*about, padded), products=3), dq_kernel,
-            dq_grid, *views, scaled, norms, optional_view(dq), view(ds) if whole else None, slopes,
+            _dq_tuner, tuning(call, arguments, found, products=3), dq_kernel, dq_grid, *views,
+            scaled, norms, optional_view(dq), view(ds) if whole else None, slopes,
             heads_total=heads_q,
             section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
         )  # fmt: skip

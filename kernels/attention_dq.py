@@ -30,7 +30,7 @@ from .attention_scores import (
     weights,
     work_item,
 )
-from .common import dot, load_tile, matrix, rows_from, store_tile
+from .common import described, dot, load_tile, matrix, rows_from, store_tile
 from .plans import Launches
 
 
@@ -69,6 +69,7 @@ def dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_q, sequences, BLOCK_M)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
@@ -78,6 +79,9 @@ def dq_kernel(
     )
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+    if TMA:
+        k_head = described(k_head, sequence.seq_k, BLOCK_N, D, BLOCK_D)
+        v_head = described(v_head, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     inside = i < sequence.seq_q

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention_mask import mask_bounds
 from .attention_scores import Dropped, Masks, Packed, Rules
+from .attention_tiles import TMA
 from .common import (
     Device,
     View,
@@ -196,6 +197,7 @@ def tuning(
         call.distance_bias is None, call.prefix_lengths is None, call.documents_q is None,
         call.mask_blocks is None, call.config.softcap > 0,
         arguments["group"], arguments["dropout"] is None, call.cu_seqlens_q is None,
+        any(TMA in each.kwargs for each in candidates),  # not for every layout
     )  # fmt: skip
     heads, (seq_q, seq_k) = sequences_of(call) * q.shape[1], longest_of(call)
     width = (arguments["D"] + arguments["DV"]) // 2

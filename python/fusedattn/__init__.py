@@ -8,7 +8,8 @@
 (torch.Size([2, 8, 128, 64]), torch.Size([2, 8, 128]))
 """
 
-from . import autograd, nn
+from . import autograd, integrations, nn
+from .integrations.sdpa import scaled_dot_product_attention
 from .nn.replacement import Replacement, replace
 from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
@@ -33,10 +34,12 @@ __all__ = [
     "attention_varlen",
     "autograd",
     "explain",
+    "integrations",
     "layer_norm",
     "nn",
     "replace",
     "rms_norm",
+    "scaled_dot_product_attention",
     "softmax",
     "strict",
     "swiglu",

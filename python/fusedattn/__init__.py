@@ -9,6 +9,7 @@
 """
 
 from . import autograd, integrations, nn
+from .integrations.patch import Patch, patch
 from .integrations.sdpa import scaled_dot_product_attention
 from .nn.replacement import Replacement, replace
 from .ops._explain import explain
@@ -25,6 +26,7 @@ from .ops.swiglu import swiglu
 
 __version__ = "0.1.0"
 __all__ = [
+    "Patch",
     "Replacement",
     "UnsupportedError",
     "add_sinusoidal",
@@ -37,6 +39,7 @@ __all__ = [
     "integrations",
     "layer_norm",
     "nn",
+    "patch",
     "replace",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -191,3 +191,35 @@ def test_nothing_is_left_behind() -> None:
         hf.set_ours(hf.build("llama"))
     adapter.register()
     hf.set_ours(hf.build("llama"))
+
+
+# All that can be built from tiny configs are listed in docs/transformers.md.
+SAMPLE = {
+    "opt": "right", "pegasus_x": "right", "qwen3_next": "right", "longt5": "right",
+    "swinv2": "not built", "mamba": "unused", "falcon": "refused", "deberta-v2": "refused",
+    "git": "refused", "bigbird_pegasus": "refused",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_any_model_is_right_or_refused(model_type: str) -> None:
+    from cases import hf_all
+
+    found, what = hf_all.verdict(model_type)
+    assert found == SAMPLE[model_type], what
+
+
+def test_causal_without_a_mask_where_nobody_tried_it() -> None:
+    """A decoder's modules say that they are not causal in models that are run without SDPA."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PegasusXConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, block_size=8,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=hf.VOCABULARY,
+        num_global_tokens=4,
+    )  # fmt: skip
+    model = transformers.PegasusXModel._from_config(config, attn_implementation="eager").eval()
+    ids = hf.inputs("t5")["input_ids"]
+    want = model(input_ids=ids, decoder_input_ids=ids).last_hidden_state
+    hf.set_ours(model)
+    got = model(input_ids=ids, decoder_input_ids=ids).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

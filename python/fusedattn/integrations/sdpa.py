@@ -68,12 +68,18 @@ def scaled_dot_product_attention(
         given = locals()
         if is_overridden(given):
             return hand_over(scaled_dot_product_attention, given)
-    flat = max(_rank(query), _rank(key), _rank(value)) == 2
-    query, key, value = (_with_heads(x) for x in (query, key, value))
-    if not query.is_nested:
-        query, key, value = _matching_heads(query, key, value, enable_gqa)
-    mask, bias = _mask_and_bias(query, key, value, attn_mask)
-    causal = "top_left" if check_flag(_NAME, "is_causal", is_causal) else False
+    flat = False
+    if not _fit(query, key, value):
+        flat = max(_rank(query), _rank(key), _rank(value)) == 2
+        query, key, value = (_with_heads(x) for x in (query, key, value))
+        if not query.is_nested:
+            query, key, value = _matching_heads(query, key, value, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        mask, bias = _mask_and_bias(query, key, value, attn_mask)
+    if is_causal is not False:
+        is_causal = check_flag(_NAME, "is_causal", is_causal)
+    causal = "top_left" if is_causal else False
     out: Any = attention(
         query, key, value, mask=mask, bias=bias, causal=causal, scale=scale, dropout_p=dropout_p,
         backend=backend,
@@ -81,6 +87,17 @@ def scaled_dot_product_attention(
     if out.is_cpu and query.is_contiguous():  # as torch's kernel there: its callers may view it
         out = out.contiguous()
     return out[0] if flat else out
+
+
+def _fit(query: Any, key: Any, value: Any) -> bool:
+    """Whether they are what most calls have: (B, H, L, E), with as many heads."""
+    try:
+        return (
+            query.dim() == key.dim() == value.dim() == 4
+            and query.shape[1] == key.shape[1] == value.shape[1]
+        )
+    except (AttributeError, TypeError):
+        return False
 
 
 def _rank(x: Any) -> int:
@@ -119,9 +136,9 @@ def _matching_heads(
 
 
 def _mask_and_bias(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    if attn_mask is None or is_causal_bias(attn_mask):
+    if is_causal_bias(attn_mask):
         return attn_mask, None
     if not isinstance(attn_mask, Tensor):
         kind = type(attn_mask).__name__

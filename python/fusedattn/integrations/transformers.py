@@ -65,7 +65,9 @@ def attention_forward(
             f"{type(module).__name__}: sinks of each query are not supported; use "
             'attn_implementation="eager"'
         )
-    if is_causal is None:
+    if type(getattr(module, "config", None)) in _masked:
+        is_causal = False
+    elif is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     options: dict[str, Any] = {
         "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout
@@ -127,11 +129,38 @@ def _weights(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
 
 # --- registers -----------------------------------------------------------------------------------
 
-# Model types whose attention is not, or not only, that of the interface, and is wrong with a mask
-# of bools or without one.
-OWN_ATTENTION: frozenset[str] = frozenset()
+# Model types that call the interface for a part of them; the others are wrong with a mask of bools.
+OWN_ATTENTION = frozenset({"bigbird_pegasus", "git"})
 
-_before: dict[str, Callable[..., Any]] = {}
+# Methods of PreTrainedModel, and which of their arguments is the name of an attention.
+_CHECKED = {
+    "get_correct_attn_implementation": "requested_attention",
+    "set_attn_implementation": "attn_implementation",
+}
+_before: dict[str, Callable[..., Any]] = {}  # what is theirs, while ours is registered
+
+# Configs of models that transformers runs without SDPA, so that nobody has tried what they say of
+# `is_causal`: they get a mask where they make one, as with eager attention.
+_masked: set[type] = set()
+
+
+def attention_mask(
+    *,
+    config: Any = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **given: Any,
+) -> Tensor | None:
+    """(B, 1, Lq, Lk) of bools, or None where it would be causal, or nothing; as
+    `AttentionMaskInterface` calls it."""
+    allowed = type(config) not in _masked
+    mask: Tensor | None = _before["sdpa_mask"](
+        config=config,
+        allow_is_causal_skip=allow_is_causal_skip and allowed,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and allowed,
+        **given,
+    )
+    return mask
 
 
 def register() -> None:
@@ -147,14 +176,12 @@ def register() -> None:
     transformers = _import()
     if _before:
         return
-    transformers.AttentionInterface.register(NAME, attention_forward)
     masks = importlib.import_module("transformers.masking_utils")
-    transformers.AttentionMaskInterface.register(NAME, masks.sdpa_mask)
+    _before["sdpa_mask"] = masks.sdpa_mask
+    transformers.AttentionInterface.register(NAME, attention_forward)
+    transformers.AttentionMaskInterface.register(NAME, attention_mask)
     model = transformers.PreTrainedModel
-    for name, argument in (
-        ("get_correct_attn_implementation", "requested_attention"),
-        ("set_attn_implementation", "attn_implementation"),
-    ):
+    for name, argument in _CHECKED.items():
         _before[name] = getattr(model, name)
         setattr(model, name, _checked(_before[name], argument))
 
@@ -164,9 +191,10 @@ def unregister() -> None:
     if not _before:
         return
     transformers = _import()
-    for name, function in _before.items():
-        setattr(transformers.PreTrainedModel, name, function)
+    for name in _CHECKED:
+        setattr(transformers.PreTrainedModel, name, _before[name])
     _before.clear()
+    _masked.clear()
     for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
         interface._global_mapping.pop(NAME, None)
 
@@ -187,6 +215,8 @@ def _checked(function: Callable[..., Any], argument: str) -> Callable[..., Any]:
         asked = args[0] if args else kwargs.get(argument)
         if asked == NAME:
             _refuse_others(type(self), self.config)
+            if not self._supports_sdpa:
+                _masked.add(type(self.config))
         return function(self, *args, **kwargs)
 
     return checked

@@ -8,7 +8,9 @@
 (torch.Size([2, 8, 128, 64]), torch.Size([2, 8, 128]))
 """
 
-from . import autograd, biases, masks, nn
+from . import autograd, biases, integrations, masks, nn
+from .integrations.patch import Patch, patch
+from .integrations.sdpa import scaled_dot_product_attention
 from .nn.replacement import Replacement, replace
 from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
@@ -24,6 +26,7 @@ from .ops.swiglu import swiglu
 
 __version__ = "0.1.0"
 __all__ = [
+    "Patch",
     "Replacement",
     "UnsupportedError",
     "add_sinusoidal",
@@ -34,11 +37,14 @@ __all__ = [
     "autograd",
     "biases",
     "explain",
+    "integrations",
     "layer_norm",
     "masks",
     "nn",
+    "patch",
     "replace",
     "rms_norm",
+    "scaled_dot_product_attention",
     "softmax",
     "strict",
     "swiglu",

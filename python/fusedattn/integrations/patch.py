@@ -1,0 +1,357 @@
+"""`fusedattn.patch(model)`: all that a live model has of ours, in one call, and back.
+
+A class says little of what it computes: transformers has some 300 norms and half as many gated
+networks, written out one by one. So each is recognised by its results: a copy of the module, with
+small random weights, is run beside each op of ours that it might be, and is changed where one of
+them agrees to the rounding of fp32. Modules stay the same objects; a `forward` of their own stands
+before that of the class.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.replacement import replace
+from ..ops._checks import HALVES
+from ..ops.layer_norm import layer_norm
+from ..ops.rms_norm import rms_norm
+from ..ops.rotary import apply_rotary_qk
+from ..ops.swiglu import ACTIVATIONS, swiglu
+
+_EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+_GATED = (
+    ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "", "down_proj"),
+)  # fmt: skip
+_ROTARY = "apply_rotary_pos_emb"
+
+
+class Patch(Mapping[str, str]):
+    """What `patch` changed: a mapping of module names to what they run now.
+
+    `left` says the same of what looked alike and was not changed, and why. `undo()` takes all back;
+    as a context manager it does so on exit.
+    """
+
+    def __init__(self) -> None:
+        self.left: dict[str, str] = {}
+        self._changed: dict[str, str] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def undo(self) -> None:
+        """The model as it was; a `forward` that somebody has put over ours stays."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _note(self, name: str, what: str, undo: Callable[[], None] | None = None) -> None:
+        self._changed[name] = f"{self._changed[name]}, {what}" if name in self._changed else what
+        if undo is not None:
+            self._undo.append(undo)
+
+    def _bind(self, name: str, module: nn.Module, forward: Any, what: str) -> None:
+        """`forward(module, …)` in place of that of the class."""
+        bound = types.MethodType(forward, module)
+        module.forward = bound
+
+        def undo() -> None:
+            if vars(module).get("forward") is bound:
+                del module.forward
+
+        self._note(name, what, undo)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+    def __getitem__(self, name: str) -> str:
+        return self._changed[name]
+
+    def __len__(self) -> int:
+        return len(self._changed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._changed)
+
+    def __repr__(self) -> str:
+        lines = [f"Patch of {len(self)} modules"]
+        left = {name: f"left, {why}" for name, why in self.left.items()}
+        for name, what in (*self.items(), *left.items()):
+            lines.append(f"  {name or '(the model itself)'}: {what}")
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module) -> Patch:
+    """Make attention, norms, rotary embeddings and gated networks of `model` ours, in place.
+
+    What `fusedattn.replace` swaps; the attention of a transformers model, if it calls the interface
+    (`integrations.transformers.register`); every module that computes a layer norm, an RMS norm (of
+    weights that are stored less 1, too) or a gated network of silu, gelu or relu, whatever its
+    class; and transformers' rotary embedding. Parameters, buffers, hooks and names stay. A norm's
+    result has the dtype of its input, also where float32 weights would widen it.
+
+    A deep copy is patched too. A model that is to be pickled whole must be turned back first.
+
+    Returns:
+        What was changed, by module name, and in `left` what was not; its `undo()` takes it back.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+
+    >>> import torch, fusedattn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    >>> fusedattn.patch(model)
+    Patch of 1 modules
+      1: fusedattn.nn.LayerNorm
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: got model of type {type(model).__name__}, expected a Module")
+    done = Patch()
+    swapped = replace(model)
+    done._undo.append(swapped.undo)
+    for name, (_, new) in swapped.items():
+        done._note(name, f"fusedattn.nn.{new.__name__}")
+    _attention(done, model)
+    with torch.random.fork_rng(devices=()):
+        for name, module in model.named_modules():
+            _one(done, name, module)
+    return done
+
+
+def _one(done: Patch, name: str, module: nn.Module) -> None:
+    if "forward" in vars(module) or type(module).__module__.startswith("fusedattn."):
+        return
+    if "norm" in type(module).__name__.lower():
+        _norm(done, name, module)
+    elif (names := _gated_names(module)) is not None:
+        _gated(done, name, module, names)
+    elif _ROTARY in getattr(_innermost(module), "co_names", ()):
+        _rotary(done, name, module)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def _attention(done: Patch, model: nn.Module) -> None:
+    transformers: Any = sys.modules.get("transformers")  # else no model of its is there
+    if transformers is None or not hasattr(transformers, "PreTrainedModel"):
+        return
+    from .transformers import NAME, register
+
+    for name, module in model.named_modules():
+        if not isinstance(module, transformers.PreTrainedModel):
+            continue
+        before = [(x.config, x.config._attn_implementation) for x in _models(module, transformers)]
+        if all(asked == NAME for _, asked in before):
+            continue
+        register()
+
+        def undo(before: Any = before) -> None:
+            for config, asked in before:
+                config._attn_implementation_internal = asked
+
+        try:
+            module.set_attn_implementation(NAME)
+        except ValueError as error:
+            undo()
+            done.left[name] = str(error)
+        else:
+            done._note(name, f"attn_implementation={NAME!r}", undo)
+
+
+def _models(model: Any, transformers: Any) -> list[Any]:
+    return [x for x in model.modules() if isinstance(x, transformers.PreTrainedModel)]
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+def _rms_norm(module: Any, x: Tensor) -> Any:
+    return rms_norm(x, module.weight.shape, module.weight, _eps(module))
+
+
+def _rms_norm_1(module: Any, x: Tensor) -> Any:
+    return rms_norm(x, module.weight.shape, module.weight, _eps(module), weight_offset=1.0)
+
+
+def _layer_norm(module: Any, x: Tensor) -> Any:
+    bias = getattr(module, "bias", None)
+    return layer_norm(x, module.weight.shape, module.weight, bias, _eps(module))
+
+
+_NORMS = {
+    "fusedattn.rms_norm": _rms_norm,
+    "fusedattn.rms_norm of 1 + weight": _rms_norm_1,
+    "fusedattn.layer_norm": _layer_norm,
+}
+
+
+def _norm_forward(norm: Callable[..., Any], narrow: bool) -> Any:
+    """narrow: half weights make half results, whatever comes in, as in T5."""
+
+    def forward(self: Any, x: Tensor, *rest: Any, **further: Any) -> Any:
+        if rest or further:  # a gate, say
+            return type(self).forward(self, x, *rest, **further)
+        out = norm(self, x)
+        return out.to(self.weight.dtype) if narrow and self.weight.dtype in HALVES else out
+
+    return forward
+
+
+def _eps(module: Any) -> float:
+    return next(float(getattr(module, x)) for x in _EPS if hasattr(module, x))
+
+
+def _norm(done: Patch, name: str, module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or next(module.children(), None) is not None:
+        return
+    if not any(isinstance(getattr(module, x, None), float) for x in _EPS):
+        done.left[name] = f"{type(module).__name__} has no eps"
+        return
+    probe = copy.deepcopy(module).to("cpu", torch.float32) if not weight.is_meta else None
+    found = None
+    if probe is not None:
+        for x in probe.parameters():
+            x.data = torch.randn(x.shape)
+        source = torch.Generator().manual_seed(0)
+        shape = (2, 3, *weight.shape)
+        # A small input shows where eps stands, one off the middle whether the mean is taken away.
+        inputs = [torch.randn(shape, generator=source) * s + s / 2 for s in (1e-3, 1.0, 1e2)]
+        found = _agrees(probe, _NORMS, inputs)
+    if found is None:
+        done.left[name] = f"{type(module).__name__} computes something else"
+        return
+    with torch.no_grad():
+        narrow = probe.bfloat16()(inputs[0]).dtype == torch.bfloat16  # type: ignore[union-attr]
+    done._bind(name, module, _norm_forward(_NORMS[found], narrow), found)
+
+
+def _agrees(probe: nn.Module, candidates: Mapping[str, Any], inputs: list[Tensor]) -> str | None:
+    """The candidate that gives what the module gives for these inputs."""
+    try:
+        with torch.no_grad():
+            want = [probe.eval()(x) for x in inputs]
+            for what, forward in candidates.items():
+                pairs = [(forward(probe, x), y) for x, y in zip(inputs, want, strict=True)]
+                if all(isinstance(y, Tensor) and _same(x, y) for x, y in pairs):
+                    return what
+    except Exception:  # whatever a module of somebody else's may do with arguments it does not know
+        return None
+    return None
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and torch.allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+# --- gated networks ------------------------------------------------------------------------------
+
+
+def _gated_forward(activation: str, names: tuple[str, str, str]) -> Any:
+    gate, up, down = names
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        both = getattr(self, gate)(x), getattr(self, up)(x) if up else None
+        out: Tensor = getattr(self, down)(swiglu(*both, activation=activation))
+        return out
+
+    return forward
+
+
+def _gated_names(module: nn.Module) -> tuple[str, str, str] | None:
+    """What its layers are called: gate, up or "" where gate holds both, and down."""
+    layers = {name for name, x in module.named_children() if next(x.parameters(), None) is not None}
+    return next((names for names in _GATED if layers == {x for x in names if x}), None)
+
+
+def _gated(done: Patch, name: str, module: nn.Module, names: tuple[str, str, str]) -> None:
+    probe = copy.copy(module)
+    probe._modules = dict(module._modules)
+    probe._forward_hooks = type(module._forward_hooks)()
+    probe._forward_pre_hooks = type(module._forward_pre_hooks)()
+    gate, up, down = names
+    source = torch.Generator().manual_seed(0)
+    for layer, shape in ((gate, (8, 12 if up else 24)), (up, (8, 12)), (down, (12, 8))):
+        if layer:
+            small = nn.Linear(*shape)
+            for x in small.parameters():
+                x.data = torch.randn(x.shape, generator=source)
+            probe._modules[layer] = small
+    candidates = {x: _gated_forward(x, names) for x in ACTIVATIONS}
+    found = _agrees(probe, candidates, [torch.randn(2, 3, 8, generator=source)])
+    if found is None:
+        done.left[name] = f"{type(module).__name__} computes something else than a gated network"
+    else:
+        done._bind(name, module, candidates[found], f"fusedattn.swiglu of {found}")
+
+
+# --- rotary embeddings ---------------------------------------------------------------------------
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' tables (B or 1, S, R), each half the same, as ours."""
+    cos, sin = (x[..., : x.shape[-1] // 2] for x in (cos, sin))
+    if cos.shape[0] == 1:
+        cos, sin = cos[0], sin[0]
+    return apply_rotary_qk(q, k, cos, sin)
+
+
+def _rotary(done: Patch, name: str, module: nn.Module) -> None:
+    """Its `forward` with ours under the name that it looks up among its file's."""
+    theirs = type(module).forward
+    given = inspect.unwrap(theirs).__globals__.get(_ROTARY)
+    source = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 5, 8, generator=source), torch.randn(2, 1, 5, 8, generator=source)
+    angles = torch.randn(2, 5, 4, generator=source).repeat(1, 1, 2)
+    try:
+        want, got = (f(q, k, angles.cos(), angles.sin()) for f in (given, _rotate))
+        same = all(_same(x, y) for x, y in zip(got, want, strict=True))
+    except Exception:  # another signature
+        same = False
+
+    def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **further: Any) -> Any:
+        plain = not rest and not further and cos.dim() == 3 and q.dim() == 4
+        return _rotate(q, k, cos, sin) if plain else given(q, k, cos, sin, *rest, **further)
+
+    forward = _looking_up(theirs, {_ROTARY: ours}) if same else None
+    if forward is None:
+        done.left[name] = f"{_ROTARY} of {type(module).__module__} computes something else"
+    else:
+        done._bind(name, module, forward, "fusedattn.apply_rotary_qk")
+
+
+def _innermost(module: nn.Module) -> Any:
+    """The code of its class's `forward`, without decorators."""
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
+
+
+def _looking_up(function: Any, names: dict[str, Any]) -> Any:
+    """A copy of `function`, in which these global names stand for something else.
+
+    Of what decorates it copies too, each of which holds the next; None where one hides it.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    cells, scope = function.__closure__, function.__globals__
+    if inner is None:
+        scope = scope | names
+    else:
+        changed = _looking_up(inner, names)
+        if changed is None or not any(x.cell_contents is inner for x in cells or ()):
+            return None
+        cells = tuple(
+            types.CellType(changed) if x.cell_contents is inner else x for x in cells or ()
+        )
+    made = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, cells
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made

@@ -34,10 +34,10 @@ _LENGTHS = ["seq_q", "seq_k", "lower", "upper", "tiles_m", "tiles_n", "splits", 
 
 @triton.jit
 def score_gradient(
-    q, k, v, rules, dout, shift, delta, scale, dropout, batch, head, heads, group, seq_q, sequence,
-    m, n, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGNED: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, rules, dout, shift, delta, scale, dropout, batch, head, heads, group, seq_q, lower,
+    upper, sequence, m, n, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ALIGNED: tl.constexpr, NATURAL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ds of tile (m, n) of the scores of a head, before a softcap bends it; 0 where unseen."""
     i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -54,8 +54,8 @@ def score_gradient(
     shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
     delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
     s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-    s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-    s = hide(s, i[:, None], j[None, :], sequence)
+    s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL, MASKED)
+    s = hide(s, i[:, None], j[None, :], sequence, lower, upper)
     p = weights(s, shift_row[:, None], scale, NATURAL)
     dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
     if dropout is not None:
@@ -97,6 +97,7 @@ def bias_grad_kernel(
     BLOCK_DV: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -115,7 +116,8 @@ def bias_grad_kernel(
     high = (share * (part + 1) // splits).to(tl.int32)
     if upper is not None and not SUM_ROWS and not SUM_COLS:
         high = tl.where(n0 * BLOCK_N < (m0 + 1) * BLOCK_M + upper, high, low)  # else unseen
-    dropout = load_seed(dropout)
+    if dropout is not None:
+        dropout = load_seed(dropout)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(low, high):
         # Which tile of ds: `step` counts the summed dimensions, keys fastest, batch slowest.
@@ -126,10 +128,11 @@ def bias_grad_kernel(
             m, rest = rest % tiles_m, rest // tiles_m
         head = head0 + rest % summed_heads
         batch = batch0 + rest // summed_heads
-        sequence = sequence_of(m, batch, seq_q, seq_k, lower, upper, kv_lengths)
+        sequence = sequence_of(m, batch, seq_q, seq_k, kv_lengths)
         acc += score_gradient(
             q, k, v, rules, dout, shift, delta, scale, dropout, batch, head, heads, group, seq_q,
-            sequence, m, n, D, DV, BLOCK_D, BLOCK_DV, ALIGNED, NATURAL, PRECISION, BLOCK_M, BLOCK_N,
+            lower, upper, sequence, m, n, D, DV, BLOCK_D, BLOCK_DV, ALIGNED, NATURAL, MASKED,
+            PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
     shape_m, shape_n = bias_shape[2], bias_shape[3]

@@ -112,6 +112,7 @@ def dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,19 +122,18 @@ def dkdv_kernel(
     tiles = tiles_of(seq_k, sequences, BLOCK_N)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, None)
     batch, kv_head = flat // (heads // group), flat % (heads // group)
-    sequence = sequence_at(
-        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, True, BLOCK_N
-    )
+    sequence = sequence_at(index, batch, seq_q, seq_k, kv_lengths, packed, sequences, True, BLOCK_N)
     start = sequence.index * BLOCK_N
     j = start + tl.arange(0, BLOCK_N)
     keys = sequence.seq_k
     room = seq_k if packed is None else keys  # rows of dk and dv, whose keys exist or not
     # The tail of the keys is not masked here: a key is a row, what it gets stays in that row, and
     # the row is dropped.
-    begin, whole, full, end = query_range(start, sequence, BLOCK_M, BLOCK_N)
-    dropout = load_seed(dropout)
+    begin, whole, full, end = query_range(start, sequence, lower, upper, BLOCK_M, BLOCK_N)
+    if dropout is not None:
+        dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat, dropout) if norms is not None else None
-    PAIRS: tl.constexpr = rules.masks is not None or rules.bias is not None
+    PAIRS: tl.constexpr = MASKED or rules.bias is not None
     # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
     DENSE: tl.constexpr = rules.bounds is not None
     SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART and not DENSE
@@ -169,14 +169,23 @@ def dkdv_kernel(
                 if dk is not None and not PAIRS:
                     dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
                 s = scores(
-                    raw, rules, batch, head, sequence, i[None, :], j[:, None], scale, NATURAL
+                    raw,
+                    rules,
+                    batch,
+                    head,
+                    sequence,
+                    i[None, :],
+                    j[:, None],
+                    scale,
+                    NATURAL,
+                    MASKED,
                 )
                 masked = part == 0 if SPLIT else at < whole
                 if lower is not None:
                     masked = masked | (at >= full)
                 if upper is not None or lower is not None:  # noqa: SIM102
                     if masked:
-                        s = hide(s, i[None, :], j[:, None], sequence)
+                        s = hide(s, i[None, :], j[:, None], sequence, lower, upper)
                 p = weights(s, shift_row[None, :], scale, NATURAL)
                 kept_p = p
                 if dropout is not None:

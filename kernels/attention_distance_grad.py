@@ -79,6 +79,7 @@ def distance_grad_kernel(
     BLOCK_DV: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -87,34 +88,35 @@ def distance_grad_kernel(
         head0, batch0, shared = flat * 0, flat, heads
     else:
         head0, batch0, shared = flat % heads, flat // heads, 1
-    dropout = load_seed(dropout)
+    if dropout is not None:
+        dropout = load_seed(dropout)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for entry in tl.range(0, batches):
         batch = batch0 + entry
         own = slot
         if packed is not None:
             number, own = number_of_slot(packed, slot, seq_q, seq_k, sequences, BLOCK)
-            sequence = packed_number(
-                number, seq_q, seq_k, lower, upper, packed, sequences, False, False
-            )  # fmt: skip
+            sequence = packed_number(number, seq_q, seq_k, packed, sequences, False, False)
         else:
-            sequence = sequence_of(0, batch, seq_q, seq_k, lower, upper, kv_lengths)
+            sequence = sequence_of(0, batch, seq_q, seq_k, kv_lengths)
         tiles_m = tl.cdiv(sequence.seq_q, BLOCK)
         step = own - (tiles_m - 1)  # n − m of the tiles
         begin = tl.maximum(-step, 0)
         end = tl.minimum(tiles_m, tl.cdiv(sequence.seq_k, BLOCK) - step)
-        if sequence.upper is not None:
-            end = tl.where(step * BLOCK - (BLOCK - 1) > sequence.upper, begin, end)
-        if sequence.lower is not None:
-            end = tl.where(step * BLOCK + BLOCK - 1 < sequence.lower, begin, end)
+        if upper is not None:
+            nearest = step * BLOCK - (BLOCK - 1)
+            end = tl.where(nearest > sequence.diagonal + upper, begin, end)
+        if lower is not None:
+            farthest = step * BLOCK + BLOCK - 1
+            end = tl.where(farthest < sequence.diagonal + lower, begin, end)
         for member in tl.range(0, shared):
             head = head0 + member
             for tile in tl.range(0, end - begin):
                 m = begin + tile
                 acc += score_gradient(
                     q, k, v, rules, dout, shift, delta, scale, dropout, batch, head, heads, group,
-                    seq_q, sequence, m, m + step, D, DV, BLOCK_D, BLOCK_DV, ALIGNED, NATURAL,
-                    PRECISION, BLOCK, BLOCK,
+                    seq_q, lower, upper, sequence, m, m + step, D, DV, BLOCK_D, BLOCK_DV, ALIGNED,
+                    NATURAL, MASKED, PRECISION, BLOCK, BLOCK,
                 )  # fmt: skip
     # Number x of the sums is of columns c = r + x − (BLOCK − 1) of rows r.
     x = tl.arange(0, 2 * BLOCK)[None, :]

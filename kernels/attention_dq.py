@@ -66,6 +66,7 @@ def dq_kernel(
     BLOCK_DV: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,7 +76,7 @@ def dq_kernel(
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
     batch, head = flat // heads, flat % heads
     sequence = sequence_at(
-        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, False, BLOCK_M
+        index, batch, seq_q, seq_k, kv_lengths, packed, sequences, False, BLOCK_M
     )
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
@@ -86,10 +87,11 @@ def dq_kernel(
     i = first + tl.arange(0, BLOCK_M)
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
-    begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
     if rules.bounds is not None:
         begin, end = within(rules.bounds, batch, head, i, sequence.seq_q, begin, end, BLOCK_N)
-    dropout = load_seed(dropout)
+    if dropout is not None:
+        dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat // group, dropout) if norms is not None else None
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
@@ -101,7 +103,7 @@ def dq_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slopes_row = tl.zeros([BLOCK_M], tl.float32)
     # Two loops, on sm_90 never skipped, as in the forward.
-    SPLIT: tl.constexpr = rules.masks is None and rules.bias is None
+    SPLIT: tl.constexpr = not MASKED and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
     bounds = (begin, end)
     if SPLIT:
@@ -115,11 +117,20 @@ def dq_kernel(
                 v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
                 raw = dot(q_tile, tl.trans(k_tile), None, PRECISION)
                 s = scores(
-                    raw, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL
+                    raw,
+                    rules,
+                    batch,
+                    head,
+                    sequence,
+                    i[:, None],
+                    j[None, :],
+                    scale,
+                    NATURAL,
+                    MASKED,
                 )
                 masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
                 if masked:
-                    s = hide(s, i[:, None], j[None, :], sequence)
+                    s = hide(s, i[:, None], j[None, :], sequence, lower, upper)
                 p = weights(s, shift_row[:, None], scale, NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
                 if dropout is not None:

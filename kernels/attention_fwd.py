@@ -101,6 +101,7 @@ def forward_kernel(
     BLOCK_DV: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATURAL: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,7 +112,7 @@ def forward_kernel(
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
     batch, head = flat // heads, flat % heads
     sequence = sequence_at(
-        index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences, False, BLOCK_M
+        index, batch, seq_q, seq_k, kv_lengths, packed, sequences, False, BLOCK_M
     )
     rows, keys = sequence.seq_q, sequence.seq_k
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
@@ -121,8 +122,9 @@ def forward_kernel(
         v_head = described(v_head, keys, BLOCK_N, DV, BLOCK_DV)
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
-    dropout = load_seed(dropout)
+    begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
+    if dropout is not None:
+        dropout = load_seed(dropout)
     if rules.bounds is not None:
         begin, end = within(rules.bounds, batch, head, i, rows, begin, end, BLOCK_N)
 
@@ -133,7 +135,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Full tiles and masked ones have loops of their own: a branch between the products hides from
     # Triton that they are a chain. A mask or a bias leaves no registers for a second loop.
-    SPLIT: tl.constexpr = rules.masks is None and rules.bias is None
+    SPLIT: tl.constexpr = not MASKED and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
     bounds = (begin, end)
     if SPLIT:
@@ -155,10 +157,12 @@ def forward_kernel(
                 k_tile = load_tile(k_head, k_start, keys, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
                 s = ahead if AHEAD else dot(q_tile, tl.trans(k_tile), None, PRECISION)
-                s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
+                s = scores(
+                    s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL, MASKED
+                )
                 masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
                 if masked:
-                    s = hide(s, i[:, None], j[None, :], sequence)
+                    s = hide(s, i[:, None], j[None, :], sequence, lower, upper)
                 highest = tl.max(s, 1) if NATURAL else tl.max(s, 1) * (scale * LOG2E)
                 m_new = tl.maximum(m, highest)
                 # A row that has seen no key yet keeps exp(−inf − 0) = 0 instead of exp(−inf + inf).

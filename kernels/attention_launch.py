@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .attention_mask import mask_bounds
-from .attention_scores import Dropped, Masks, Packed, Rules
+from .attention_scores import Dropped, Packed, Rules
 from .attention_tiles import TMA
 from .common import (
     Device,
@@ -30,21 +30,6 @@ if TYPE_CHECKING:
         AttentionBackwardCall,
         AttentionCall,
         AttentionConfig,
-    )
-
-
-def masks_of(launches: Launches, call: AttentionCall | AttentionBackwardCall) -> Masks | None:
-    """The masks of a call, as the kernels take them."""
-    given = call.mask, call.prefix_lengths, call.documents_q, call.mask_blocks
-    if all(x is None for x in given):
-        return None
-    return Masks(
-        broadcast_view(call.mask),
-        launches.vector(call.prefix_lengths),
-        _ids(call.documents_q),
-        _ids(call.documents_k),
-        broadcast_view(call.mask_blocks),
-        None if call.mask_blocks is None else call.config.block_size,
     )
 
 
@@ -78,18 +63,30 @@ def rules_of(
 ) -> Rules:
     """The rules of a call, as the kernels take them, or `of_keys` as those take them whose
     programs have keys of their own."""
-    masks, bounds = masks_of(launches, call), None
-    if masks is not None and call.cu_seqlens_q is None:
-        lengths = call.q.shape[2], call.k.shape[2]
-        bounds = mask_bounds(launches, masks, _map_shape(call), lengths, of_keys=of_keys)
-    return Rules(
-        masks,
+    rules = Rules(
+        broadcast_view(call.mask),
+        launches.vector(call.prefix_lengths),
+        _ids(call.documents_q),
+        _ids(call.documents_k),
+        broadcast_view(call.mask_blocks),
+        call.config.block_size or None,
         broadcast_view(call.bias),
         broadcast_view(call.distance_bias),
         call.config.softcap or None,
         broadcast_view(call.alibi_slopes),
-        bounds,
+        None,
     )
+    if not is_masked(call) or call.cu_seqlens_q is not None:
+        return rules
+    lengths = call.q.shape[2], call.k.shape[2]
+    bounds = mask_bounds(launches, rules, _map_shape(call), lengths, of_keys=of_keys)
+    return rules._replace(bounds=bounds)
+
+
+def is_masked(call: AttentionCall | AttentionBackwardCall) -> bool:
+    """Whether there is a mask beside causal, window and lengths."""
+    masks = call.mask, call.prefix_lengths, call.documents_q, call.mask_blocks
+    return any(x is not None for x in masks)
 
 
 def dropped_of(call: AttentionCall | AttentionBackwardCall) -> Dropped | None:
@@ -109,7 +106,7 @@ def packed_of(launches: Launches, call: AttentionCall | AttentionBackwardCall) -
     if call.cu_seqlens_q is None:
         return None
     offsets = (launches.vector(x) for x in (call.cu_seqlens_q, call.cu_seqlens_k))
-    return Packed(*offsets, True if call.config.causal == 1 else None)
+    return Packed(*offsets, 0 if call.config.causal == 1 else 1)
 
 
 def tiles(call: AttentionCall | AttentionBackwardCall, x: Tensor, block: int) -> int:
@@ -172,6 +169,7 @@ def common_arguments(
         "BLOCK_DV": block_width(head_dim_v),
         "ALIGNED": aligned(q, k, v, *(x for x in further if x is not None)),
         "NATURAL": natural or not config.scale > 1e-30,
+        "MASKED": is_masked(call),
         "dropout": dropped_of(call),
         "PRECISION": dot_precision(q),
     }

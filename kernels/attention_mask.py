@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_scores import Masks, sequence_of, shown
+from .attention_scores import Rules, sequence_of, shown
 from .common import View, matrix
 from .plans import Launches
 
@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
 
 @triton.jit
 def bounds_kernel(
-    masks,  # of attention_scores.py
+    rules,  # of attention_scores.py
     first,  # int32 (B, H, rows): the first column that a row shows, `columns` if none
     past,  # int32 (B, H, rows): one more than the last, 0 if none
     heads,  # H
@@ -43,16 +43,16 @@ def bounds_kernel(
     blocks = tl.cdiv(rows, BLOCK_M)
     flat, index = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     batch, head = flat // heads, flat % heads
-    sequence = sequence_of(index, batch, seq_q, seq_k, None, None, None)
+    sequence = sequence_of(index, batch, seq_q, seq_k, None)
     row = index * BLOCK_M + tl.arange(0, BLOCK_M)
     least = tl.full([BLOCK_M], 0, tl.int32) + columns
     most = tl.zeros([BLOCK_M], tl.int32)
     for start in tl.range(0, columns, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         if OF_KEYS:
-            seen = shown(masks, batch, head, sequence, column[None, :], row[:, None])
+            seen = shown(rules, batch, head, sequence, column[None, :], row[:, None])
         else:
-            seen = shown(masks, batch, head, sequence, row[:, None], column[None, :])
+            seen = shown(rules, batch, head, sequence, row[:, None], column[None, :])
         least = tl.minimum(least, tl.min(tl.where(seen, column[None, :], columns), 1))
         most = tl.maximum(most, tl.max(tl.where(seen, column[None, :] + 1, 0), 1))
     at = flat.to(tl.int64) * rows + row
@@ -74,7 +74,7 @@ def within(bounds, batch, head, i, rows, begin, end, BLOCK: tl.constexpr):
 
 def mask_bounds(
     launches: Launches,
-    masks: Masks,
+    rules: Rules,
     shape: tuple[int, int, int, int],
     lengths: tuple[int, int],
     *,
@@ -90,7 +90,7 @@ def mask_bounds(
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
     grid = (batch * heads * triton.cdiv(rows, tile["BLOCK_M"]),)
     launches.launch(
-        bounds_kernel, grid, masks, first, past, heads, rows, columns, *lengths, OF_KEYS=of_keys,
+        bounds_kernel, grid, rules, first, past, heads, rows, columns, *lengths, OF_KEYS=of_keys,
         **tile,
     )  # fmt: skip
     steps = (0 if n == 1 else s for n, s in zip(first.shape, first.stride(), strict=True))

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
 
     q: Any  # int32 or int64 (sequences + 1,)
     k: Any
-    top_left: Any  # True, or None: the diagonal of each ends at its last key
+    to_the_end: Any  # 1: the diagonal of each ends at its last key; 0: it begins at its first
 
 
 class Sequence(NamedTuple):
@@ -39,8 +39,7 @@ class Sequence(NamedTuple):
     seq_q: Any
     first_k: Any  # of k, v, dk, dv
     seq_k: Any  # that exist
-    lower: Any  # query i sees keys i + lower … i + upper; None: all to that side
-    upper: Any
+    diagonal: Any  # query i sees keys i + diagonal + lower … i + diagonal + upper of the kernel's
     offset: Any  # Sk − Sq: where ALiBi counts distances from
     zero: Any  # in a bias of distances, the number of the distance 0
 
@@ -52,12 +51,12 @@ def load_length(lengths, at, most):
 
 
 @triton.jit
-def sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths):
+def sequence_of(index, batch, seq_q, seq_k, kv_lengths):
     """That of a batch element; seq_q and seq_k: what the tensors have room for."""
     keys = seq_k
     if kv_lengths is not None:
         keys = load_length(kv_lengths, batch, seq_k)
-    return Sequence(index, batch, 0, seq_q, 0, keys, lower, upper, seq_k - seq_q, seq_q - 1)
+    return Sequence(index, batch, 0, seq_q, 0, keys, 0, seq_k - seq_q, seq_q - 1)
 
 
 @triton.jit
@@ -78,23 +77,19 @@ def packed_rows(offsets, number, sequences, rows, REST: tl.constexpr):
 
 @triton.jit
 def packed_number(
-    number, seq_q, seq_k, lower, upper, packed, sequences, REST_Q: tl.constexpr,
-    REST_K: tl.constexpr,
-):  # fmt: skip
+    number, seq_q, seq_k, packed, sequences, REST_Q: tl.constexpr, REST_K: tl.constexpr
+):
     """The packed one of this number, whose tile is the first."""
     first_q, rows_q = packed_rows(packed.q, number, sequences, seq_q, REST_Q)
     first_k, rows_k = packed_rows(packed.k, number, sequences, seq_k, REST_K)
     offset = rows_k - rows_q
-    if packed.top_left is None:
-        lower = None if lower is None else lower + offset
-        upper = None if upper is None else upper + offset
-    zero = seq_k - 1 - offset
-    return Sequence(0, number, first_q, rows_q, first_k, rows_k, lower, upper, offset, zero)
+    diagonal, zero = offset * packed.to_the_end, seq_k - 1 - offset
+    return Sequence(0, number, first_q, rows_q, first_k, rows_k, diagonal, offset, zero)
 
 
 @triton.jit
 def packed_sequence(
-    index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr
+    index, seq_q, seq_k, packed, sequences, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The packed one of tile `index` of a head's queries, or OF_KEYS of its keys.
 
@@ -108,9 +103,7 @@ def packed_sequence(
         begun = tl.load(own + middle) // BLOCK + middle <= index
         number = tl.where(begun, middle, number)
         last = tl.where(begun, last, middle - 1)
-    x = packed_number(
-        number, seq_q, seq_k, lower, upper, packed, sequences, not OF_KEYS, OF_KEYS
-    )  # fmt: skip
+    x = packed_number(number, seq_q, seq_k, packed, sequences, not OF_KEYS, OF_KEYS)
     rows_q, rows_k = x.seq_q, x.seq_k
     if OF_KEYS:
         index = tl.maximum(index - (x.first_k // BLOCK + number), 0)
@@ -119,35 +112,35 @@ def packed_sequence(
         index = tl.maximum(index - (x.first_q // BLOCK + number), 0)
         rows_k = tl.where(index * BLOCK < rows_q, rows_k, 0)
     return Sequence(
-        index, number, x.first_q, rows_q, x.first_k, rows_k, x.lower, x.upper, x.offset, x.zero
+        index, number, x.first_q, rows_q, x.first_k, rows_k, x.diagonal, x.offset, x.zero
     )
 
 
 @triton.jit
 def sequence_at(
-    index, batch, seq_q, seq_k, lower, upper, kv_lengths, packed, sequences,
-    OF_KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    index, batch, seq_q, seq_k, kv_lengths, packed, sequences, OF_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """That of a batch element, or the packed one that has tile `index`."""
     return (
-        sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths)
+        sequence_of(index, batch, seq_q, seq_k, kv_lengths)
         if packed is None
-        else packed_sequence(index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS, BLOCK)
+        else packed_sequence(index, seq_q, seq_k, packed, sequences, OF_KEYS, BLOCK)
     )
 
 
 @triton.jit
-def key_range(first, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(first, sequence, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(begin, whole, full, end) for queries first … first + BLOCK_M: see attention_fwd.py."""
     begin, whole = 0, 0
     full = sequence.seq_k
     end = sequence.seq_k
-    if sequence.upper is not None:
-        past = first + sequence.upper
+    if upper is not None:
+        past = first + sequence.diagonal + upper
         full = tl.maximum(tl.minimum(full, past + 1), 0)
         end = tl.maximum(tl.minimum(end, past + BLOCK_M), 0)
-    if sequence.lower is not None:
-        low = first + sequence.lower
+    if lower is not None:
+        low = first + sequence.diagonal + lower
         begin = tl.maximum(low, 0) // BLOCK_N * BLOCK_N
         whole = tl.cdiv(tl.maximum(low + BLOCK_M - 1, 0), BLOCK_N) * BLOCK_N
         whole = tl.minimum(whole, tl.maximum(end, begin))
@@ -155,18 +148,19 @@ def key_range(first, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def query_range(start, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_range(start, sequence, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(begin, whole, full, end) for keys start … start + BLOCK_N: queries [begin, end) see any of
     them, [whole, full) all that exist."""
     begin, whole = 0, 0
     end = tl.where(start < sequence.seq_k, sequence.seq_q, 0)
-    if sequence.lower is not None:
-        full = tl.maximum(start - sequence.lower + 1, 0) // BLOCK_M * BLOCK_M
-        end = tl.minimum(end, tl.maximum(start - sequence.lower + BLOCK_N, 0))
+    if lower is not None:
+        past = start - sequence.diagonal - lower + 1
+        full = tl.maximum(past, 0) // BLOCK_M * BLOCK_M
+        end = tl.minimum(end, tl.maximum(past - 1 + BLOCK_N, 0))
     else:
         full = end
-    if sequence.upper is not None:
-        low = start - sequence.upper
+    if upper is not None:
+        low = start - sequence.diagonal - upper
         begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
         whole = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
         whole = tl.minimum(whole, end)
@@ -174,9 +168,17 @@ def query_range(start, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 class Rules(NamedTuple):
-    """What makes scores of the products qkᵀ, but for `scale`; None is compiled away."""
+    """What makes scores of the products qkᵀ, but for `scale`; None is compiled away.
 
-    masks: Any  # `Masks`
+    One level deep: Triton 3.6 knows no None in a tuple in a tuple.
+    """
+
+    mask: Any  # View (B, Hq, Sq, Sk) of bool
+    prefix: Any  # int32 or int64 (B,), of packed sequences (N,): a mask by rule
+    documents_q: Any  # View (B, 1, 1, Sq) of int32 or int64: likewise
+    documents_k: Any  # View (B, 1, 1, Sk)
+    blocks: Any  # View (B, Hq, blocks of queries, blocks of keys) of bool: likewise
+    block_size: Any  # of a block
     bias: Any  # View (B, Hq, Sq, Sk)
     distance_bias: Any  # View (B, Hq, 1, Sq + Sk − 1) of fp32
     softcap: Any  # float
@@ -184,36 +186,25 @@ class Rules(NamedTuple):
     bounds: Any  # of what the masks show: attention_mask.py
 
 
-class Masks(NamedTuple):
-    """Of each pair of query and key whether it is seen, besides causal and window."""
-
-    dense: Any  # View (B, Hq, Sq, Sk) of bool
-    prefix: Any  # int32 or int64 (B,), of packed sequences (N,)
-    documents_q: Any  # View (B, 1, 1, Sq) of int32 or int64
-    documents_k: Any  # View (B, 1, 1, Sk)
-    blocks: Any  # View (B, Hq, blocks of queries, blocks of keys) of bool
-    size: Any  # of a block
-
-
 @triton.jit
-def shown(masks, batch, head, sequence, i, j):
+def shown(rules, batch, head, sequence, i, j):
     """Whether the masks let query i see key j; one of i and j is a column, the other a row."""
     rows, keys = sequence.seq_q, sequence.seq_k
     seen = (i < rows) & (j < keys)
-    if masks.dense is not None:
-        seen = seen & (load_pairs(matrix(masks.dense, batch, head), i, j, rows, keys) != 0)
-    if masks.prefix is not None:
-        seen = seen & ((j < tl.load(masks.prefix + sequence.number)) | (j <= i + sequence.offset))
-    if masks.documents_q is not None:
-        of_queries = matrix(masks.documents_q, batch, head)
-        of_keys = matrix(masks.documents_k, batch, head)
+    if rules.mask is not None:
+        seen = seen & (load_pairs(matrix(rules.mask, batch, head), i, j, rows, keys) != 0)
+    if rules.prefix is not None:
+        seen = seen & ((j < tl.load(rules.prefix + sequence.number)) | (j <= i + sequence.offset))
+    if rules.documents_q is not None:
+        of_queries = matrix(rules.documents_q, batch, head)
+        of_keys = matrix(rules.documents_k, batch, head)
         own = tl.load(of_queries.data + i.to(tl.int64) * of_queries.col, mask=i < rows, other=0)
         other = tl.load(of_keys.data + j.to(tl.int64) * of_keys.col, mask=j < keys, other=0)
         seen = seen & (own == other)
-    if masks.blocks is not None:
-        of_head = matrix(masks.blocks, batch, head)
-        last_i, last_j = (rows - 1) // masks.size, (keys - 1) // masks.size
-        m, n = i // masks.size, j // masks.size
+    if rules.blocks is not None:
+        of_head = matrix(rules.blocks, batch, head)
+        last_i, last_j = (rows - 1) // rules.block_size, (keys - 1) // rules.block_size
+        m, n = i // rules.block_size, j // rules.block_size
         seen = seen & (load_pairs(of_head, m, n, last_i + 1, last_j + 1) != 0)
     return seen
 
@@ -248,10 +239,12 @@ def distance(sequence, i, j):
 
 
 @triton.jit
-def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
+def scores(
+    s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr, MASKED: tl.constexpr
+):
     """What enters the softmax, from s = qkᵀ of queries i and keys j: every change to it is here.
 
-    −inf where the mask forbids. If NATURAL the result is the score, else score / scale.
+    −inf where a mask forbids. If NATURAL the result is the score, else score / scale.
     """
     if NATURAL:
         s = s * scale
@@ -267,20 +260,20 @@ def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
         row = matrix(rules.distance_bias, batch, head)
         exists = (i < sequence.seq_q) & (j < sequence.seq_k)
         s = s + tl.load(row.data + (j - i + sequence.zero) * row.col, mask=exists, other=0.0)
-    if rules.masks is not None:
-        s = tl.where(shown(rules.masks, batch, head, sequence, i, j), s, float("-inf"))
+    if MASKED:
+        s = tl.where(shown(rules, batch, head, sequence, i, j), s, float("-inf"))
     return s
 
 
 @triton.jit
-def hide(s, i, j, sequence):
+def hide(s, i, j, sequence, lower, upper):
     """−inf where key j does not exist or is not between the bounds of query i."""
     limit = sequence.seq_k
-    if sequence.upper is not None:
-        limit = tl.minimum(limit, i + sequence.upper + 1)
+    if upper is not None:
+        limit = tl.minimum(limit, i + sequence.diagonal + upper + 1)
     seen = j < limit
-    if sequence.lower is not None:
-        seen = seen & (j >= i + sequence.lower)
+    if lower is not None:
+        seen = seen & (j >= i + sequence.diagonal + lower)
     return tl.where(seen, s, float("-inf"))
 
 
@@ -302,10 +295,8 @@ class Dropped(NamedTuple):
 
 @triton.jit
 def load_seed(dropout):
-    """The seed read once, for all tiles."""
-    if dropout is not None:
-        dropout = Dropped(tl.load(dropout.seed), dropout.limit, dropout.keep_scale)
-    return dropout
+    """The seed read once, for all tiles; there is dropout: a function returns no None."""
+    return Dropped(tl.load(dropout.seed), dropout.limit, dropout.keep_scale)
 
 
 @triton.jit

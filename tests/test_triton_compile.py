@@ -48,6 +48,7 @@ CASES = {
     "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
     "dropout": ("bfloat16", (64, 128), 2, "dropout", False),
     "packed, slopes": ("bfloat16", (64, 128), 2, "packed slopes", False),
+    "rules, distances": ("bfloat16", (64, 128), 0, "rules distances", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
     "fp16": ("float16", (64, 128), 2, "", False),
     "fp32": ("float32", (64, 128), 2, "", False),
@@ -88,6 +89,7 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
         AttentionCall,
         AttentionConfig,
     )
+    from fusedattn.ops.attention_rules import Rules
 
     seq = 256
     batch, offsets, lengths = 2, None, torch.empty(2, dtype=torch.int32)
@@ -105,18 +107,25 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
         bias = torch.empty(1, 4, seq, seq, dtype=dtype)
     slopes, sinks = (torch.empty(1, 4, 1, 1) if x in terms else None for x in ("slopes", "sinks"))
     config = AttentionConfig(causal, 0.1, window_left=99 if "window" in terms else -1)
-    seed = None
+    seed, rules = None, dict.fromkeys(Rules._fields)
+    if "rules" in terms:
+        rules["prefix_lengths"] = lengths
+        rules["documents_q"] = rules["documents_k"] = torch.empty(2, seq, dtype=torch.int32)
+        rules["mask_blocks"] = torch.empty(2, 4, 4, 4, dtype=torch.bool)
+        config = config._replace(block_size=64)
+    if "distances" in terms:
+        rules["distance_bias"] = torch.empty(1, 4, 1, 2 * seq - 1)
     if "dropout" in terms:
         seed, config = torch.empty(1, dtype=torch.int64), config._replace(dropout_p=0.1)
     call = AttentionCall(
-        q, k, v, mask, bias, lengths, slopes, sinks, seed=seed, cu_seqlens_q=offsets,
+        q, k, v, mask, bias, lengths, slopes, sinks, seed=seed, **rules, cu_seqlens_q=offsets,
         cu_seqlens_k=offsets, config=config,
     )  # fmt: skip
     attention_forward(call, out, lse)
     dbias = None if bias is None else bias.float()
     backward = AttentionBackwardCall(dout, dlse, out, lse, *call[:-1], config=config)
     dslopes = slopes if offsets is not None else None
-    attention_backward(backward, dq, dk, dv, dbias, dslopes)
+    attention_backward(backward, dq, dk, dv, dbias, dslopes, rules["distance_bias"])
 
 
 def compile_target(name: str) -> list[dict[str, Any]]:

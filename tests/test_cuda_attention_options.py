@@ -15,6 +15,7 @@ from cases.varlen import VarlenCase, check_varlen
 from compare import device_for
 from fusedattn import _native
 from fusedattn.ops.attention import op
+from fusedattn.ops.attention_backends import _cuda_takes
 from fusedattn.ops.attention_config import AttentionBackwardCall, AttentionCall
 from fusedattn.reference import functional as reference
 from test_cuda_attention_backward import BF16, BOTH, F16
@@ -202,6 +203,13 @@ def test_wrong_offsets_stay_inside(offsets: tuple[int, ...], deterministic: bool
     backward = AttentionBackwardCall(dout, None, out, lse, *call[:-1], config=call.config)
     with inside():
         kernels.backward(backward, dq, dk, dv, None, torch.zeros_like(slopes))
+
+
+def test_too_many_sequences_are_refused() -> None:
+    x = torch.zeros(1, 2, 8, 16, dtype=BF16)
+    cu = torch.zeros((), dtype=torch.int32).expand(2**22 + 2)
+    refusal = _cuda_takes(AttentionCall(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu))
+    assert refusal == (f"there are {2**22 + 1} sequences", f"pack at most {2**22}")
 
 
 @needs_emulator

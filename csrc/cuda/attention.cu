@@ -18,12 +18,12 @@ std::string text(const AttentionForward& p) {
 // Throws for what the kernels cannot run: packs of 8 lie side by side in `tensors`, and numbers of
 // rows and tiles, and their sums, fit in 32 bits.
 void check(const AttentionForward& p, std::initializer_list<const TensorView*> tensors) {
-  constexpr int64_t most_rows = int64_t{1} << 30;
+  constexpr int64_t most_rows = int64_t{1} << 30, most_sequences = int64_t{1} << 22;
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
   bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask &&
               !p.distance_bias && !p.prefix_lengths && !p.documents_q && !p.mask_blocks &&
               packs(p.head_dim()) && packs(p.head_dim_v()) && p.longest_q() <= most_rows &&
-              p.longest_k() <= most_rows && p.sequences() <= most_rows / 2 &&
+              p.longest_k() <= most_rows && (!p.cu_seqlens_q || p.sequences() <= most_sequences) &&
               p.batch() * p.heads() <= most_rows &&
               (!p.kv_lengths || p.kv_lengths.dtype == DType::i32);
   for (const TensorView* each : tensors) fits = fits && (!*each || aligned(*each, 4, 8, 2));

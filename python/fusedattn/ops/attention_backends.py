@@ -57,8 +57,9 @@ def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 
 # --- cuda: csrc/cuda/attention.cu ----------------------------------------------------------------
 
-# Row numbers and their sums fit in 32 bits.
+# Row numbers and their sums fit in 32 bits, and so do rows padded to tiles of each sequence.
 _LONGEST = 2**30
+_MOST_SEQUENCES = 2**22
 
 
 def _in_packs(x: Tensor) -> bool:
@@ -83,6 +84,9 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
     for name in ("distance_bias", "prefix_lengths", "documents_q", "mask_blocks"):
         if getattr(call, name) is not None:
             return Refusal(f"{name} is not supported", "use another mask or bias")
+    if call.cu_seqlens_q is not None and call.cu_seqlens_q.shape[0] > _MOST_SEQUENCES + 1:
+        number = call.cu_seqlens_q.shape[0] - 1
+        return Refusal(f"there are {number} sequences", f"pack at most {_MOST_SEQUENCES}")
     for name, x in (("D", call.q), ("Dv", call.v)):
         width = x.shape[3]
         if width % 8 != 0 or width > 256:

@@ -125,6 +125,12 @@ def test_masks_of_bools_and_rows_that_see_nothing() -> None:
         torch.testing.assert_close(got.double(), want, rtol=0, atol=eps)
 
 
+def test_heads_of_values_alone() -> None:
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 1, 9, 8), torch.randn(2, 4, 9, 8)
+    got = fusedattn.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(got, imported(q, k.expand_as(q), v))
+
+
 def test_dropout_and_its_seed() -> None:
     q, k, v = torch.randn(3, 1, 2, 64, 16)
     found = []

@@ -32,6 +32,38 @@ from .plans import Launches
 _LENGTHS = ["seq_q", "seq_k", "lower", "upper", "tiles_m", "tiles_n", "splits", "summed"]
 
 
+@triton.jit
+def score_gradient(
+    q, k, v, rules, dout, shift, delta, scale, dropout, batch, head, heads, group, seq_q, sequence,
+    m, n, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ALIGNED: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """ds of tile (m, n) of the scores of a head, before a softcap bends it; 0 where unseen."""
+    i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, keys = i < sequence.seq_q, sequence.seq_k
+    rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
+    q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
+    k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
+    v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+    dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
+    q_tile = load_tile(q_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+    k_tile = load_tile(k_head, n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
+    v_tile = load_tile(v_head, n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)
+    do_tile = load_tile(dout_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
+    shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
+    delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
+    s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+    s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
+    s = hide(s, i[:, None], j[None, :], sequence)
+    p = weights(s, shift_row[:, None], scale, NATURAL)
+    dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
+    if dropout is not None:
+        keep = kept_weights(dropout, sequence, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+    return tl.where(inside[:, None], p * (dp - delta_row[:, None]), 0.0)
+
+
 @triton.jit(do_not_specialize=["dropout", "heads", "group", "summed_heads", *_LENGTHS])
 def bias_grad_kernel(
     q,  # View (B, Hq, Sq, D)
@@ -94,29 +126,11 @@ def bias_grad_kernel(
             m, rest = rest % tiles_m, rest // tiles_m
         head = head0 + rest % summed_heads
         batch = batch0 + rest // summed_heads
-        i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
         sequence = sequence_of(m, batch, seq_q, seq_k, lower, upper, kv_lengths)
-        inside, keys = i < sequence.seq_q, sequence.seq_k
-        rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
-        q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
-        k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
-        v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
-        dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
-        q_tile = load_tile(q_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, D, BLOCK_D)
-        k_tile = load_tile(k_head, n * BLOCK_N, keys, BLOCK_N, D, BLOCK_D)
-        v_tile = load_tile(v_head, n * BLOCK_N, keys, BLOCK_N, DV, BLOCK_DV)
-        do_tile = load_tile(dout_head, m * BLOCK_M, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
-        shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
-        delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
-        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        s = scores(s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL)
-        s = hide(s, i[:, None], j[None, :], sequence)
-        p = weights(s, shift_row[:, None], scale, NATURAL)
-        dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)
-        if dropout is not None:
-            keep = kept_weights(dropout, sequence, head, m * BLOCK_M, n * BLOCK_N, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
-        acc += p * (dp - delta_row[:, None])
+        acc += score_gradient(
+            q, k, v, rules, dout, shift, delta, scale, dropout, batch, head, heads, group, seq_q,
+            sequence, m, n, D, DV, BLOCK_D, BLOCK_DV, ALIGNED, NATURAL, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
     shape_m, shape_n = bias_shape[2], bias_shape[3]
     i, j = m0 * BLOCK_M + tl.arange(0, BLOCK_M), n0 * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .attention_bias_grad import broadcast_bias_gradient
 from .attention_delta import row_terms
+from .attention_distance_grad import distance_bias_gradient
 from .attention_dq import dq_kernel, sum_slopes
 from .attention_ds_scale import largest_norms, less_delta, load_ds_scale, unscaled
 from .attention_launch import (
@@ -43,7 +44,7 @@ from .attention_launch import (
     tiles,
     tuning,
 )
-from .attention_mask import mask_bounds, within
+from .attention_mask import within
 from .attention_scores import (
     UNSPECIALISED,
     chain,
@@ -60,9 +61,12 @@ from .attention_scores import (
 from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
     View,
+    describable,
+    described,
     device_of,
     dot,
     load_tile,
+    optional_view,
     row_view,
     rows_from,
     store_tile,
@@ -89,8 +93,8 @@ def dkdv_kernel(
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
     norms,  # of `load_ds_scale`, or None
-    dk,  # View (B, Hkv, Sk, D)
-    dv,  # View (B, Hkv, Sk, Dv)
+    dk,  # View (B, Hkv, Sk, D), or None
+    dv,  # View (B, Hkv, Sk, Dv), or None
     scale,
     dropout,  # Dropped, or None
     heads_total,  # B·Hkv
@@ -112,6 +116,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED_APART: tl.constexpr = False,
+    TMA: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_k, sequences, BLOCK_N)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, None)
@@ -128,7 +133,7 @@ def dkdv_kernel(
     begin, whole, full, end = query_range(start, sequence, BLOCK_M, BLOCK_N)
     dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat, dropout) if norms is not None else None
-    PAIRS: tl.constexpr = rules.mask is not None or rules.bias is not None
+    PAIRS: tl.constexpr = rules.masks is not None or rules.bias is not None
     # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
     DENSE: tl.constexpr = rules.bounds is not None
     SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART and not DENSE
@@ -144,6 +149,9 @@ def dkdv_kernel(
         head = kv_head * group + member
         q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
         dout_head = rows_from(dout, batch, head, sequence.first_q, ALIGNED)
+        if TMA:
+            q_head = described(q_head, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+            dout_head = described(dout_head, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         span = bounds
         if DENSE:
@@ -157,7 +165,8 @@ def dkdv_kernel(
                 shift_row = tl.load(shift + rows + i, mask=inside, other=0.0)
                 delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
                 raw = dot(k_tile, tl.trans(q_tile), None, PRECISION)
-                if not PAIRS:  # the exponentials run while the tensor cores work at this
+                # The exponentials run while the tensor cores work at this.
+                if dk is not None and not PAIRS:
                     dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
                 s = scores(
                     raw, rules, batch, head, sequence, i[None, :], j[:, None], scale, NATURAL
@@ -174,24 +183,28 @@ def dkdv_kernel(
                     keep = kept_weights(dropout, sequence, head, at, start, BLOCK_M, BLOCK_N)
                     keep = tl.trans(keep)
                     kept_p = tl.where(keep, p, 0.0)
-                dv_tile = dot(kept_p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
-                if PAIRS:  # later: no registers are left for it
-                    dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
-                if dropout is not None:
-                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
-                ds = p * less_delta(dp, delta_row[None, :], ds_scale)
-                ds = chain(ds, raw, rules, scale)
-                dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+                if dv is not None:
+                    dv_tile = dot(kept_p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+                if dk is not None:
+                    if PAIRS:  # later: no registers are left for it
+                        dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
+                    if dropout is not None:
+                        dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+                    ds = p * less_delta(dp, delta_row[None, :], ds_scale)
+                    ds = chain(ds, raw, rules, scale)
+                    dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
 
     exists = (j < keys)[:, None]
-    if dropout is not None:
-        dv_tile *= dropout.keep_scale
-    dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
-    dv_tile = tl.where(exists, dv_tile, 0.0)
-    dk_head = rows_from(dk, batch, kv_head, sequence.first_k, ALIGNED)
-    dv_head = rows_from(dv, batch, kv_head, sequence.first_k, ALIGNED)
-    store_tile(dk_head, dk_tile, start, room, BLOCK_N, D, BLOCK_D)
-    store_tile(dv_head, dv_tile, start, room, BLOCK_N, DV, BLOCK_DV)
+    if dk is not None:
+        dk_tile = tl.where(exists, unscaled(dk_tile * scale, ds_scale), 0.0)
+        dk_head = rows_from(dk, batch, kv_head, sequence.first_k, ALIGNED)
+        store_tile(dk_head, dk_tile, start, room, BLOCK_N, D, BLOCK_D)
+    if dv is not None:
+        if dropout is not None:
+            dv_tile *= dropout.keep_scale
+        dv_tile = tl.where(exists, dv_tile, 0.0)
+        dv_head = rows_from(dv, batch, kv_head, sequence.first_k, ALIGNED)
+        store_tile(dv_head, dv_tile, start, room, BLOCK_N, DV, BLOCK_DV)
 
 
 # --- launcher ------------------------------------------------------------------------------------
@@ -208,13 +221,14 @@ def _zero(launches: Launches, dtype: torch.dtype) -> View:
 def attention_backward(
     launches: Launches,
     call: AttentionBackwardCall,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
     dbias: Tensor | None,
     dalibi_slopes: Tensor | None = None,
+    ddistance_bias: Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv (any strides) and, where not None, dbias and dalibi_slopes, contiguous.
+    """Write those that are not None: dq, dk and dv of any strides, the others contiguous.
 
     dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero).
     """
@@ -224,6 +238,7 @@ def attention_backward(
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     about = (device, q.dtype, widths, pair_bytes(call), arguments["dropout"] is not None)
     padded = widths != (arguments["D"], arguments["DV"])
+    walked = call.dout is not None and describable(q, call.dout)
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
     dlse = row_view(call.dlse)
@@ -231,9 +246,7 @@ def attention_backward(
     packed = packed_of(launches, call)
     norms = largest_norms(launches, v, dout, lse, dlse, lengths, packed, arguments)
     shift, delta, scaled = row_terms(launches, dout, dlse, out, lse, norms, arguments)
-    seqs = (q.shape[2], k.shape[2])
-    rules = rules_of(call, mask_bounds(launches, call.mask, *seqs))
-    of_keys = rules._replace(bounds=mask_bounds(launches, call.mask, *seqs, of_keys=True))
+    rules = rules_of(launches, call)
     inputs = (view(q), view(k), view(v))
     views = (*inputs, rules, lengths, packed, dout, shift)
 
@@ -243,27 +256,36 @@ def attention_backward(
     def dq_grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_q * tiles(call, q, tile["BLOCK_M"]),)
 
-    launches.tuned(
-        _dkdv_tuner, tuning(call, arguments, dkdv_tiles(*about), products=4), dkdv_kernel,
-        dkdv_grid, *inputs, of_keys, *views[4:], scaled, norms, view(dk), view(dv),
-        heads_total=heads_k,
-        section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
-    )  # fmt: skip
+    if dk is not None or dv is not None:
+        of_keys = rules_of(launches, call, of_keys=True)
+        found = dkdv_tiles(*about, walked)
+        launches.tuned(
+            _dkdv_tuner, tuning(call, arguments, found, products=4), dkdv_kernel, dkdv_grid,
+            *inputs, of_keys, *views[4:], scaled, norms, optional_view(dk), optional_view(dv),
+            heads_total=heads_k, section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
+        )  # fmt: skip
     # In fp32, and zero where no tile comes by.
     ds = None if dbias is None else launches.zeros(dbias.shape)
     whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
     slopes = None if dalibi_slopes is None else launches.empty(lse.shape)
-    launches.tuned(
-        _dq_tuner, tuning(call, arguments, dq_tiles(*about, padded), products=3), dq_kernel,
-        dq_grid, *views, scaled, norms, view(dq), view(ds) if whole else None, slopes,
-        heads_total=heads_q,
-        section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
-    )  # fmt: skip
+    if dq is not None or whole or slopes is not None:
+        found = dq_tiles(*about, padded, describable(k, v))
+        launches.tuned(
+            _dq_tuner, tuning(call, arguments, found, products=3), dq_kernel, dq_grid, *views,
+            scaled, norms, optional_view(dq), view(ds) if whole else None, slopes,
+            heads_total=heads_q,
+            section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
+        )  # fmt: skip
     if dalibi_slopes is not None:
         sum_slopes(launches, slopes, packed, sequences_of(call), dalibi_slopes)
     if dbias is not None:
         if not whole:
-            del arguments["sequences"]  # they have no bias
             given = (*inputs, rules, lengths, dout, shift, delta)
-            broadcast_bias_gradient(launches, ds, given, arguments, about, q)
+            unpacked = {x: y for x, y in arguments.items() if x != "sequences"}
+            broadcast_bias_gradient(launches, ds, given, unpacked, about, q)
         launches.apply(Tensor.copy_, dbias, ds)
+    if ddistance_bias is not None:
+        given = (*inputs, rules, lengths, packed, dout, shift, delta)
+        distance_bias_gradient(
+            launches, ddistance_bias, given, packed, arguments, about, q.shape[0]
+        )

@@ -30,7 +30,7 @@ from .attention_scores import (
     weights,
     work_item,
 )
-from .common import dot, load_tile, matrix, rows_from, store_tile
+from .common import described, dot, load_tile, matrix, rows_from, store_tile
 from .plans import Launches
 
 
@@ -46,7 +46,7 @@ def dq_kernel(
     shift,  # fp32 (B, Hq, Sq), contiguous
     delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
     norms,  # of `load_ds_scale`, or None
-    dq,  # View (B, Hq, Sq, D)
+    dq,  # View (B, Hq, Sq, D), or None
     dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
     dslopes,  # fp32 (B, Hq, Sq), contiguous: of those of ALiBi, what a query adds; or None
     scale,
@@ -69,6 +69,7 @@ def dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_q, sequences, BLOCK_M)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
@@ -78,6 +79,9 @@ def dq_kernel(
     )
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+    if TMA:
+        k_head = described(k_head, sequence.seq_k, BLOCK_N, D, BLOCK_D)
+        v_head = described(v_head, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     inside = i < sequence.seq_q
@@ -97,7 +101,7 @@ def dq_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slopes_row = tl.zeros([BLOCK_M], tl.float32)
     # Two loops, on sm_90 never skipped, as in the forward.
-    SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
+    SPLIT: tl.constexpr = rules.masks is None and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
     bounds = (begin, end)
     if SPLIT:
@@ -130,13 +134,15 @@ def dq_kernel(
                     tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
                 if dslopes is not None:
                     slopes_row -= tl.sum(ds * distance(sequence, i[:, None], j[None, :]), 1)
-                ds = chain(ds, raw, rules, scale)
-                dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+                if dq is not None:
+                    ds = chain(ds, raw, rules, scale)
+                    dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
     if dslopes is not None:
         tl.store(dslopes + rows + i, unscaled(slopes_row, ds_scale), mask=inside)
-    dq_tile = unscaled(dq_tile * scale, ds_scale)
-    dq_head = rows_from(dq, batch, head, sequence.first_q, ALIGNED)
-    store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
+    if dq is not None:
+        dq_tile = unscaled(dq_tile * scale, ds_scale)
+        dq_head = rows_from(dq, batch, head, sequence.first_q, ALIGNED)
+        store_tile(dq_head, dq_tile, first, sequence.seq_q, BLOCK_M, D, BLOCK_D)
 
 
 # --- the gradient of ALiBi's slopes --------------------------------------------------------------

@@ -36,7 +36,7 @@ from .attention_launch import (
     tiles,
     tuning,
 )
-from .attention_mask import mask_bounds, within
+from .attention_mask import within
 from .attention_scores import (
     UNSPECIALISED,
     hide,
@@ -54,6 +54,8 @@ from .common import (
     LN2,
     LOG2E,
     broadcast_view,
+    describable,
+    described,
     device_of,
     dot,
     load_tile,
@@ -103,6 +105,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr = False,
+    TMA: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_q, sequences, BLOCK_M)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
@@ -113,6 +116,9 @@ def forward_kernel(
     rows, keys = sequence.seq_q, sequence.seq_k
     k_head = rows_from(k, batch, head // group, sequence.first_k, ALIGNED)
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
+    if TMA:
+        k_head = described(k_head, keys, BLOCK_N, D, BLOCK_D)
+        v_head = described(v_head, keys, BLOCK_N, DV, BLOCK_DV)
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     begin, whole, full, end = key_range(first, sequence, BLOCK_M, BLOCK_N)
@@ -127,7 +133,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Full tiles and masked ones have loops of their own: a branch between the products hides from
     # Triton that they are a chain. A mask or a bias leaves no registers for a second loop.
-    SPLIT: tl.constexpr = rules.mask is None and rules.bias is None
+    SPLIT: tl.constexpr = rules.masks is None and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
     bounds = (begin, end)
     if SPLIT:
@@ -138,7 +144,8 @@ def forward_kernel(
     # AHEAD: qkᵀ of the next tile beside the exponentials of this one (Shah et al. 2024), for tiles
     # of which the registers suffice. The last one is of keys that do not exist or are not seen.
     if AHEAD:
-        k_tile = load_tile(k_head, begin, keys, BLOCK_N, D, BLOCK_D)
+        at = tl.maximum(begin, 1 - keys)  # without keys past them
+        k_tile = load_tile(k_head, at, keys, BLOCK_N, D, BLOCK_D)
         ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
     for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
         if not WGMMA or bounds[part] < bounds[part + 1]:
@@ -211,7 +218,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     lengths = launches.vector(call.kv_lengths)
     sinks = broadcast_view(call.sinks)
     packed = packed_of(launches, call)
-    rules = rules_of(call, mask_bounds(launches, call.mask, q.shape[2], k.shape[2]))
+    rules = rules_of(launches, call)
     views = (view(q), view(k), view(v), rules, lengths, packed, sinks, view(out), lse)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
@@ -220,6 +227,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     padded = widths != (arguments["D"], arguments["DV"])
     dropped = arguments["dropout"] is not None
-    found = forward_tiles(device, q.dtype, widths, pair_bytes(call), dropped, padded)
+    kind = (device, q.dtype, widths, pair_bytes(call), dropped, padded)
+    found = forward_tiles(*kind, describable(k, v))
     about = tuning(call, arguments, found, products=2)
     launches.tuned(_tuner, about, forward_kernel, grid, *views, **arguments)

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
-from .attention_mask import Bounds
-from .attention_scores import Dropped, Packed, Rules
-from .common import Device, aligned, block_width, broadcast_view, bucket, dot_precision, with_data
+from .attention_mask import mask_bounds
+from .attention_scores import Dropped, Masks, Packed, Rules
+from .attention_tiles import TMA
+from .common import (
+    Device,
+    View,
+    aligned,
+    block_width,
+    broadcast_view,
+    bucket,
+    dot_precision,
+    with_data,
+)
 from .dropout import dropout_of
 from .plans import Launches
 from .tuning import Key, settings
@@ -23,13 +33,60 @@ if TYPE_CHECKING:
     )
 
 
-def rules_of(call: AttentionCall | AttentionBackwardCall, bounds: Bounds | None) -> Rules:
-    """The rules of a call, as the kernels take them; bounds: of the rows of the mask."""
-    softcap = call.config.softcap or None
-    return Rules(
+def masks_of(launches: Launches, call: AttentionCall | AttentionBackwardCall) -> Masks | None:
+    """The masks of a call, as the kernels take them."""
+    given = call.mask, call.prefix_lengths, call.documents_q, call.mask_blocks
+    if all(x is None for x in given):
+        return None
+    return Masks(
         broadcast_view(call.mask),
+        launches.vector(call.prefix_lengths),
+        _ids(call.documents_q),
+        _ids(call.documents_k),
+        broadcast_view(call.mask_blocks),
+        None if call.mask_blocks is None else call.config.block_size,
+    )
+
+
+def _ids(x: Tensor | None) -> View | None:
+    """(B or 1, S) as (B, 1, 1, S)."""
+    if x is None:
+        return None
+    batch, step = x.stride()
+    return View(with_data(x), 0 if x.shape[0] == 1 else batch, 0, 0, step)
+
+
+def _map_shape(call: AttentionCall | AttentionBackwardCall) -> tuple[int, int, int, int]:
+    """Of what the masks of a call show: each dimension that of the scores, or 1."""
+    q, k, mask, blocks = call.q, call.k, call.mask, call.mask_blocks
+    dense = (1, 1, 1, 1) if mask is None else tuple(mask.shape)
+    by_rule = [1, 1, 1, 1]
+    if blocks is not None:
+        by_rule[:2] = blocks.shape[:2]
+    if call.documents_q is not None:
+        by_rule[0] = max(by_rule[0], call.documents_q.shape[0], call.documents_k.shape[0])  # type: ignore[union-attr]
+    if call.prefix_lengths is not None:
+        by_rule[0] = q.shape[0]
+    if any(x is not None for x in (blocks, call.documents_q, call.prefix_lengths)):
+        by_rule[2:] = q.shape[2], k.shape[2]
+    batch, heads, rows, columns = (max(x, y) for x, y in zip(dense, by_rule, strict=True))
+    return batch, heads, rows, columns
+
+
+def rules_of(
+    launches: Launches, call: AttentionCall | AttentionBackwardCall, *, of_keys: bool = False
+) -> Rules:
+    """The rules of a call, as the kernels take them, or `of_keys` as those take them whose
+    programs have keys of their own."""
+    masks, bounds = masks_of(launches, call), None
+    if masks is not None and call.cu_seqlens_q is None:
+        lengths = call.q.shape[2], call.k.shape[2]
+        bounds = mask_bounds(launches, masks, _map_shape(call), lengths, of_keys=of_keys)
+    return Rules(
+        masks,
         broadcast_view(call.bias),
-        softcap,
+        broadcast_view(call.distance_bias),
+        call.config.softcap or None,
         broadcast_view(call.alibi_slopes),
         bounds,
     )
@@ -98,7 +155,8 @@ def common_arguments(
     seq_q, seq_k = q.shape[2], k.shape[2]
     packed = call.cu_seqlens_q is not None
     lower, upper = bounds_of(config, seq_q, seq_k, packed)
-    natural = call.bias is not None or call.alibi_slopes is not None or config.softcap > 0
+    added = call.bias, call.alibi_slopes, call.distance_bias
+    natural = any(x is not None for x in added) or config.softcap > 0
     return {
         "scale": config.scale,
         "heads": q.shape[1],
@@ -135,8 +193,11 @@ def tuning(
     kind = (
         q.device, q.dtype, arguments["D"], arguments["DV"], arguments["lower"] is None,
         arguments["upper"] is None, call.alibi_slopes is None,
-        arguments["PRECISION"], call.mask is None, call.bias is None, call.config.softcap > 0,
+        arguments["PRECISION"], call.mask is None, call.bias is None,
+        call.distance_bias is None, call.prefix_lengths is None, call.documents_q is None,
+        call.mask_blocks is None, call.config.softcap > 0,
         arguments["group"], arguments["dropout"] is None, call.cu_seqlens_q is None,
+        any(TMA in each.kwargs for each in candidates),  # not for every layout
     )  # fmt: skip
     heads, (seq_q, seq_k) = sequences_of(call) * q.shape[1], longest_of(call)
     width = (arguments["D"] + arguments["DV"]) // 2
@@ -150,7 +211,9 @@ def tuning(
 
 def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
     """Bytes that each pair of query and key takes in shared memory: of mask, bias and dropout."""
+    rules = call.mask_blocks, call.documents_q, call.prefix_lengths
     read = sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
+    read += any(x is not None for x in rules) + (0 if call.distance_bias is None else 4)
     return read + (call.config.dropout_p > 0.0)
 
 

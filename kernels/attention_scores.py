@@ -42,6 +42,7 @@ class Sequence(NamedTuple):
     lower: Any  # query i sees keys i + lower … i + upper; None: all to that side
     upper: Any
     offset: Any  # Sk − Sq: where ALiBi counts distances from
+    zero: Any  # in a bias of distances, the number of the distance 0
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def sequence_of(index, batch, seq_q, seq_k, lower, upper, kv_lengths):
     keys = seq_k
     if kv_lengths is not None:
         keys = load_length(kv_lengths, batch, seq_k)
-    return Sequence(index, batch, 0, seq_q, 0, keys, lower, upper, seq_k - seq_q)
+    return Sequence(index, batch, 0, seq_q, 0, keys, lower, upper, seq_k - seq_q, seq_q - 1)
 
 
 @triton.jit
@@ -76,6 +77,22 @@ def packed_rows(offsets, number, sequences, rows, REST: tl.constexpr):
 
 
 @triton.jit
+def packed_number(
+    number, seq_q, seq_k, lower, upper, packed, sequences, REST_Q: tl.constexpr,
+    REST_K: tl.constexpr,
+):  # fmt: skip
+    """The packed one of this number, whose tile is the first."""
+    first_q, rows_q = packed_rows(packed.q, number, sequences, seq_q, REST_Q)
+    first_k, rows_k = packed_rows(packed.k, number, sequences, seq_k, REST_K)
+    offset = rows_k - rows_q
+    if packed.top_left is None:
+        lower = None if lower is None else lower + offset
+        upper = None if upper is None else upper + offset
+    zero = seq_k - 1 - offset
+    return Sequence(0, number, first_q, rows_q, first_k, rows_k, lower, upper, offset, zero)
+
+
+@triton.jit
 def packed_sequence(
     index, seq_q, seq_k, lower, upper, packed, sequences, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -91,19 +108,19 @@ def packed_sequence(
         begun = tl.load(own + middle) // BLOCK + middle <= index
         number = tl.where(begun, middle, number)
         last = tl.where(begun, last, middle - 1)
-    first_q, rows_q = packed_rows(packed.q, number, sequences, seq_q, not OF_KEYS)
-    first_k, rows_k = packed_rows(packed.k, number, sequences, seq_k, OF_KEYS)
-    offset = rows_k - rows_q
-    if packed.top_left is None:
-        lower = None if lower is None else lower + offset
-        upper = None if upper is None else upper + offset
+    x = packed_number(
+        number, seq_q, seq_k, lower, upper, packed, sequences, not OF_KEYS, OF_KEYS
+    )  # fmt: skip
+    rows_q, rows_k = x.seq_q, x.seq_k
     if OF_KEYS:
-        index = tl.maximum(index - (first_k // BLOCK + number), 0)
+        index = tl.maximum(index - (x.first_k // BLOCK + number), 0)
         rows_q = tl.where(index * BLOCK < rows_k, rows_q, 0)
     else:
-        index = tl.maximum(index - (first_q // BLOCK + number), 0)
+        index = tl.maximum(index - (x.first_q // BLOCK + number), 0)
         rows_k = tl.where(index * BLOCK < rows_q, rows_k, 0)
-    return Sequence(index, number, first_q, rows_q, first_k, rows_k, lower, upper, offset)
+    return Sequence(
+        index, number, x.first_q, rows_q, x.first_k, rows_k, x.lower, x.upper, x.offset, x.zero
+    )
 
 
 @triton.jit
@@ -159,11 +176,46 @@ def query_range(start, sequence, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 class Rules(NamedTuple):
     """What makes scores of the products qkᵀ, but for `scale`; None is compiled away."""
 
-    mask: Any  # View (B, Hq, Sq, Sk) of bool
+    masks: Any  # `Masks`
     bias: Any  # View (B, Hq, Sq, Sk)
+    distance_bias: Any  # View (B, Hq, 1, Sq + Sk − 1) of fp32
     softcap: Any  # float
     alibi_slopes: Any  # View (B, Hq, 1, 1) of fp32
-    bounds: Any  # of what the mask shows: attention_mask.py
+    bounds: Any  # of what the masks show: attention_mask.py
+
+
+class Masks(NamedTuple):
+    """Of each pair of query and key whether it is seen, besides causal and window."""
+
+    dense: Any  # View (B, Hq, Sq, Sk) of bool
+    prefix: Any  # int32 or int64 (B,), of packed sequences (N,)
+    documents_q: Any  # View (B, 1, 1, Sq) of int32 or int64
+    documents_k: Any  # View (B, 1, 1, Sk)
+    blocks: Any  # View (B, Hq, blocks of queries, blocks of keys) of bool
+    size: Any  # of a block
+
+
+@triton.jit
+def shown(masks, batch, head, sequence, i, j):
+    """Whether the masks let query i see key j; one of i and j is a column, the other a row."""
+    rows, keys = sequence.seq_q, sequence.seq_k
+    seen = (i < rows) & (j < keys)
+    if masks.dense is not None:
+        seen = seen & (load_pairs(matrix(masks.dense, batch, head), i, j, rows, keys) != 0)
+    if masks.prefix is not None:
+        seen = seen & ((j < tl.load(masks.prefix + sequence.number)) | (j <= i + sequence.offset))
+    if masks.documents_q is not None:
+        of_queries = matrix(masks.documents_q, batch, head)
+        of_keys = matrix(masks.documents_k, batch, head)
+        own = tl.load(of_queries.data + i.to(tl.int64) * of_queries.col, mask=i < rows, other=0)
+        other = tl.load(of_keys.data + j.to(tl.int64) * of_keys.col, mask=j < keys, other=0)
+        seen = seen & (own == other)
+    if masks.blocks is not None:
+        of_head = matrix(masks.blocks, batch, head)
+        last_i, last_j = (rows - 1) // masks.size, (keys - 1) // masks.size
+        m, n = i // masks.size, j // masks.size
+        seen = seen & (load_pairs(of_head, m, n, last_i + 1, last_j + 1) != 0)
+    return seen
 
 
 @triton.jit
@@ -211,9 +263,12 @@ def scores(s, rules, batch, head, sequence, i, j, scale, NATURAL: tl.constexpr):
     if rules.alibi_slopes is not None:
         slope = tl.load(matrix(rules.alibi_slopes, sequence.number, head).data)
         s = s - slope * distance(sequence, i, j)
-    if rules.mask is not None:
-        seen = load_pairs(matrix(rules.mask, batch, head), i, j, sequence.seq_q, sequence.seq_k)
-        s = tl.where(seen != 0, s, float("-inf"))
+    if rules.distance_bias is not None:
+        row = matrix(rules.distance_bias, batch, head)
+        exists = (i < sequence.seq_q) & (j < sequence.seq_k)
+        s = s + tl.load(row.data + (j - i + sequence.zero) * row.col, mask=exists, other=0.0)
+    if rules.masks is not None:
+        s = tl.where(shown(rules.masks, batch, head, sequence, i, j), s, float("-inf"))
     return s
 
 

@@ -58,6 +58,11 @@ def view(x: Tensor) -> View:
     return View(with_data(x), *x.stride())
 
 
+def optional_view(x: Tensor | None) -> View | None:
+    """`view`, of a tensor that may be absent."""
+    return None if x is None else view(x)
+
+
 def row_view(x: Tensor | None) -> View | None:
     """(B, H, rows) as (B, H, 1, rows)."""
     if x is None:
@@ -81,6 +86,17 @@ def aligned(*tensors: Tensor) -> bool:
         for x in tensors
         for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
         if size > 1
+    )
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether `described` can take their rows: what TMA asks of an address and of strides."""
+    return all(
+        x.stride(-1) == 1
+        and x.stride(-2) > 0
+        and (x.data_ptr() | x.stride(-2) * x.element_size()) % 16 == 0
+        and aligned(x)
+        for x in tensors
     )
 
 
@@ -120,10 +136,27 @@ def _tile(x, first, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
+def described(x, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """A `Matrix` (rows, WIDTH) as a tensor descriptor, of which `load_tile` takes tiles by TMA.
+
+    A program writes it to memory first; then it has no addresses and no masks to keep.
+    """
+    shape = [tl.maximum(rows, 1), WIDTH]  # CUDA knows no extent of 0
+    return tl.make_tensor_descriptor(x.data, shape, [x.row, 1], [BLOCK, PADDED])
+
+
+@triton.jit
 def load_tile(x, first, rows, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """(BLOCK, PADDED) of a matrix (rows, WIDTH), 0 outside it, whatever is stored there."""
-    pointers, inside = _tile(x, first, rows, BLOCK, WIDTH, PADDED)
-    return tl.load(pointers, mask=inside, other=0.0)
+    """(BLOCK, PADDED) of a matrix (rows, WIDTH), 0 outside it, whatever is stored there.
+
+    x: a `Matrix`, or what `described` makes of it.
+    """
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([first, 0])
+    else:
+        pointers, inside = _tile(x, first, rows, BLOCK, WIDTH, PADDED)
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit

@@ -9,8 +9,10 @@ With n = (z − mean) · rstd, d = dout and g = d · (weight_offset + weight),
 
 A fixed number of programs walks over all rows, and each keeps its part of dweight and dbias in
 registers; a second kernel adds the parts, always in the same order. The longest rows that fit are
-worked on as two blocks, which between them pad a width of 12288 by nothing. Rows longer still get
-the two means from a kernel of their own; then programs take columns, of which they need no sums.
+worked on as two blocks, which between them pad a width of 12288 by nothing, and in two passes, of
+which the second begins from what was loaded: two numbers of 16 bits take one register. Rows longer
+still get the two means from a kernel of their own; then programs take columns, of which they need
+no sums.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_cuda
 
-from .common import Device, block_width, device_of
+from .common import INTERPRETED, Device, block_width, device_of
 from .dropout import NO_DROPOUT, dropout_of
 from .plans import Launches, planned
 from .rowwise import (
@@ -29,7 +32,6 @@ from .rowwise import (
     Tile,
     at,
     dropout,
-    load_weight,
     matrix_of,
     registers,
     store,
@@ -43,20 +45,47 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def gradients(dout, z, w, mean, rstd, row, col, rows, width):
-    """Tiles of d, g and n (see the top); d and g are 0 outside."""
+def load_rows(x, row, col, rows, width):
+    """A tile as it is stored, 0 outside; None of None."""
     inside = (row < rows)[:, None] & (col < width)[None, :]
-    value = tl.load(at(z, row, col), mask=inside, other=0.0).to(tl.float32)
+    return None if x is None else tl.load(at(x, row, col), mask=inside, other=0.0)
+
+
+@triton.jit
+def load_columns(weight, col, width):
+    """Weights as they are stored; None of None."""
+    return None if weight is None else tl.load(weight + col, mask=col < width, other=0.0)
+
+
+@triton.jit
+def anew(x, zero):
+    """`x` where `zero`, an int32, is 0, as it is, which no compiler knows; None: `x` itself.
+
+    So what follows from 16-bit numbers is computed again, and not kept in twice the registers.
+    """
+    if zero is not None and is_cuda() and not INTERPRETED:  # noqa: SIM102
+        if x.dtype.primitive_bitwidth == 16:
+            other = tl.zeros_like(x).to(tl.int16, bitcast=True) + zero.to(tl.int16)
+            x = tl.inline_asm_elementwise(
+                "xor.b32 $0, $1, $2;", "=r,r,r", [x, other], dtype=x.dtype, is_pure=True, pack=2
+            )
+    return x
+
+
+@triton.jit
+def gradients(dout, z, weight, weight_offset, mean, rstd, row, rows, zero, weight_zero):
+    """Tiles of d, g and n (see the top), from those of dout and z; d and g are 0 outside."""
+    value = anew(z, zero).to(tl.float32)
     if mean is not None:
         value = value - tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
     value = value * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-    if dout is None:
-        d = tl.zeros_like(value)
-    else:
-        d = tl.load(at(dout, row, col), mask=inside, other=0.0).to(tl.float32)
+    d = tl.zeros_like(value) if dout is None else anew(dout, zero).to(tl.float32)
     g = d
-    if w is not None:
-        g = d * w
+    if weight is not None:
+        w = anew(weight, weight_zero).to(tl.float32)
+        if weight_offset is not None:
+            w += weight_offset
+        g = d * w[None, :]
     return d, g, value
 
 
@@ -79,8 +108,10 @@ def means_kernel(
     slope = tl.zeros([ROWS, BLOCK], tl.float32)
     level = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(0, width, BLOCK, num_stages=2):
-        w = load_weight(weight, first + col, width, weight_offset)
-        _, g, n = gradients(dout, z, w, mean, rstd, row, first + col, rows, width)
+        w = load_columns(weight, first + col, width)
+        z_tile = load_rows(z, row, first + col, rows, width)
+        dout_tile = load_rows(dout, row, first + col, rows, width)
+        _, g, n = gradients(dout_tile, z_tile, w, weight_offset, mean, rstd, row, rows, None, None)
         slope += g * n
         level += g
     tl.store(means + row, tl.sum(slope, 1) / width, mask=row < rows)
@@ -145,25 +176,34 @@ def backward_kernel(
     col = first + tl.arange(0, BLOCK)
     weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    w = load_weight(weight, col, width, weight_offset)
+    w = load_columns(weight, col, width)
     if REST:
         rest = BLOCK + tl.arange(0, REST)
         rest_weight_sum = tl.zeros([ROWS, REST], tl.float32)
         rest_bias_sum = tl.zeros([ROWS, REST], tl.float32)
-        rest_w = load_weight(weight, rest, width, weight_offset)
+        rest_w = load_columns(weight, rest, width)
+    # The second pass over two blocks begins from what was loaded; two sums of 16384 leave no room
+    # for that either.
+    AGAIN: tl.constexpr = REST > 0 and (dbias is None or REST < BLOCK)
     parts = tl.num_programs(0) // columns
     tiles = tl.cdiv(rows, ROWS)
     if seed is not None:
         seed = tl.load(seed)
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        d, g, n = gradients(dout, z, w, mean, rstd, row, col, rows, width)
+        z_tile = load_rows(z, row, col, rows, width)
+        dout_tile = load_rows(dout, row, col, rows, width)
+        zero = tile >> 31 if AGAIN else None
+        if REST:
+            rest_z = load_rows(z, row, rest, rows, width)
+            rest_dout = load_rows(dout, row, rest, rows, width)
+        d, g, n = gradients(dout_tile, z_tile, w, weight_offset, mean, rstd, row, rows, None, zero)
         if means is None:
             slope = tl.sum(g * n, 1)
             level = tl.sum(g, 1)
             if REST:
                 rest_d, rest_g, rest_n = gradients(
-                    dout, z, rest_w, mean, rstd, row, rest, rows, width
+                    rest_dout, rest_z, rest_w, weight_offset, mean, rstd, row, rows, None, zero
                 )
                 slope += tl.sum(rest_g * rest_n, 1)
                 level += tl.sum(rest_g, 1)
@@ -185,10 +225,19 @@ def backward_kernel(
                 rest_weight_sum += rest_d * rest_n
             if dbias is not None:
                 rest_bias_sum += rest_d
+        if AGAIN:
+            later = tl.sum((slope != slope).to(tl.int32), 0)  # of a row that becomes NaN 1
+            _, g, n = gradients(
+                dout_tile, z_tile, w, weight_offset, mean, rstd, row, rows, later, later
+            )
         write_gradients(
             dz, dx, dresidual, g, n, slope, level, rstd, seed, limit, keep_scale,
             row, first, rows, width, BLOCK,
         )  # fmt: skip
+        if AGAIN:
+            _, rest_g, rest_n = gradients(
+                rest_dout, rest_z, rest_w, weight_offset, mean, rstd, row, rows, later, later
+            )
         if REST:
             write_gradients(
                 dz, dx, dresidual, rest_g, rest_n, slope, level, rstd, seed, limit, keep_scale,

@@ -9,6 +9,7 @@ kind on the steps are repeated with the addresses of the new tensors.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import operator
@@ -55,6 +56,24 @@ def _rebuild(argument: Any, slots: dict[int, int]) -> Rebuild | None:
     return lambda handles: make([x if part is None else part(handles) for x, part in pairs])
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel's programs write their tensor descriptors: memory of torch's."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_scratch(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`function(...)` with `_scratch` as Triton's allocator, which for everybody else stays.
+
+    Triton keeps its allocator in a context variable.
+    """
+
+    def inside() -> Any:
+        triton.set_allocator(_scratch)
+        return function(*args, **options)
+
+    return contextvars.copy_context().run(inside)
+
+
 class Launches:
     """What a launcher does with tensors: done at once, and written down to be repeated.
 
@@ -73,7 +92,7 @@ class Launches:
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """`kernel[grid](*args, **options)`."""
         options = FMA | options
-        compiled = kernel[grid](*args, **options)
+        compiled = _with_scratch(kernel[grid], *args, **options)
         names = inspect.signature(kernel.fn).parameters
         given = dict(zip(names, args, strict=False)) | options
         arguments = [given.get(name, parameter.default) for name, parameter in names.items()]
@@ -92,7 +111,8 @@ class Launches:
         """`launch` with what the tuner picks; about: what it asks, grid: from the tile."""
 
         def trial(config: triton.Config) -> None:
-            kernel[grid(config.kwargs)](*args, **FMA, **arguments, **config.all_kwargs())
+            run = kernel[grid(config.kwargs)]
+            _with_scratch(run, *args, **FMA, **arguments, **config.all_kwargs())
 
         config = tuner.pick(launch=trial, **about)
         self.launch(kernel, grid(config.kwargs), *args, **arguments, **config.all_kwargs())
@@ -167,6 +187,8 @@ class Launches:
         if compiled is None:  # a hook of Triton's kept it from being compiled
             return None
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        if getattr(compiled.metadata, "global_scratch_size", 0):
+            run = functools.partial(_with_scratch, run)
         x, y, z = (*grid, 1, 1)[:3]
 
         def launch(tensors: list[Tensor], handles: list[Any], stream: int) -> None:

@@ -30,7 +30,10 @@ def disassemble(kernel: Any) -> dict[str, Any]:
 
 
 def _loops(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop with products of matrices, in their order."""
+    """The instructions of each innermost loop with products of matrices, in their order.
+
+    A wait that has to be repeated is repeated after the kernel's end: no loop has that in it.
+    """
     code = [
         (int(at, 16), name, rest)
         for at, name, rest in re.findall(
@@ -47,7 +50,11 @@ def _loops(sass: str) -> list[list[str]]:
         for first, last in jumps
         if first < last
     }
-    bodies = {span: x for span, x in bodies.items() if any("MMA" in name for name in x)}
+    bodies = {
+        span: x
+        for span, x in bodies.items()
+        if any("MMA" in name for name in x) and "EXIT" not in x
+    }
     return [
         x
         for (first, last), x in bodies.items()
@@ -97,6 +104,6 @@ def _read(code: bytes) -> dict[str, Any]:
         **{name: sum(x.startswith(name) and ".128" in x for x in found) for name in WIDE},
         "narrow": sum(x.startswith(("LDG", "STG")) and ".128" not in x for x in found),
         **{name: int(value) for name, value in uses.items()},
-        **{name: counts[name] for name in ("LDL", "STL", *TENSOR_CORES)},
+        **{name: counts[name] for name in ("LDL", "STL", "UTMALDG", *TENSOR_CORES)},
         "instructions": len(found),
     }

@@ -110,7 +110,7 @@ class AttentionRow(NamedTuple):
 
 
 def attention_table(module: Path) -> dict[tuple[str, int, int], AttentionRow]:
-    """The tiles of attention as they were compiled, by kernel, head dim and memory class."""
+    """The tiles of attention as they were compiled, by kernel, head dim and variant."""
     code = (
         "import torch, json, importlib.util as u; s = u.spec_from_file_location('_cuda', "
         f"{str(module)!r}); m = u.module_from_spec(s); s.loader.exec_module(m); "

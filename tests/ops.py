@@ -182,11 +182,14 @@ def raw_calls(backend: str = "cpu") -> Iterator[tuple[str, tuple]]:
     q, k, dout, lse = R(2, 2, 5, 8), R(2, 1, 6, 8), R(2, 2, 5, 8), R(2, 2, 5)
     extras = (torch.ones(2, 1, 5, 6, dtype=torch.bool), R(1, 2, 5, 6), torch.tensor([6, 4]))
     of_heads = (R(2, 2, 1, 1), R(1, 2, 1, 1))
-    config = AttentionConfig(2, 0.3, window_left=3)
-    *inputs, _ = AttentionCall(q, k, k.clone(), *extras, *of_heads)
+    config = AttentionConfig(2, 0.3, window_left=3, block_size=2)
+    ids = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 0, 0]])
+    rules = (R(1, 2, 1, 10), torch.tensor([3, 9]), ids, torch.zeros(1, 6).long())
+    blocks = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    *inputs, _ = AttentionCall(q, k, k.clone(), *extras, *of_heads, None, *rules, blocks)
     yield "attention_fwd", (*inputs, backend, *config)
     grads = (dout, lse.clone(), dout.clone(), lse)
-    yield "attention_bwd", (*grads, *inputs, backend, *config, True, True, True)
+    yield "attention_bwd", (*grads, *inputs, backend, *config, *(True,) * 7)
     seed, f32, bf16 = torch.tensor([7]), torch.float32, torch.bfloat16
     dropped = AttentionCall(q, k, k.clone(), seed=seed, config=config._replace(dropout_p=0.3))
     *inputs, config = dropped

@@ -8,10 +8,11 @@ import fusedattn
 import pytest
 import torch
 from cases.attention import AttentionCase, check_attention, fused, regimes
+from cases.drawn import drawn_cases
+from cases.rules import check_rules
 from compare import check, device_for
 from fusedattn.reference import functional as reference
 from hypothesis import given
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.backends("fast", "cuda_emulated")
 
@@ -340,43 +341,10 @@ def test_instruction_set(case, dtype, instruction_set):
     check_attention(dataclasses.replace(case, dtype=dtype), "cpu")
 
 
-@st.composite
-def attention_cases(draw) -> AttentionCase:
-    batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
-    lengths_of = st.integers(1, 80) | st.sampled_from((127, 129, 193, 260))
-    seq_q, seq_k = draw(lengths_of), draw(lengths_of)
-    side = st.none() | st.integers(0, 90)
-    heads = kv_heads * group
-    full = (batch, kv_heads * group, seq_q, seq_k)
-    broadcast = st.none() | st.tuples(*(st.sampled_from((1, size)) for size in full))
-    lengths = st.tuples(*[st.integers(0, seq_k)] * batch)
-    return AttentionCase(
-        batch=batch,
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        seq_q=seq_q,
-        seq_k=seq_k,
-        dim=draw(st.integers(1, 90)),
-        dim_v=draw(st.integers(1, 90)),
-        dtype=draw(st.sampled_from(DTYPES)),
-        causal=draw(st.sampled_from((False, "top_left", "bottom_right"))),
-        scale=draw(st.none() | st.floats(-1.0, 1.0, width=32)),
-        mask=draw(broadcast),
-        bias=draw(broadcast),
-        kv_lengths=draw(st.none() | lengths),
-        window=draw(st.none() | st.tuples(side, side)),
-        softcap=draw(st.none() | st.floats(0.5, 5.0, width=32)),
-        alibi_slopes=draw(st.sampled_from((None, (heads,), (batch, heads)))),
-        sinks=draw(st.booleans()),
-        dropout_p=draw(st.sampled_from((0.0, 0.5))),
-        grads=draw(st.sampled_from((("lse",), BOTH))),
-    )
-
-
-@given(case=attention_cases())
+@given(case=drawn_cases())
 def test_any_shape_and_options(case, fast_backend):
     # In a handful of elements eager may be exact by luck, and some of many examples find that.
-    check_attention(case, fast_backend, slack=2)
+    check_rules(case, fast_backend, slack=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

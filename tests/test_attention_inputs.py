@@ -158,9 +158,10 @@ def test_option_that_a_backend_does_not_take():
     for backend in ("cuda", "triton", "cuda_emulated"):
         assert re.search(rf"^  {backend}: .+; .+$", str(raised.value), re.MULTILINE)
     q, k = of(torch.float16, *Q), of(torch.float16, *K)
-    given = AttentionCall(q, k, k, seed=torch.tensor([7]), config=configure(8, dropout_p=0.1))
+    given = AttentionCall(q, k, k, mask=of(torch.bool, 1, 1, 1, 1), config=configure(8))
     refusal = attention_backends._cuda_takes(given)
-    assert tuple(refusal) == ("dropout_p is not supported", "leave dropout_p out")
+    assert refusal.reason == "mask is not supported"
+    assert refusal.remedy == "leave mask out, or use causal, window and kv_lengths"
 
 
 @pytest.mark.parametrize("options", [{"softcap": None}, {"window": (None, None)}, {"dropout_p": 0}])

@@ -76,7 +76,7 @@ def test_random_orders(case: AttentionCase) -> None:
 
 @needs_emulator
 def test_the_tests_of_attention_run_on_the_emulator() -> None:
-    """Those that its kernels take, and that is most of those without mask and bias."""
+    """Those that its kernels take, and that is most of those without a mask."""
     cases = [
         dataclasses.replace(row.values[0], dtype=BF16)
         for row in (*KINDS, *HEAD_DIMS, *LENGTHS, *DECODE)
@@ -139,8 +139,6 @@ REFUSED = [
     ({"dim": 60}, "D is 60; use a multiple of 8, at most 256"),
     ({"dim": 64, "dim_v": 264}, "Dv is 264; use a multiple of 8, at most 256"),
     ({"mask": (1, 1, 32, 32)}, "mask is not supported; leave mask out"),
-    ({"bias": (1, 1, 32, 32)}, "bias is not supported; leave bias out"),
-    ({"dropout_p": 0.1}, "dropout_p is not supported; leave dropout_p out"),
 ]
 
 

@@ -181,10 +181,7 @@ HOT_KERNELS: dict[str, tuple[str, ...]] = {
 }
 
 
-ATTENTION = (
-    r"(attention_forward|attention_backward_keys|attention_backward_queries)"
-    r"<(f16|bf16), (\d+)(?:, (\d))?>"
-)
+ATTENTION = r"(attention_(?:forward|backward_(?:keys|queries|bias)))<(f16|bf16), (\d+)(?:, (\d))?>"
 
 
 @pytest.fixture(scope="module")
@@ -269,14 +266,16 @@ class TestMachineCode:
             if kernel.target != target or not named:
                 continue
             found += 1
-            row = tiles[named[1], int(named[3]), int(named[4] or -1)]
+            row = tiles[named[1], int(named[3]), int(named[4] or 2)]
             assert kernel.shared == reserved, kernel
             enough = min(65536 // (row.threads * row.blocks) // 8 * 8, 255)
             assert kernel.registers <= enough, kernel
         assert found == 2 * len(tiles), "one of each row for each dtype"
 
     @pytest.mark.parametrize("target", TARGETS)
-    @pytest.mark.parametrize("name", ["forward", "backward_keys", "backward_queries"])
+    @pytest.mark.parametrize(
+        "name", ["forward", "backward_keys", "backward_queries", "backward_bias"]
+    )
     def test_attention_uses_tensor_cores(self, built: Built, name: str, target: str) -> None:
         """Tiles arrive by asynchronous copies and leave shared memory as fragments."""
         ours = (x for x in built.kernels if x.name.startswith(f"attention_{name}<"))

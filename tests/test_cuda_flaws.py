@@ -40,30 +40,42 @@ class Run:
         exact = results(made, case, reference.attention, torch.float32)
         self.eager["lse"] = self.lse = exact["lse"]
         self.out = exact["out"].to(case.dtype)
-        self.config = configure(case.dim, **case.options(), deterministic=kind == "deterministic")
+        options = case.options() | {"deterministic": kind == "deterministic"}
+        options.pop("seed", None)
+        self.config = configure(case.dim, **options)
         self.kernels = {
             "forward": ("attention_forward", "attention_combine"),
             "atomics": ("attention_backward_norms", "attention_backward_rows",
                         "attention_backward_keys", "attention_backward_round"),
-            "deterministic": ("attention_backward_keys", "attention_backward_queries"),
+            "deterministic": ("attention_backward_keys", "attention_backward_queries",
+                              "attention_backward_bias", "attention_slopes"),
         }[kind]  # fmt: skip
 
     def compute(self) -> dict[str, Tensor]:
         made = self.made
-        q, k, v, kv_lengths = (made[name] for name in ("q", "k", "v", "kv_lengths"))
+        q, k, v = (made[name] for name in "qkv")
+        given = {name: made[name] for name in ("kv_lengths", "bias", "alibi_slopes")}
+        options = self.case.options()
         if self.kind == "forward":
             out, lse = fusedattn.attention(
-                q, k, v, causal=self.case.causal, kv_lengths=kv_lengths, return_lse=True,
+                q, k, v, **given, sinks=made["sinks"], **options, return_lse=True,
                 backend="cuda_emulated",
             )  # fmt: skip
             return {"out": out, "lse": lse}
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grads = {f"d{name}": torch.empty_like(made[name]) for name in "qkv"}
+        for name in ("bias", "alibi_slopes"):
+            grads[f"d{name}"] = None if made[name] is None else torch.empty_like(made[name])
+        if given["alibi_slopes"] is not None:
+            given["alibi_slopes"] = given["alibi_slopes"].view(1, -1, 1, 1)
+        seed = torch.tensor([options["seed"]]) if "seed" in options else None
         call = AttentionBackwardCall(
-            made["dout"], made["dlse"], self.out, self.lse, q, k, v, kv_lengths=kv_lengths,
+            made["dout"], made["dlse"], self.out, self.lse, q, k, v, **given, seed=seed,
             config=self.config,
         )  # fmt: skip
-        emulated.attention_backward(call, dq, dk, dv, None, None)
-        return {"dq": dq, "dk": dk, "dv": dv}
+        slopes = grads["dalibi_slopes"]
+        views = grads | {"dalibi_slopes": None if slopes is None else slopes.view(1, -1, 1, 1)}
+        emulated.attention_backward(call, *views.values())
+        return {name: x for name, x in grads.items() if x is not None}
 
     def how_it_fails(self) -> str:
         """By what a planted flaw is caught; empty if it is not."""
@@ -82,6 +94,10 @@ class Run:
     def hold(self, found: dict[str, Tensor]) -> None:
         for name, x in found.items():
             rule = {"what": name, "case": self.case, "gradient": name.startswith("d")}
+            summed = name in ("dbias", "dalibi_slopes")
+            if summed:  # as in cases/attention.py
+                slack = 2 if name == "dalibi_slopes" else 1
+                rule |= {"rows": 100, "tested": self.case.dtype, "slack": slack}
             check(x, self.ref[name], self.eager[name], floor=5e-5 * (name == "lse"), **rule)
 
 
@@ -147,6 +163,32 @@ def runs(head_dim: int, memory: int) -> list[Run]:
     return found
 
 
+def runs_with_options(head_dim: int) -> list[Run]:
+    """Of the kernels that take every option; each way in which a bias is broadcast."""
+    common = {"batch": 1, "heads": 2, "kv_heads": 1, "dim": head_dim - 8, "dim_v": head_dim - 16,
+              "dtype": torch.bfloat16, "grads": ("out", "lse")}  # fmt: skip
+    every = {"window": (70, 9), "alibi_slopes": (2,), "sinks": True, "dropout_p": 0.3}
+    cases = [  # the cheapest first
+        AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 2, 20, 1)),
+        AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 1, 1, 1)),
+        AttentionCase(**common, seq_q=70, seq_k=40, bias=(1, 1, 1, 40), window=(5, 1)),
+        AttentionCase(**common, seq_q=20, seq_k=192, causal=True, window=(3, 0), alibi_slopes=(2,)),
+        AttentionCase(**common, seq_q=150, seq_k=10, causal=True, window=(3, 0)),
+        AttentionCase(**common, **every, seq_q=70, seq_k=190, bias=(1, 1, 70, 190)),
+    ]
+    found = [Run(case, kind) for case in cases for kind in ("forward", "atomics", "deterministic")]
+    split = AttentionCase(**common, seq_q=3, seq_k=520, bias=(1, 2, 3, 520), sinks=True)
+    return [*found, Run(split, "forward")]
+
+
+@pytest.mark.slow
+def test_every_flaw_with_options_is_caught() -> None:
+    survivors, how = hunt(runs_with_options(64))
+    assert not survivors
+    kinds = [*ALWAYS, *COPIES, "late begin", "bound too high", "bound too low"]
+    assert {flaw for flaw, by in how if by} >= {f"attention_backward_bias: {x}" for x in kinds}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", [LARGE, LITTLE], ids=["large", "little"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
@@ -186,6 +228,8 @@ def test_no_wait_and_no_barrier_goes_unwatched() -> None:
             emulated.device(max_shared_bytes=memory)
             for head_dim in (64, 128, 256):
                 small = [run for run in runs(head_dim, memory) if run.case.seq_q == 40]
+                if head_dim == 64 and memory == LARGE:
+                    small += runs_with_options(head_dim)
                 emulated.watch()
                 for run in small:
                     run.compute()

@@ -22,14 +22,21 @@ CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 TILES = [(128, 64), (128, 32), (64, 64), (64, 128), (32, 32), (16, 8), (3, 5), (7, 2), (1, 1)]
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
 SMALL = range(1, 11)
+ALL = (-1, -1)  # no window
 
 
-def allowed(seq_q: int, seq_k: int, causal: str, keys: int) -> Tensor:
+def allowed(
+    seq_q: int, seq_k: int, causal: str, keys: int, window: tuple[int, int] = ALL
+) -> Tensor:
     """(seq_q, seq_k) bool: which pairs attend, by the definition."""
     i, j = torch.arange(seq_q)[:, None], torch.arange(seq_k)[None]
-    diagonal = seq_k - seq_q if causal == "bottom_right" else 0
-    exists = (j < keys).expand(seq_q, seq_k)
-    return exists if causal == "none" else exists & (j <= i + diagonal)
+    right = j - i - (0 if causal == "top_left" else seq_k - seq_q)  # of the diagonal
+    seen = (j < keys).expand(seq_q, seq_k)
+    if causal != "none":
+        seen = seen & (right <= 0)
+    elif window[1] >= 0:
+        seen = seen & (right <= window[1])
+    return seen & (right >= -window[0]) if window[0] >= 0 else seen
 
 
 def counts(pairs: Tensor, rows: int, width: int, keys: int) -> tuple[Tensor, Tensor]:
@@ -62,15 +69,23 @@ def check_one_direction(
     assert full[visited & ~unmasked].sum() == 0, f"{case}: a full tile is masked, {visit}"
 
 
-def check_schedule(seq_q: int, seq_k: int, causal: str, keys: int, rows: int, width: int) -> None:
-    case = f"Sq={seq_q} Sk={seq_k} causal={causal} keys={keys} tiles {rows}×{width}"
-    sums, full = counts(allowed(seq_q, seq_k, causal, keys), rows, width, keys)
+def check_schedule(
+    seq_q: int,
+    seq_k: int,
+    causal: str,
+    keys: int,
+    rows: int,
+    width: int,
+    window: tuple[int, int] = ALL,
+) -> None:
+    case = f"Sq={seq_q} Sk={seq_k} causal={causal} keys={keys} {window=} tiles {rows}×{width}"
+    sums, full = counts(allowed(seq_q, seq_k, causal, keys, window), rows, width, keys)
     shape = (seq_q, seq_k, CAUSAL[causal], keys)
     for i in range(sums.shape[0]):
-        visit = emulated.key_tiles(*shape, i * rows, rows, width)
+        visit = emulated.key_tiles(*shape, i * rows, rows, width, *window)
         check_one_direction(visit, sums[i], full[i], f"{case}, queries from {i * rows}")
     for j in range(sums.shape[1]):
-        visit = emulated.query_tiles(*shape, j * width, rows, width)
+        visit = emulated.query_tiles(*shape, j * width, rows, width, *window)
         check_one_direction(visit, sums[:, j], full[:, j], f"{case}, keys from {j * width}")
 
 
@@ -97,12 +112,30 @@ def test_kv_lengths(causal: str, rows: int, width: int) -> None:
             check_schedule(seq_q, 200, causal, keys, rows, width)
 
 
+WINDOWS = [(0, 0), (1, 0), (0, 2), (3, -1), (-1, 1), (2, 4), (9, 9)]
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_windows_of_every_small_shape(causal: str) -> None:
+    for seq_q, seq_k, window in itertools.product(range(1, 8), range(1, 8), WINDOWS):
+        for keys in {seq_k, seq_k // 2}:
+            check_schedule(seq_q, seq_k, causal, keys, 3, 2, window)
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize(("rows", "width"), [(128, 64), (64, 32)])
+def test_windows(causal: str, rows: int, width: int) -> None:
+    windows = [(0, 0), (31, 0), (32, 33), (63, 64), (64, -1), (65, 1), (-1, 63), (300, 300)]
+    for seq_q, seq_k, window in itertools.product((1, 64, 129, 200), (1, 65, 128, 200), windows):
+        check_schedule(seq_q, seq_k, causal, seq_k, rows, width, window)
+
+
 @pytest.mark.parametrize("by", [-1, 1])
 def test_schedule_off_by_one_is_caught(by: int) -> None:
     shape = (160, 224, CAUSAL["bottom_right"], 200)
     sums, full = counts(allowed(160, 224, "bottom_right", 200), 32, 16, 200)
-    queries_of = emulated.query_tiles(*shape, 128, 32, 16), sums[:, 8], full[:, 8], (0, 1, 3)
-    keys_of = emulated.key_tiles(*shape, 64, 32, 16), sums[2], full[2], (2, 3)
+    queries_of = emulated.query_tiles(*shape, 128, 32, 16, *ALL), sums[:, 8], full[:, 8], (0, 1, 3)
+    keys_of = emulated.key_tiles(*shape, 64, 32, 16, *ALL), sums[2], full[2], (2, 3)
     for visit, seen, whole, bounds in (queries_of, keys_of):
         check_one_direction(visit, seen, whole, "right")
         for which in bounds:
@@ -114,9 +147,18 @@ def test_schedule_off_by_one_is_caught(by: int) -> None:
 
 def test_long_sequences_do_not_overflow() -> None:
     n = 1 << 30
-    assert emulated.key_tiles(n, n, 2, n, n - 128, 128, 64) == (0, 0, (n - 128) // 64, n // 64)
-    assert emulated.query_tiles(n, n, 2, n, n - 64, 64, 64) == tuple(
-        n // 64 - 1 + x for x in (0, 1, 1, 1)
+    last = n // 64
+    assert emulated.key_tiles(n, n, 2, n, n - 128, 128, 64, *ALL) == (0, 0, last - 2, last)
+    assert emulated.query_tiles(n, n, 2, n, n - 64, 64, 64, *ALL) == tuple(
+        last - 1 + x for x in (0, 1, 1, 1)
+    )
+    begin = emulated.key_tiles(n, n, 0, n, n - 128, 128, 64, 2**40, 2**40)
+    assert begin == (0, 0, last, last)
+    assert emulated.key_tiles(n, n, 0, n, n - 128, 128, 64, 64, 0) == (
+        last - 3,
+        last - 1,
+        last - 2,
+        last,
     )
 
 

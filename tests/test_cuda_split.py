@@ -155,8 +155,10 @@ def test_split_of_nan(backend: str) -> None:
 @needs_emulator
 def test_parts_hold_every_tile_once() -> None:
     for tiles, parts in itertools.product(range(30), range(1, 12)):
-        found = [emulated.part_of(tiles, i, parts) for i in range(parts)]
-        assert [t for begin, end in found for t in range(begin, end)] == list(range(tiles))
+        for first in (0, 5):
+            found = [emulated.part_of(first, first + tiles, i, parts) for i in range(parts)]
+            all_tiles = [t for begin, end in found for t in range(begin, end)]
+            assert all_tiles == list(range(first, first + tiles))
 
 
 @needs_emulator
@@ -166,5 +168,5 @@ def test_parts_fill_the_device_and_none_is_empty() -> None:
         assert parts == 1 or parts * blocks <= wave
         assert parts == 1 or parts * 4 <= tiles
         assert all(begin < end for begin, end in
-                   (emulated.part_of(tiles, i, parts) for i in range(parts)))  # fmt: skip
+                   (emulated.part_of(0, tiles, i, parts) for i in range(parts)))  # fmt: skip
     assert emulated.parts_of(8, 264, 86) == 18

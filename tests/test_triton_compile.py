@@ -42,7 +42,7 @@ LITTLE_SHARED = {"sm_86", "sm_89", "sm_120"}
 CASES = {
     "causal": ("bfloat16", (64, 128), 2, "", True),
     "full": ("bfloat16", (64, 128), 0, "", False),
-    "rows of 144 bytes": ("bfloat16", (72,), 2, "", False),
+    "rows of 144 bytes": ("bfloat16", (72,), 2, "", True),
     "mask and bias": ("bfloat16", (64, 128), 2, "mask bias", False),
     "window, slopes, sinks": ("bfloat16", (64, 128), 2, "window slopes sinks", False),
     "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
@@ -124,7 +124,8 @@ def compile_target(name: str) -> list[dict[str, Any]]:
         assert options["enable_fp_fusion"], self.__name__
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = [options.get(each) for each in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
-        told = {"kernel": self.__name__, "tile": tile, "ahead": options.get("AHEAD", False)}
+        told = {"kernel": self.__name__, "tile": tile}
+        told |= {x: options.get(y, False) for x, y in {"ahead": "AHEAD", "tma": "TMA"}.items()}
         records.append(about | told | disassemble(kernel))
 
     def pick(self: Any, candidates: Any, launch: Any, **about_the_call: Any) -> Any:
@@ -254,8 +255,24 @@ class TestMachineCode:
                 if record["kernel"] == "dkdv_kernel":
                     rows = 2 * record["tile"][3] * len(record["loops"])
                 assert record["narrow copies"] <= rows, record
-                if record["tile"][3] > 1:  # with one stage rows come by plain loads
+                if (
+                    record["tile"][3] > 1 and not record["tma"]
+                ):  # with one stage rows come by plain loads
                     assert record["wide copies"] > 0, record
+
+    def test_tiles_come_through_descriptors(self, compiled: dict, target: str) -> None:
+        """Where they may: with registers to spare that addresses take, of two loops a quarter."""
+        described = [x for x in compiled[target] if x["tma"]]
+        kernels = {"sm_90": MATRIX_KERNELS, "sm_100": {"forward_kernel", "dq_kernel"}}
+        assert {x["kernel"] for x in described} == kernels.get(target, set())
+        for record in compiled[target]:
+            assert (record["UTMALDG"] > 0) == record["tma"], record
+        for record in described:
+            about = ("kernel", "dim", "tile", "ahead")
+            same = [x for x in half(compiled[target]) if all(x[y] == record[y] for y in about)]
+            plain = [x["REG"] for x in same if x["case"] == record["case"] and not x["tma"]]
+            if plain and record["kernel"] != "dkdv_kernel":
+                assert record["REG"] <= min(plain) - 24, record
 
     def test_copies_are_under_way_during_the_products(self, compiled: dict, target: str) -> None:
         """The first guess has three stages: with two each copy is waited for at once."""

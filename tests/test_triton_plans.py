@@ -258,6 +258,44 @@ print(json.dumps(told))
 """
 
 
+DESCRIBED = """
+import json, os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch, triton
+from fusedattn.benchmarks import host
+from fusedattn.kernels import attention_tiles
+from triton.runtime import _allocation
+from triton.runtime.driver import driver
+
+empty, sizes, told = torch.empty, [], []
+torch.empty = lambda *args, device=None, **options: (sizes.append(args), empty(*args, **options))[1]
+attention_tiles.FORWARD["mma, 99 KB"][64] = ((64, 64, 4, 2, "TMA"),)
+
+def launch(*args):  # as Triton's launcher asks for scratch memory
+    scratch = _allocation._allocator.get()(args[0] * 256, 128, args[3])
+    told.append((scratch.dtype == torch.int8, sizes.pop() == (args[0] * 256,)))
+
+def users(size, alignment, stream):
+    raise AssertionError("the user's allocator")
+
+driver.set_active(host.Nothing(launch))
+triton.set_allocator(users)
+name, launcher, call = next(host.launches())
+for _ in range(3):
+    call()
+    assert _allocation._allocator.get() is users
+assert len(launcher.plans) == 1
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_descriptors_lie_in_memory_of_torch() -> None:
+    """By a plan or not, and whatever allocator of Triton's the user has set."""
+    told = json.loads(in_a_new_process(DESCRIBED))
+    assert told == [[True, True]] * 3
+
+
 @pytest.mark.slow
 def test_the_driver_gets_the_same_by_a_plan() -> None:
     """Grid, stream, function and arguments, but for memory that is allocated in the call."""

@@ -20,13 +20,12 @@ struct Call<AttentionForward> {
                                         {"kv_lengths", &P::kv_lengths},
                                         {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
                                         {"sinks", &P::sinks, Read::broadcast},
-                                        {"scales", nullptr, Read::refused},
                                         {"seed", &P::seed},
-                                        {"bias_table", nullptr, Read::refused},
-                                        {"prefix_lengths", nullptr, Read::refused},
-                                        {"documents_q", nullptr, Read::refused},
-                                        {"documents_k", nullptr, Read::refused},
-                                        {"mask_blocks", nullptr, Read::refused},
+                                        {"distance_bias", &P::distance_bias, Read::broadcast},
+                                        {"prefix_lengths", &P::prefix_lengths},
+                                        {"documents_q", &P::documents_q, Read::broadcast},
+                                        {"documents_k", &P::documents_k, Read::broadcast},
+                                        {"mask_blocks", &P::mask_blocks, Read::broadcast},
                                         {"cu_seqlens_q", &P::cu_seqlens_q},
                                         {"cu_seqlens_k", &P::cu_seqlens_k},
                                         {"block_table", nullptr, Read::refused}};
@@ -36,7 +35,7 @@ struct Call<AttentionForward> {
                  Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
                  Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
                  Option{"dropout_p", &O::dropout_p}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
-                 Unread{"table_kind"}, Unread{"table_distance"}, Unread{"block_size"});
+                 Option{"block_size", &O::block_size});
 };
 
 // AttentionBackwardCall.
@@ -56,26 +55,28 @@ struct Call<AttentionBackward> {
                                         {"kv_lengths", &P::kv_lengths},
                                         {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
                                         {"sinks", &P::sinks, Read::broadcast},
-                                        {"scales", nullptr, Read::refused},
                                         {"seed", &P::seed},
-                                        {"bias_table", nullptr, Read::refused},
-                                        {"prefix_lengths", nullptr, Read::refused},
-                                        {"documents_q", nullptr, Read::refused},
-                                        {"documents_k", nullptr, Read::refused},
-                                        {"mask_blocks", nullptr, Read::refused},
+                                        {"distance_bias", &P::distance_bias, Read::broadcast},
+                                        {"prefix_lengths", &P::prefix_lengths},
+                                        {"documents_q", &P::documents_q, Read::broadcast},
+                                        {"documents_k", &P::documents_k, Read::broadcast},
+                                        {"mask_blocks", &P::mask_blocks, Read::broadcast},
                                         {"cu_seqlens_q", &P::cu_seqlens_q},
                                         {"cu_seqlens_k", &P::cu_seqlens_k},
                                         {"block_table", nullptr, Read::refused},
+                                        {"q_grad", nullptr, Read::unread},
+                                        {"k_grad", nullptr, Read::unread},
+                                        {"v_grad", nullptr, Read::unread},
                                         {"bias_grad", nullptr, Read::unread},
                                         {"alibi_slopes_grad", nullptr, Read::unread},
                                         {"sinks_grad", nullptr, Read::unread},
-                                        {"scales_grad", nullptr, Read::unread},
-                                        {"bias_table_grad", nullptr, Read::unread}};
+                                        {"distance_bias_grad", nullptr, Read::unread}};
   static constexpr Field<P> outputs[] = {{"dq", &P::dq},
                                          {"dk", &P::dk},
                                          {"dv", &P::dv},
                                          {"dbias", &P::dbias, Read::broadcast},
-                                         {"dalibi_slopes", &P::dalibi_slopes, Read::broadcast}};
+                                         {"dalibi_slopes", &P::dalibi_slopes, Read::broadcast},
+                                         {"ddistance_bias", &P::ddistance_bias, Read::broadcast}};
   static constexpr auto config = Call<AttentionForward>::config;
 };
 
@@ -101,11 +102,40 @@ inline void check_packed(const AttentionForward& p) {
   const int64_t n = p.cu_seqlens_q.shape[0];
   Argument("cu_seqlens_q", p.cu_seqlens_q).given().shape({n}).integer();
   Argument("cu_seqlens_k", p.cu_seqlens_k).given().shape({n}).integer();
-  if (n < 2 || p.batch() != 1 || p.mask || p.bias || p.kv_lengths)
+  if (n < 2 || p.batch() != 1 || p.mask || p.bias || p.kv_lengths || p.documents_q || p.mask_blocks)
     throw py::value_error("fusedattn: got " + std::to_string(n) + " cu_seqlens_q and " +
                           std::to_string(p.batch()) +
-                          " batch entries, expected at least 2 and 1, and no mask, bias or "
-                          "kv_lengths");
+                          " batch entries, expected at least 2 and 1, and no mask, bias, "
+                          "kv_lengths, documents or mask_blocks");
+}
+
+inline void check_rules(const AttentionForward& p) {
+  const int64_t batch = p.batch(), seq_q = p.longest_q(), seq_k = p.longest_k();
+  Argument("distance_bias", p.distance_bias)
+      .broadcasts({batch, p.heads(), 1, seq_q + seq_k - 1})
+      .dtype(wide(p.dtype()));
+  if (p.distance_bias && p.distance_bias.shape[3] != seq_q + seq_k - 1)
+    throw py::value_error("fusedattn: got distance_bias of " +
+                          std::to_string(p.distance_bias.shape[3]) + " distances, expected " +
+                          std::to_string(seq_q + seq_k - 1));
+  Argument("prefix_lengths", p.prefix_lengths).shape({p.sequences()}).integer();
+  if (bool(p.documents_q) != bool(p.documents_k))
+    throw py::value_error("fusedattn: got one of documents_q and documents_k, expected both");
+  const auto ids = [&](const char* name, const TensorView& x, int64_t rows) {
+    Argument(name, x).broadcasts({batch, rows}).integer();
+    if (x && x.shape[1] != rows) Argument(name, x).shape({batch, rows});
+  };
+  ids("documents_q", p.documents_q, seq_q);
+  ids("documents_k", p.documents_k, seq_k);
+  if (!p.mask_blocks) return;
+  const int64_t size = p.options.block_size;
+  if (size < 1)
+    throw py::value_error("fusedattn: got block_size " + std::to_string(size) +
+                          ", expected at least 1");
+  const Sizes blocks = {batch, p.heads(), (seq_q + size - 1) / size, (seq_k + size - 1) / size};
+  Argument("mask_blocks", p.mask_blocks).broadcasts(blocks).dtype(DType::boolean);
+  if (p.mask_blocks.shape[2] != blocks.of[2] || p.mask_blocks.shape[3] != blocks.of[3])
+    Argument("mask_blocks", p.mask_blocks).shape(blocks);
 }
 
 template <>
@@ -125,6 +155,7 @@ inline void check(const AttentionForward& p) {
   Argument("bias", p.bias).broadcasts(scores).floating_beside(dtype, true);
   Argument("kv_lengths", p.kv_lengths).shape({batch}).integer();
   check_packed(p);
+  check_rules(p);
   Argument("alibi_slopes", p.alibi_slopes).broadcasts({p.sequences(), heads}).dtype(wide(dtype));
   Argument("sinks", p.sinks).broadcasts({1, heads}).dtype(wide(dtype));
   if (p.options.dropout_p != 0) Argument("seed", p.seed).given();
@@ -142,13 +173,15 @@ inline void check(const AttentionBackward& p) {
   };
   like("dout", p.dout, p.out);
   like("dlse", p.dlse, p.lse);
-  like("dq", p.dq, p.q).given();
-  like("dk", p.dk, p.k).given();
-  like("dv", p.dv, p.v).given();
+  like("dq", p.dq, p.q);
+  like("dk", p.dk, p.k);
+  like("dv", p.dv, p.v);
   if (p.dbias) Argument("bias", p.bias).given();
   like("dbias", p.dbias, p.bias);
   if (p.dalibi_slopes) Argument("alibi_slopes", p.alibi_slopes).given();
   like("dalibi_slopes", p.dalibi_slopes, p.alibi_slopes);
+  if (p.ddistance_bias) Argument("distance_bias", p.distance_bias).given();
+  like("ddistance_bias", p.ddistance_bias, p.distance_bias);
 }
 
 }  // namespace fusedattn::bindings

@@ -9,13 +9,14 @@
 //     dvᵀ += dOᵀ p     dkᵀ += qᵀ ds     dq += ds k
 //
 // Dropout changes dp, and p in the sum of dV. What it multiplies dV by comes at the end. The
-// gradient of a bias is ds, before a softcap bends it.
+// gradient of a bias is ds, before a softcap bends it. What is not wanted is not multiplied.
 //
 // The transposed sums let p and ds be the right-hand operand just as they leave the registers.
 #pragma once
 
 #include "attention_backward_operands.h"
 #include "attention_bias_sums.h"
+#include "attention_distance_sums.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 
@@ -62,6 +63,7 @@ struct RowStatistics {
   int64_t seen;
   S lse, delta;
   S* dbias = nullptr;  // where ds is added to, if anywhere
+  S* ddistance = nullptr;
 };
 
 // Two rows of a tile: scores, dp and, where `bent`, slopes in, p and ds out as operands. Where
@@ -109,8 +111,8 @@ FUSEDATTN_INLINE void gradient_rows(int64_t from, int64_t wide, stat_of<E> facto
     for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
-        S* const sum = row[r].dbias + j + c * w;
-        if (row[r].dbias != nullptr) store(sum, load(sum) + ds[r][c]);
+        for (S* const sums : {row[r].dbias, row[r].ddistance})
+          if (sums != nullptr) store(sums + j + c * w, load(sums + j + c * w) + ds[r][c]);
         if constexpr (bent) {
           const vec<S> slope = load(t.slope + from + r * ld + j + c * w);
           ds[r][c] *= select_below(int(smaller(row[r].seen - j - c * w, w)), slope, vec<S>{});
@@ -146,30 +148,37 @@ class BackwardTask {
   const Scores<S>& scores;
   const BackwardScratch<E>& t;
   const BiasSums<S>& sums;
+  const DistanceSums<S>& distances;
   const BackwardPair<E> memory;
   S* dq;         // of the split
   int64_t b, h;  // batch entry and key head
+  int64_t split = 0;
   const Sequence<int64_t> sequence;
 
  public:
   BackwardTask(const BackwardOperands<E>& x, const Scores<S>& scores, const BackwardScratch<E>& t,
-               const BiasSums<S>& sums, const BackwardPair<E>& memory, S* dq, int64_t pair)
+               const BiasSums<S>& sums, const DistanceSums<S>& distances,
+               const BackwardPair<E>& memory, S* dq, int64_t pair)
       : x(x),
         scores(scores),
         t(t),
         sums(sums),
+        distances(distances),
         memory(memory),
         dq(dq),
         b(pair / x.f.heads_kv()),
         h(pair % x.f.heads_kv()),
         sequence(x.f.sequence(b)) {}
 
-  void run(int64_t split, int64_t splits) {
+  void run(int64_t own_split, int64_t splits) {
     const AttentionBackward& f = x.f;
     const int64_t n = sequence.seq_k, all = sequence.rows_k();
-    for (int64_t g = 0; g < x.group; ++g)
+    split = own_split;
+    for (int64_t g = 0; g < x.group; ++g) {
       memset(dq + g * x.dq_rows() * x.wide_d, 0,
              round_up(sequence.seq_q, Blocks::padding) * x.wide_d * sizeof(S));
+      if (distances) distances.clear(split, b, h * x.group + g, sequence);
+    }
     for (int64_t j = split; j * Blocks::keys < all; j += splits) {
       const int64_t j0 = j * Blocks::keys, rows = smaller(Blocks::keys, all - j0);
       const int64_t first = sequence.key_row(j0);
@@ -183,10 +192,12 @@ class BackwardTask {
                ++i)
             tile(g, i, j, j0, columns);
       }
-      store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h, first,
-                             t.row);
-      store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(scores.dropout.factor), f.dv, b, h,
-                             first, t.row);
+      if (f.dk)
+        store_transposed<S, T>(t.dkt, Blocks::keys, rows, x.d, S(f.options.scale), f.dk, b, h,
+                               first, t.row);
+      if (f.dv)
+        store_transposed<S, T>(t.dvt, Blocks::keys, rows, x.dv, S(scores.dropout.factor), f.dv, b,
+                               h, first, t.row);
     }
   }
 
@@ -213,8 +224,10 @@ class BackwardTask {
         RowStatistics<S> row[2];
         for (int64_t c = 0; c < 2; ++c) {
           row[c] = statistics_of(g, i0 + r + k + c, j0, last);
-          if (sums && row[c].seen > 0)
-            row[c].dbias = sums.row(memory.dbias, g, i0 + r + k + c) + j0;
+          const int64_t query = i0 + r + k + c;
+          if (row[c].seen <= 0) continue;
+          if (sums) row[c].dbias = sums.row(memory.dbias, g, query) + j0;
+          if (distances) row[c].ddistance = distances.row(split, b, head, sequence, query) + j0;
         }
         const auto gradient = [&]<bool bent, bool dropped>() {
           gradient_rows<bent, dropped>(k * Blocks::keys, wide, scores.factor,
@@ -232,10 +245,11 @@ class BackwardTask {
         }
       }
     }
-    E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);
-    E::multiply(x.rows_d, wide, padded, x.qt(queries), t.ds, t.dkt, Blocks::keys, true);
-    E::multiply(round_up(rows, E::row_step), round_up(x.d, w), wide, t.ds_rows, x.kn(keys),
-                dq + (g * x.dq_rows() + i0) * x.wide_d, x.wide_d, true);
+    if (x.f.dv) E::multiply(x.rows_dv, wide, padded, x.ot(queries), t.p, t.dvt, Blocks::keys, true);
+    if (x.f.dk) E::multiply(x.rows_d, wide, padded, x.qt(queries), t.ds, t.dkt, Blocks::keys, true);
+    if (x.f.dq)
+      E::multiply(round_up(rows, E::row_step), round_up(x.d, w), wide, t.ds_rows, x.kn(keys),
+                  dq + (g * x.dq_rows() + i0) * x.wide_d, x.wide_d, true);
   }
 
   // Also applies bias and mask to the row's scores.
@@ -268,7 +282,7 @@ static void store_dq(const BackwardOperands<E>& x, int64_t pair, int64_t g, int6
   const AttentionBackward& f = x.f;
   const int64_t b = pair / f.heads_kv();
   const Sequence<int64_t> sequence = f.sequence(b);
-  if (i >= sequence.seq_q) return;
+  if (!f.dq || i >= sequence.seq_q) return;
   S* total = sums + (g * x.dq_rows() + i) * x.wide_d;
   for (int64_t split = 1; split < splits; ++split)
     for (int64_t c = 0; c < x.d; c += width<S>)
@@ -293,12 +307,14 @@ static bool attention_backward(const AttentionBackward& f, bool& bias_done) {
       x.units() * int64_t(sizeof(Unit)) + x.statistics() * int64_t(sizeof(S)) + dq_bytes;
   const BiasSums<S> sums(f, threads);
   bias_done = bool(sums);
+  if (!sums && !f.dq && !f.dk && !f.dv && !f.ddistance_bias) return true;
   const bool apart = sums || pairs_apart(f, lengths, threads, pair_bytes);
   // Threads that share a pair split its blocks of keys, within the memory of the partial dq.
   constexpr int64_t most_dq_bytes = int64_t{24} << 20;
   const int64_t wanted = apart ? 1 : threads;
   const int64_t fitting = most_dq_bytes / larger(dq_bytes, 1);
   const int64_t splits = larger(smaller(smaller(wanted, x.blocks_k), fitting), 1);
+  DistanceSums<S> distances(f, splits);
 
   Arena count;
   const auto take_shared = [&](Arena& arena) {
@@ -308,6 +324,7 @@ static bool attention_backward(const AttentionBackward& f, bool& bias_done) {
     return BackwardPair<E>{packed, statistics, dq, sums ? arena.take<S>(sums.size()) : nullptr};
   };
   scores.mask.take(count);
+  distances.take(count);
   if (!apart) take_shared(count);
   const size_t shared = count.used();
   (void)BackwardScratch<E>(x, count);
@@ -316,6 +333,7 @@ static bool attention_backward(const AttentionBackward& f, bool& bias_done) {
   const Workspace workspace(shared, own, threads);
   Arena all = workspace.shared();
   scores.mask.take(all);
+  distances.take(all);
   bool good = true;
 
 #pragma omp parallel num_threads(threads) reduction(&& : good)
@@ -335,7 +353,8 @@ static bool attention_backward(const AttentionBackward& f, bool& bias_done) {
                                         memory.statistics + g * 2 * x.longest_q, scratch.strip);
     };
     const auto differentiate = [&](int64_t pair, int64_t split) {
-      BackwardTask<E, T>(x, scores, scratch, sums, memory, memory.dq + split * x.dq_size(), pair)
+      BackwardTask<E, T>(x, scores, scratch, sums, distances, memory,
+                         memory.dq + split * x.dq_size(), pair)
           .run(split, splits);
     };
     const auto finish = [&](int64_t pair, int64_t row) {
@@ -366,11 +385,13 @@ static bool attention_backward(const AttentionBackward& f, bool& bias_done) {
         for (int64_t row = 0; row < rows; ++row) finish(pair, row);
       }
     }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < distances.tasks(); ++i) distances.write(i);
   }
   if (f.cu_seqlens_q) {
-    fill_rows<T>(f.dq, f.packed_q(f.sequences()), 0);
-    fill_rows<T>(f.dk, f.packed_k(f.sequences()), 0);
-    fill_rows<T>(f.dv, f.packed_k(f.sequences()), 0);
+    if (f.dq) fill_rows<T>(f.dq, f.packed_q(f.sequences()), 0);
+    if (f.dk) fill_rows<T>(f.dk, f.packed_k(f.sequences()), 0);
+    if (f.dv) fill_rows<T>(f.dv, f.packed_k(f.sequences()), 0);
   }
   return good;
 }

@@ -83,7 +83,7 @@ struct Scores {
       : p(p),
         dropout(p.options.dropout_p > 0 ? Dropout(p.seed, p.options.dropout_p) : Dropout()),
         mask(p),
-        rewrite(bool(p.bias) || bool(p.alibi_slopes) || !(p.options.scale > 0) ||
+        rewrite(p.bias || p.alibi_slopes || p.distance_bias || !(p.options.scale > 0) ||
                 p.options.softcap > 0),
         unit(rewrite ? S(1) : S(p.options.scale)),
         factor(rewrite ? S(1) : S(p.options.scale * log2e)) {}
@@ -122,6 +122,9 @@ struct Scores {
       if (p.alibi_slopes) x -= steep * distance(sequence, i, j0 + j);
       store(s + j, x);
     }
+    if (!p.distance_bias) return;
+    load_distances(sequence, b, h, i, j0, n, scratch);
+    for (int64_t j = 0; j < n; j += w) store(s + j, load(s + j) + load(scratch + j));
   }
 
   // keep[j − j0] = whether the weight of query i and key j survives dropout, for n keys from j0 on,
@@ -153,6 +156,14 @@ struct Scores {
  private:
   FUSEDATTN_MEMBER S steepness(int64_t b, int64_t h) const {
     return p.alibi_slopes ? *p.alibi_slopes.at<const S>(b, h, 0) : S(0);
+  }
+
+  void load_distances(const Sequence<int64_t>& sequence, int64_t b, int64_t h, int64_t i,
+                      int64_t j0, int64_t n, S* row) const {
+    const TensorView& x = p.distance_bias;
+    const int64_t zero = p.longest_k() - 1 - sequence.offset;
+    load_row(x.at<const S>(b, h, 0, j0 - i + zero), x.stride[3], n, row,
+             round_up(n, width<S>));
   }
 
   void load_bias(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* row) const {

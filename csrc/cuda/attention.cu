@@ -16,22 +16,21 @@ std::string text(const AttentionForward& p) {
 }
 
 // Throws for what the kernels cannot run: packs of 8 lie side by side in `tensors`, and numbers of
-// rows, and their sums, fit in 32 bits.
+// rows and tiles, and their sums, fit in 32 bits.
 void check(const AttentionForward& p, std::initializer_list<const TensorView*> tensors) {
   constexpr int64_t most_rows = int64_t{1} << 30;
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
-  bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask && !p.bias &&
-              !p.alibi_slopes && !p.sinks && !p.cu_seqlens_q && p.options.window_left < 0 &&
-              p.options.window_right < 0 && p.options.dropout_p == 0 && packs(p.head_dim()) &&
-              packs(p.head_dim_v()) && p.longest_q() <= most_rows && p.longest_k() <= most_rows &&
+  bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask &&
+              !p.distance_bias && !p.prefix_lengths && !p.documents_q && !p.mask_blocks &&
+              packs(p.head_dim()) && packs(p.head_dim_v()) && p.longest_q() <= most_rows &&
+              p.longest_k() <= most_rows && p.sequences() <= most_rows / 2 &&
               p.batch() * p.heads() <= most_rows &&
               (!p.kv_lengths || p.kv_lengths.dtype == DType::i32);
   for (const TensorView* each : tensors) fits = fits && (!*each || aligned(*each, 4, 8, 2));
   if (!fits)
     throw std::invalid_argument(
         "fusedattn: CUDA attention takes float16 and bfloat16, rows of aligned 16 bytes, D and Dv "
-        "up to 256, int32 kv_lengths, and no mask, bias, slopes, sinks, window, dropout or "
-        "cu_seqlens; got " +
+        "up to 256, int32 kv_lengths, and no mask or rule; got " +
         text(p));
 }
 
@@ -61,8 +60,8 @@ void instantiation(const AttentionForward& p, const Function& call) {
 }
 
 template <class Shape>
-AttentionTiles tiles_of(const char* kernel, int head_dim, int memory, const Shape& s) {
-  return {kernel, head_dim, memory, s.threads(), s.blocks, s.shared_bytes};
+AttentionTiles row_of(const char* kernel, int head_dim, Variant variant, const Shape& s) {
+  return {kernel, head_dim, int(variant), s.threads(), s.blocks, s.shared_bytes};
 }
 
 }  // namespace
@@ -71,14 +70,19 @@ std::vector<AttentionTiles> attention_tiles() {
   std::vector<AttentionTiles> all;
   const auto add = [&](const char* kernel, const auto& rows) {
     for (const auto& row : rows) {
-      all.push_back(tiles_of(kernel, row.head_dim, int(Memory::large), row.large));
-      all.push_back(tiles_of(kernel, row.head_dim, int(Memory::little), row.little));
+      all.push_back(row_of(kernel, row.head_dim, Variant::large, row.large));
+      all.push_back(row_of(kernel, row.head_dim, Variant::little, row.little));
+      all.push_back(row_of(kernel, row.head_dim, Variant::ruled, row.ruled));
     }
   };
   add("attention_forward", forward_rows);
   add("attention_backward_keys", keys_rows);
-  for (const QueriesRow& row : queries_rows)
-    all.push_back(tiles_of("attention_backward_queries", row.head_dim, -1, row.shape));
+  for (const QueriesRow& row : queries_rows) {
+    all.push_back(row_of("attention_backward_queries", row.head_dim, Variant::large, row.large));
+    all.push_back(row_of("attention_backward_queries", row.head_dim, Variant::ruled, row.ruled));
+  }
+  for (const BiasRow& row : bias_rows)
+    all.push_back(row_of("attention_backward_bias", row.head_dim, Variant::ruled, row.shape));
   return all;
 }
 

@@ -3,10 +3,12 @@
 //
 //   lse = log Σ exp(lse_i)     out = Σ exp(lse_i − lse) out_i
 //
+// and a sink is one more part, of no value.
+//
 // A warp has a query, a lane 8 columns of it. The parts are added in their order: the result is the
 // same each time.
-#include "sm80/attention_common.cuh"
 #include "sm80/attention_launch.h"
+#include "sm80/attention_scores.cuh"
 
 namespace fusedattn::cuda {
 namespace {
@@ -15,6 +17,7 @@ constexpr int columns = 8, threads = 128;
 
 struct Combine {
   TensorView out, lse;
+  TensorView sinks;  // may be absent
   Parts parts;
   int64_t rows, queries;  // B · Hq · Sq, Sq
 };
@@ -35,7 +38,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 4)
   Pack<float, columns> sum = {};
   for (int i = 0; below(i, count); ++i) {
     const int64_t at = i * p.rows + row;
-    const float weight = exp2(load(p.parts.lse + at) - highest);
+    const float weight = exp2((load(p.parts.lse + at) - highest) * log2_e);
     total += weight;
     if (!mine) continue;
     const auto x = load_streaming<columns>(p.parts.out + at * width + column);
@@ -44,9 +47,12 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 4)
   }
   const int64_t head = row / p.queries, query = row - head * p.queries;
   const int64_t b = head / p.out.shape[1], h = head - b * p.out.shape[1];
-  if (lane() == 0) store(p.lse.at<float>(b, h, query), (highest + log2(total)) * ln_2);
+  float others = 1.0f;
+  if (present(p.sinks) && total != 0.0f)
+    others = add_sink(highest, total, load(p.sinks.at<float>(0, h)));
+  if (lane() == 0) store(p.lse.at<float>(b, h, query), fma(log2(total), ln_2, highest));
   if (!mine) return;
-  const float share = total == 0.0f ? 0.0f : 1.0f / total;
+  const float share = total == 0.0f ? 0.0f : others / total;
 #pragma unroll
   for (int e = 0; e < columns; ++e) sum[e] *= share;
   store(p.out.at<T>(b, h, query) + column, narrow<T>(sum));
@@ -56,7 +62,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(threads, 4)
 
 void launch_attention_combine(const AttentionForward& p, const Parts& parts, Launch launch) {
   const int64_t rows = p.batch() * p.heads() * p.longest_q();
-  const Combine combine = {p.out, p.lse, parts, rows, p.longest_q()};
+  const Combine combine = {p.out, p.lse, p.sinks, parts, rows, p.longest_q()};
   launch.block = threads;
   launch.grid = ceil_div(rows, threads / warp_size);
   launch.shared_bytes = 0;

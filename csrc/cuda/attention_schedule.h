@@ -5,7 +5,8 @@
 //   queries    x x x x x \ - - - -       whole by each of its queries, [full, end) in part, the
 //   ↓          x x x x x x \ - - -       others not at all
 //
-// and the same for a tile of keys, whose queries come from below the diagonal.
+// and the same for a tile of keys, whose queries come from below the diagonal. A window cuts the
+// left side off likewise.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +33,7 @@ template <bool windowed>
 FUSEDATTN_MEMBER inline Tiles key_tiles(const Sequence<int, windowed>& x, int first, int rows,
                                         int width) {
   const int past = first + rows < x.seq_q ? first + rows : x.seq_q;
+  if (windowed && x.begin(first) >= x.end(past - 1)) return {0, 0, 0, 0};
   return {x.begin(first) / width, ceil_div(x.begin(past - 1), width), x.end(first) / width,
           ceil_div(x.end(past - 1), width)};
 }
@@ -41,7 +43,7 @@ template <bool windowed>
 FUSEDATTN_MEMBER inline Tiles query_tiles(const Sequence<int, windowed>& x, int first, int rows,
                                           int width) {
   const int last = first + width - 1;
-  const int end = ceil_div(x.past_query(last), rows);
+  const int end = ceil_div(x.past_query(last < x.seq_k ? last : x.seq_k - 1), rows);
   // The first query that sees any key of the tile, and those that see all of them.
   const int any = x.first_query(first), all = x.first_query(last), past = x.past_query(first);
   if (first >= x.seq_k || any >= x.seq_q) return {end, end, end, end};
@@ -82,14 +84,14 @@ inline int64_t parts_of(int64_t blocks, int64_t wave, int64_t tiles) {
   return parts < 2 ? 1 : ceil_div(tiles, ceil_div(tiles, parts));
 }
 
-// Of tiles [0, tiles) those of one part: [begin, end). The last parts may have none.
+// Of tiles [first, past) those of one part: [begin, end). The last parts may have none.
 struct Part {
   int begin, end;
 };
 
-FUSEDATTN_MEMBER inline Part part_of(int tiles, int part, int parts) {
-  const int each = ceil_div(tiles, parts), begin = part * each;
-  return {begin, begin + each < tiles ? begin + each : tiles};
+FUSEDATTN_MEMBER inline Part part_of(int first, int past, int part, int parts) {
+  const int each = ceil_div(past - first, parts), begin = first + part * each;
+  return {begin, begin + each < past ? begin + each : past};
 }
 
 }  // namespace fusedattn::cuda

@@ -6,8 +6,9 @@
 
 namespace fusedattn::cuda {
 
-FUSEDATTN_DEVICE Pack<uint32_t, 4> philox(uint64_t key, uint64_t row, uint32_t quad) {
-  uint32_t a = quad, b = uint32_t(row), c = uint32_t(row >> 32), d = 0;
+// The words of the counter (a, b, c, d).
+FUSEDATTN_DEVICE Pack<uint32_t, 4> philox(uint64_t key, uint32_t a, uint32_t b, uint32_t c,
+                                          uint32_t d) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -20,6 +21,10 @@ FUSEDATTN_DEVICE Pack<uint32_t, 4> philox(uint64_t key, uint64_t row, uint32_t q
     k1 += 0xBB67AE85u;
   }
   return {{a, b, c, d}};
+}
+
+FUSEDATTN_DEVICE Pack<uint32_t, 4> philox(uint64_t key, uint64_t row, uint32_t quad) {
+  return philox(key, quad, uint32_t(row), uint32_t(row >> 32), 0);
 }
 
 struct Dropout {

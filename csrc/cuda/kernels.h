@@ -13,7 +13,7 @@ namespace fusedattn::cuda {
 struct AttentionTiles {
   std::string kernel;  // attention_forward
   int head_dim;
-  int memory;  // which instantiation: 0 much shared memory, 1 little, -1 one for both
+  int variant;  // which instantiation: 0 much shared memory or any, 1 little, 2 every option
   int threads, blocks, shared_bytes;
 };
 std::vector<AttentionTiles> attention_tiles();

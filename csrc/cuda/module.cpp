@@ -23,11 +23,11 @@ PYBIND11_MODULE(_cuda, m) {
       [] {
         pybind11::list rows;
         for (const cuda::AttentionTiles& row : cuda::attention_tiles())
-          rows.append(pybind11::make_tuple(row.kernel, row.head_dim, row.memory, row.threads,
+          rows.append(pybind11::make_tuple(row.kernel, row.head_dim, row.variant, row.threads,
                                            row.blocks, row.shared_bytes));
         return rows;
       },
-      "Rows of sm80/attention_config.h: kernel, head dim, memory class, threads, blocks, shared "
+      "Rows of sm80/attention_config.h: kernel, head dim, variant, threads, blocks, shared "
       "bytes.");
   m.def("architectures", &cuda::architectures, "Compute capabilities (80, 90, …) compiled for.");
   m.def("runs_on", &cuda::runs_on, pybind11::arg("capability"),

@@ -19,6 +19,7 @@ struct AttentionOptions {
   int64_t window_left = -1;  // keys seen to either side of the diagonal; below 0: all
   int64_t window_right = -1;
   double dropout_p = 0.0;
+  int64_t block_size = 0;  // queries and keys of an element of mask_blocks
 };
 
 // One sequence of the batch, and what its queries see of its keys. Queries and keys are counted
@@ -62,6 +63,13 @@ struct AttentionForward {
   // ends. Either both or none. The kernels' batch entry b is then sequence b, and strides of the
   // tensors' one batch entry are 0.
   TensorView cu_seqlens_q, cu_seqlens_k;
+  // (B or 1, Hq or 1, 1, Sq + Sk − 1) in the dtype of lse, of packed sequences the totals: what is
+  // added at distance d to the right of the bottom-right diagonal stands at d + Sk − 1.
+  TensorView distance_bias;
+  // Masks by rule. A query sees the first prefix_lengths (B,) keys and those up to the bottom-right
+  // diagonal; keys of its own id, of documents_q (B or 1, Sq) and documents_k (B or 1, Sk); and
+  // blocks of block_size queries and keys, (B or 1, Hq or 1, …) bool. Any integers, of any value.
+  TensorView prefix_lengths, documents_q, documents_k, mask_blocks;
   TensorView out, lse;
   AttentionOptions options;
 
@@ -89,9 +97,7 @@ struct AttentionForward {
     if (cu_seqlens_q) {
       const int64_t first_q = packed_q(b), first_k = packed_k(b);
       const int64_t end_q = packed_q(b + 1), end_k = packed_k(b + 1);
-      const int64_t queries = end_q < first_q ? 0 : end_q - first_q;
-      const int64_t keys = end_k < first_k ? 0 : end_k - first_k;
-      return bounded<int64_t>(first_q, queries, first_k, keys, keys);
+      return packed_sequence<int64_t>(first_q, end_q, first_k, end_k);
     }
     int64_t keys = longest_k();
     if (kv_lengths) {
@@ -107,6 +113,15 @@ struct AttentionForward {
   }
   FUSEDATTN_MEMBER int64_t packed_k(int64_t b) const {
     return packed(cu_seqlens_k, b, longest_k());
+  }
+
+  // The packed sequence of these rows; none where they end before they begin.
+  template <class Int>
+  FUSEDATTN_MEMBER Sequence<Int> packed_sequence(int64_t first_q, int64_t end_q, int64_t first_k,
+                                                 int64_t end_k) const {
+    const int64_t queries = end_q < first_q ? 0 : end_q - first_q;
+    const int64_t keys = end_k < first_k ? 0 : end_k - first_k;
+    return bounded<Int>(first_q, queries, first_k, keys, Int(keys));
   }
 
   // The sequence of a batch element of which so many keys exist.
@@ -141,11 +156,11 @@ struct AttentionForward {
   }
 };
 
+// What is not wanted is absent.
 struct AttentionBackward : AttentionForward {
-  TensorView dout, dlse;  // either may be absent: zero
+  TensorView dout, dlse;  // absent: zero
   TensorView dq, dk, dv;
-  TensorView dbias;          // the shape of bias; may be absent
-  TensorView dalibi_slopes;  // likewise
+  TensorView dbias, dalibi_slopes, ddistance_bias;  // the shapes of these
 };
 
 using AttentionKernels = KernelTable<AttentionForward, AttentionBackward>;

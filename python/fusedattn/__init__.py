@@ -8,7 +8,7 @@
 (torch.Size([2, 8, 128, 64]), torch.Size([2, 8, 128]))
 """
 
-from . import autograd, integrations, nn
+from . import autograd, biases, integrations, masks, nn
 from .integrations.patch import Patch, patch
 from .integrations.sdpa import scaled_dot_product_attention
 from .nn.replacement import Replacement, replace
@@ -35,9 +35,11 @@ __all__ = [
     "attention",
     "attention_varlen",
     "autograd",
+    "biases",
     "explain",
     "integrations",
     "layer_norm",
+    "masks",
     "nn",
     "patch",
     "replace",

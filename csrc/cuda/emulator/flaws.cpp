@@ -100,9 +100,9 @@ void enter_kernel(const char* name) { running = name; }
   return false;
 }
 
-cuda::Tiles visited(cuda::Tiles tiles, bool of_keys, const Where& where) {
+cuda::Tiles visited(cuda::Tiles tiles, const Where& where) {
   const bool any = tiles.begin < tiles.end;
-  if (any && !of_keys && flawed(Flaw::late_begin, where)) ++tiles.begin;
+  if (any && flawed(Flaw::late_begin, where)) ++tiles.begin;
   if (any && flawed(Flaw::early_end, where)) --tiles.end;
   if (tiles.begin < tiles.full_begin && flawed(Flaw::early_full, where)) --tiles.full_begin;
   if (tiles.full_end < tiles.end && flawed(Flaw::late_full, where)) ++tiles.full_end;

@@ -62,7 +62,7 @@ template <class T>
   return reinterpret_cast<T*>(address ^ (address & 128 ? 32 : 16));
 }
 
-// The tiles that are visited. Those of keys begin with the first one, always.
-cuda::Tiles visited(cuda::Tiles tiles, bool of_keys, const Where& where);
+// The tiles that are visited.
+cuda::Tiles visited(cuda::Tiles tiles, const Where& where);
 
 }  // namespace fusedattn::emulator

@@ -110,6 +110,6 @@ uint32_t pair(float low, float high) {
 
 // The kernels ask for their tiles in the words of attention_schedule.h.
 #define key_tiles(...) \
-  ::fusedattn::emulator::visited(key_tiles(__VA_ARGS__), true, std::source_location::current())
+  ::fusedattn::emulator::visited(key_tiles(__VA_ARGS__), std::source_location::current())
 #define query_tiles(...) \
-  ::fusedattn::emulator::visited(query_tiles(__VA_ARGS__), false, std::source_location::current())
+  ::fusedattn::emulator::visited(query_tiles(__VA_ARGS__), std::source_location::current())

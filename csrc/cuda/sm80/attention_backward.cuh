@@ -3,8 +3,9 @@
 //
 //   ds = p ∘ (dp − Δ)     dv = pᵀ dout     dk = scale · dsᵀ q     dq = scale · ds k
 //
-// (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) In fp16 ds is kept times a
-// power of two, e: attention_backward_scale.cuh. Four kernels and, for e, one before:
+// (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) Dropout leaves the same of p
+// in dv and of dp as it left of p in the forward. In fp16 ds is kept times a power of two, e:
+// attention_backward_scale.cuh. Four kernels and, for e, one before:
 //
 //   attention_backward_rows      e · Δ and lse in powers of 2, for each query
 //   attention_backward_keys      a tile of keys of one key head; over the queries of all heads of
@@ -12,16 +13,17 @@
 //   attention_backward_round     dQ from the workspace: scaled and rounded
 //   attention_backward_queries   dQ where it must be the same each time: attention_backward_dq.cuh
 //
+// and for the slopes of ALiBi attention_slopes.cu, from sums of attention_backward_keys.
+//
 // Scores are computed transposed, keys × queries: a warp's part of pᵀ and of dsᵀ comes out in the
 // layout that the next product takes it in, and stays in registers. Only ds · k sums over the keys
 // of all warps and takes dsᵀ from shared memory. For wide heads dK and dV of 16 keys do not fit in
 // the registers of a warp: then several warps share keys, each has its columns of dK and dV and its
 // queries of the scores, and pᵀ goes through shared memory too.
-//
-// A window and dropout would change what `ScoresOf` computes and hides.
 #pragma once
 
 #include "attention_backward_scale.cuh"
+#include "attention_backward_scores.cuh"
 #include "attention_backward_sums.cuh"
 #include "attention_common.cuh"
 #include "attention_scores.cuh"
@@ -35,20 +37,23 @@ constexpr int row_padding = 128;
 
 struct Backward : AttentionBackward {
   // Of each query, (B, Hq, rows); one that sees nothing or does not exist has ∞ and 0.
-  float* shift;   // lse · log₂e
+  float* shift;   // lse · log₂e, or lse where `ruled`
   float* delta;   // e · Δ
   float* dq_sum;  // (B, Hq, dq_tiles, tile): fragments of dq · e / scale, or absent
-  int64_t rows;   // Sq rounded up to row_padding
-  float scale;
+  int64_t rows;   // Sq rounded up to row_padding; of packed sequences dq_tiles tiles
   Rules rules;
   uint32_t dq_tiles;
   uint32_t heads_together;  // heads of queries of a head of keys
   uint32_t tiles, section;  // of the kernel's blocks: tiles of a head, heads worked on together
+  uint32_t tile_rows;       // of queries
   float* norms;             // (B, Hkv, norms_of_head), where ds is scaled
   float* ds_scales;         // (B, Hq): e
+  float* slope_sums;        // (B, Hq, tiles of keys, warps), or absent: attention_slopes.cu
 
-  FUSEDATTN_DEVICE int64_t head_rows(int64_t b, int64_t h) const {
-    return (b * heads() + h) * rows;
+  // Where the tiles of queries of sequence b begin among those of its head.
+  template <bool ruled>
+  FUSEDATTN_DEVICE int first_tile(const Sequence<int, ruled>& sequence, int b) const {
+    return ruled && present(cu_seqlens_q) ? sequence.first_q / int(tile_rows) + b : 0;
   }
 };
 
@@ -78,87 +83,6 @@ FUSEDATTN_DEVICE void put(const Tile& tile, int row, int chunk, const HeldA<T, m
     }
 }
 
-// A warp's scores as fragments: keys × queries (`transposed`) or queries × keys. A lane has two
-// queries of a fragment; `terms(q)` gives its pair for those of fragments q, asked for where it is
-// used: all pairs at once cost registers.
-template <bool transposed, int m, int n>
-struct ScoresOf {
-  using Fragments = Pack<float, 4>[m][n];
-
-  // Scores to probabilities.
-  template <class Terms>
-  FUSEDATTN_DEVICE static void exponentiate(Fragments& s, float scale_log2, const Terms& terms) {
-#pragma unroll
-    for (int q = 0; q < queries; ++q) {
-      const Pack<float, 2> shift = terms(q);
-#pragma unroll
-      for (int k = 0; k < keys; ++k)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          at(s, q, k)[e] = exp2(fma(at(s, q, k)[e], scale_log2, -shift[query_of(e)]));
-    }
-  }
-
-  // Zeros where a key is hidden; the scores begin at `query` and `key`.
-  FUSEDATTN_DEVICE static void hide(Fragments& s, const Unwindowed& sequence, int query, int key) {
-    constexpr int query_step = transposed ? 8 : 16, key_step = transposed ? 16 : 8;
-    query += transposed ? column_of(0) : row_of(0);
-    key += transposed ? row_of(0) : column_of(0);
-#pragma unroll
-    for (int q = 0; q < queries; ++q)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int down = e / 2 * 8, right = e % 2;
-        const int end = sequence.end(query + q * query_step + (transposed ? right : down));
-        const int seen = end - key - (transposed ? down : right);
-#pragma unroll
-        for (int k = 0; k < keys; ++k)
-          if (k * key_step >= seen) at(s, q, k)[e] = 0.0f;
-      }
-  }
-
-  // dp to e · ds, with `scale` = e.
-  template <class T, class Terms>
-  FUSEDATTN_DEVICE static void differentiate(Fragments& dp, const Fragments& p, float scale,
-                                             const Terms& terms) {
-#pragma unroll
-    for (int q = 0; q < queries; ++q) {
-      const Pack<float, 2> delta = terms(q);
-#pragma unroll
-      for (int k = 0; k < keys; ++k)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          at(dp, q, k)[e] =
-              at(p, q, k)[e] * less_delta<T>(at(dp, q, k)[e], delta[query_of(e)], scale);
-    }
-  }
-
-  // ds to the gradient of scale · raw; `terms` as for `exponentiate`.
-  template <class Terms>
-  FUSEDATTN_DEVICE static void chain(Fragments& ds, const Fragments& p, const Rules& rules,
-                                     const Terms& terms) {
-    if (!rules.bends()) return;
-#pragma unroll
-    for (int q = 0; q < queries; ++q) {
-      const Pack<float, 2> shift = terms(q);
-#pragma unroll
-      for (int k = 0; k < keys; ++k)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          at(ds, q, k)[e] *= rules.slope(at(p, q, k)[e], shift[query_of(e)]);
-    }
-  }
-
- private:
-  static constexpr int queries = transposed ? n : m, keys = transposed ? m : n;  // fragments
-
-  template <class Any>
-  FUSEDATTN_DEVICE static auto& at(Any& s, int q, int k) {
-    return transposed ? s[k][q] : s[q][k];
-  }
-  FUSEDATTN_DEVICE static int query_of(int e) { return transposed ? e % 2 : e / 2; }
-};
-
 // An operand whose rows or columns, whichever are not summed over, begin 16 · `skip` later.
 template <class Operand>
 struct Skipping {
@@ -174,15 +98,18 @@ struct Skipping {
 
 constexpr int terms_threads = 256, terms_team = 8;  // threads of a query
 
-template <class T>
+template <class T, bool ruled>
 FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
     attention_backward_rows(const FUSEDATTN_GRID_CONSTANT Backward p) {
   constexpr int N = pack_size<T>;
   const int rank = thread() % terms_team;
   const int64_t at = block() * (terms_threads / terms_team) + thread() / terms_team;
-  const int64_t head = at / p.rows, i = at - head * p.rows;
+  const int64_t head = at / p.rows, of_head = at - head * p.rows;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
-  const Unwindowed sequence = sequence_of(p, b);
+  const int tile_rows = ruled ? int(p.tile_rows) : row_padding;
+  const auto [sequence, number, tile] =
+      place_of<ruled>(p, int(b), int(of_head / tile_rows), Side::queries, tile_rows);
+  const int64_t i = int64_t(tile) * tile_rows + of_head % tile_rows;
   const bool exists = i < sequence.seq_q;
   const int64_t row = sequence.query_row(int(i));
   float sum = 0.0f;
@@ -200,13 +127,14 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
   float shift = INFINITY, delta = 0.0f;
   const float lse = exists ? load(p.lse.at<float>(b, h, row)) : -INFINITY;
   if (lse != -INFINITY) {
-    shift = lse * log2_e;
+    shift = ruled ? lse : lse * log2_e;
     delta = present(p.dlse) ? sum - load(p.dlse.at<float>(b, h, row)) : sum;
   }
   if constexpr (scales_ds<T>) {
-    const float scale = ds_scale_from(p.norms + norms_of_head * (head / p.group()));
+    const float scale =
+        ds_scale_from(p.norms + norms_of_head * (head / p.group()), p.rules.keep_scale);
     delta *= scale;
-    if (i == 0) store(p.ds_scales + head, scale);
+    if (of_head == 0) store(p.ds_scales + head, scale);
   }
   store(p.shift + at, shift);
   store(p.delta + at, delta);
@@ -214,7 +142,7 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(terms_threads, 4)
 
 // --- a tile of keys ------------------------------------------------------------------------------
 
-template <class T, int head_dim, KeysShape shape>
+template <class T, int head_dim, KeysShape shape, bool ruled>
 class KeysKernel {
  public:
   static constexpr int threads = shape.threads();
@@ -224,8 +152,11 @@ class KeysKernel {
         work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads_kv()), p.section);
     heads_end = (uint32_t(work.head) + 1) * p.heads_together;
     // The first keys are seen by most queries where causal: they begin first.
-    first_key = int(p.tiles - 1 - work.tile) * shape.keys;
-    sequence = sequence_of(p, key_head().b);
+    const auto place =
+        place_of<ruled>(p, int(key_head().b), int(p.tiles - 1 - work.tile), Side::keys, shape.keys);
+    sequence = place.sequence;
+    number = place.b;
+    first_key = place.tile * shape.keys;
     row = warp() / shape.column_warps * rows_of_warp;
     part = warp() % shape.column_warps;
   }
@@ -248,6 +179,8 @@ class KeysKernel {
       accumulate(at, stage, [&] {
         if (shape.stages == 1) begin(after(at), 0);
       });
+      if constexpr (ruled)
+        if (p.slope_sums != nullptr && after(at).head != at.head) write_slope(at.head);
       if (shape.stages == 2) stage = 1 - stage;
     }
     wait_copies<0>();
@@ -323,6 +256,7 @@ class KeysKernel {
   FUSEDATTN_DEVICE void begin(const At& at, int stage) const {
     if (!exists(at)) return;
     const auto [b, h] = Head(at.head, p.heads());
+    const int terms_of = p.first_tile<ruled>(sequence, number) * shape.queries + at.query();
     copy_tile<threads>(q_tile(stage), rows_of(p.q, b, h, sequence.first_q), at.query(),
                        sequence.seq_q, width_of(p.q));
     copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, h, sequence.first_q), at.query(),
@@ -332,7 +266,7 @@ class KeysKernel {
     const int rank = anew(thread());
     if (rank < 2 * each) {
       const float* from = rank < each ? p.shift : p.delta;
-      copy_async(terms(stage) + 4 * rank, from + at.head * p.rows + at.query() + rank % each * 4,
+      copy_async(terms(stage) + 4 * rank, from + at.head * p.rows + terms_of + rank % each * 4,
                  true);
     }
     commit_copies();
@@ -370,25 +304,40 @@ class KeysKernel {
   }
 
   // pᵀ and dsᵀ of `step` queries of a tile, from `query` on.
-  FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, const At& at, int query,
-                                  int stage) const {
+  FUSEDATTN_DEVICE void scores_of(Held& weights, Held& ds, const At& at, int query, int stage) {
     typename Scores::Fragments s, dp;
     clear(s);
     clear(dp);
     multiply<T, head_dim / 16>(s, OperandA<Stays, Sum::along>(k_tile(), row),
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
-    p.rules.apply(s);
+    if constexpr (!ruled) p.rules.apply(s);
     multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
                                OperandB<Passes, Sum::along>(dout_tile(stage), query));
     const auto shift = [&](int j) {
       return load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
     };
-    Scores::exponentiate(s, p.rules.factor, shift);
-    if (tiles().masked(at.tile)) Scores::hide(s, sequence, at.query() + query, first_key + row);
-    Scores::template differentiate<T>(dp, s, ds_scale<T>(p, at.head), [&](int j) {
+    const auto delta = [&](int j) {
       return load_shared<2>(terms(stage) + shape.queries + query + 8 * j + column_of(0));
-    });
-    Scores::chain(dp, s, p.rules, shift);
+    };
+    if constexpr (ruled) {
+      const HeadScores<T> scores(p, p.rules, sequence, number, int(Head(at.head, p.heads()).h));
+      Scores::template differentiate<T>(
+          s, dp, p.rules, scores, at.query() + query, first_key + row, tiles().masked(at.tile),
+          ds_scale<T>(p, at.head), shift, delta,
+          [&](int, int, const Pack<float, 4>& taken, int i, int j) {
+            if (p.slope_sums == nullptr) return;
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              slope_sum =
+                  fma(taken[e], scores.distance(i + query_step<true>(e), j + key_step<true>(e)),
+                      slope_sum);
+          });
+    } else {
+      Scores::exponentiate(s, p.rules.factor, shift);
+      if (tiles().masked(at.tile)) Scores::hide(s, sequence, at.query() + query, first_key + row);
+      Scores::template differentiate<T>(dp, s, ds_scale<T>(p, at.head), delta);
+      Scores::chain(dp, s, p.rules, shift);
+    }
     weights.round(s);
     ds.round(dp);
   }
@@ -400,21 +349,37 @@ class KeysKernel {
     multiply<T, shape.keys / 16>(
         dq, Skipping{OperandA<ScoresTile, Sum::across>(ds_tile(), 0), DqShape::row() / 16},
         Skipping{OperandB<Stays, Sum::across>(k_tile(), 0), DqShape::column() / 16});
-    float* sum = p.dq_sum + DqShape::at(p, at.head, at.tile);
+    float* sum =
+        p.dq_sum + DqShape::at(p, at.head, p.first_tile<ruled>(sequence, number) + at.tile);
 #pragma unroll
     for (int i = 0; i < DqShape::m; ++i)
 #pragma unroll
       for (int j = 0; j < DqShape::n; ++j) DqShape::add(sum, i, j, dq[i][j]);
   }
 
+  // What the block adds to the slope of a head of B · Hq, from each of its warps.
+  FUSEDATTN_DEVICE void write_slope(uint32_t head) {
+#pragma unroll
+    for (int apart = warp_size / 2; apart > 0; apart /= 2)
+      slope_sum += shuffle_xor(slope_sum, apart);
+    const Work work = work_of(uint32_t(anew(int(block()))), p.tiles,
+                              uint32_t(p.batch() * p.heads_kv()), p.section);
+    const int64_t tile = int64_t(head) * p.tiles + (p.tiles - 1 - work.tile);
+    if (lane() == 0)
+      store(p.slope_sums + tile * shape.warps + warp(), -slope_sum * inverse_ds_scale<T>(p, head));
+    slope_sum = 0.0f;
+  }
+
   // dK and dV, through the tiles of K and V.
   FUSEDATTN_DEVICE void write() {
     round_to<T>(k_tile(), row, part * columns / chunk_size, dk,
                 gradient_scale<T>(p, heads_end - 1));
-    round_to<T>(v_tile(), row, part * columns / chunk_size, dv);
+    round_to<T>(v_tile(), row, part * columns / chunk_size, dv, ruled ? p.rules.keep_scale : 1.0f);
     sync_block();
     constexpr int rows = shape.keys / shape.warps;
-    const int r = warp() * rows, keys = int(p.longest_k());
+    // Of keys that do not exist, too, but of no other sequence.
+    const bool packed = ruled && present(p.cu_seqlens_k);
+    const int r = warp() * rows, keys = packed ? sequence.seq_k : int(p.longest_k());
     const auto [b, h] = key_head();
     write_rows<rows>(k_tile(), r, p.dk.at<uint16_t>(b, h, sequence.first_k), p.dk.stride[2],
                      first_key + r, keys, width_of(p.dk));
@@ -423,33 +388,35 @@ class KeysKernel {
   }
 
   const Backward& p;
-  uint32_t heads_end;  // past the heads of queries, of B · Hq, whose keys these are
-  int first_key;
-  Unwindowed sequence;
+  uint32_t heads_end;     // past the heads of queries, of B · Hq, whose keys these are
+  int first_key, number;  // of the sequence
+  Sequence<int, ruled> sequence;
   int row, part;  // of the tile's keys; of the warps that share them
+  float slope_sum = 0.0f;
   Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
 };
 
 // (As parameters of a kernel, nvcc's host code takes no structs.)
-template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threads(),
-                                              keys_shape(head_dim, memory).blocks)
+template <class T, int head_dim, Variant variant>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, variant).threads(),
+                                              keys_shape(head_dim, variant).blocks)
     attention_backward_keys(const FUSEDATTN_GRID_CONSTANT Backward p) {
-  KeysKernel<T, head_dim, keys_shape(head_dim, memory)>(p).run();
+  KeysKernel<T, head_dim, keys_shape(head_dim, variant), variant == Variant::ruled>(p).run();
 }
 
 // --- after: dQ from its sums ---------------------------------------------------------------------
 
-template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, memory).threads(), 1)
+template <class T, int head_dim, Variant variant>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(keys_shape(head_dim, variant).threads(), 1)
     attention_backward_round(const FUSEDATTN_GRID_CONSTANT Backward p) {
-  constexpr KeysShape shape = keys_shape(head_dim, memory);
+  constexpr KeysShape shape = keys_shape(head_dim, variant);
   using Shape = DqFragments<head_dim, shape>;
-  const int64_t tiles = (p.longest_q() + shape.queries - 1) / shape.queries, head = block() / tiles;
-  const int query = int(block() - head * tiles) * shape.queries;
-  const int64_t b = head / p.heads(), h = head - b * p.heads();
-  const Unwindowed sequence = sequence_of(p, b);
-  const float* sum = p.dq_sum + Shape::at(p, uint32_t(head), query / shape.queries);
+  const int64_t head = block() / p.dq_tiles, h = head % p.heads();
+  const int at = int(block() - head * p.dq_tiles);
+  const auto [sequence, b, tile_of] = place_of<variant == Variant::ruled>(
+      p, int(head / p.heads()), at, Side::queries, shape.queries);
+  const int query = tile_of * shape.queries;
+  const float* sum = p.dq_sum + Shape::at(p, uint32_t(head), at);
   Pack<float, 4> dq[Shape::m][Shape::n];
 #pragma unroll
   for (int i = 0; i < Shape::m; ++i)

@@ -4,8 +4,9 @@
 //
 //   ½ · max ‖dout_i‖ · max ‖v_j‖ + max |dlse_i|
 //
-// (Cauchy and Schwarz), and e is the largest up to 1 with which that stays below 2¹⁵. To scale is
-// exact but for what falls below the normal numbers, 2⁻²⁹ of the bound.
+// (Cauchy and Schwarz; dropout multiplies the first term as it does the weights), and e is the
+// largest up to 1 with which that stays below 2¹⁵. To scale is exact but for what falls below the
+// normal numbers, 2⁻²⁹ of the bound.
 //
 // attention_backward_norms finds the three maxima, before all else; of them
 // attention_backward_rows makes e. bf16 reaches as far as fp32 and has nothing of this.
@@ -29,14 +30,19 @@ FUSEDATTN_DEVICE float ds_scale(const P& p, uint32_t head) {
     return 1.0f;
 }
 
+// 1 / e
+template <class T, class P>
+FUSEDATTN_DEVICE float inverse_ds_scale(const P& p, uint32_t head) {
+  if constexpr (scales_ds<T>)
+    return std::bit_cast<float>(0x7f000000 - std::bit_cast<uint32_t>(ds_scale<T>(p, head)));
+  else
+    return 1.0f;
+}
+
 // What makes dq or dk of the sum of e · ds · k or e · dsᵀ · q.
 template <class T, class P>
 FUSEDATTN_DEVICE float gradient_scale(const P& p, uint32_t head) {
-  if constexpr (scales_ds<T>)
-    return p.scale *
-           std::bit_cast<float>(0x7f000000 - std::bit_cast<uint32_t>(ds_scale<T>(p, head)));
-  else
-    return p.scale;
+  return p.rules.scale * inverse_ds_scale<T>(p, head);
 }
 
 // e · (dp − Δ), from e · Δ.
@@ -49,8 +55,8 @@ FUSEDATTN_DEVICE float less_delta(float dp, float delta, float scale) {
 
 constexpr int norms_of_head = 3;  // max ‖v_j‖², max ‖dout_i‖², max |dlse_i|
 
-FUSEDATTN_DEVICE float ds_scale_from(const float* norms) {
-  const float bound = fma(0.5f, sqrt(load(norms) * load(norms + 1)), load(norms + 2));
+FUSEDATTN_DEVICE float ds_scale_from(const float* norms, float keep_scale) {
+  const float bound = fma(0.5f * keep_scale, sqrt(load(norms) * load(norms + 1)), load(norms + 2));
   const uint32_t exponent = std::bit_cast<uint32_t>(bound) >> 23;  // bound < 2^(exponent − 126)
   return std::bit_cast<float>((exponent > 141 ? 268 - exponent : 127) << 23);
 }
@@ -101,9 +107,10 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(norms_threads, 4)
   if (block() < of_values) {
     const int64_t head = block() / tiles_k, j = (block() - head * tiles_k) * norms_rows + row;
     const int64_t b = head / p.heads_kv(), h = head - b * p.heads_kv();
-    const Unwindowed sequence = sequence_of(p, b);
-    const int64_t at = sequence.key_row(int(j));
-    const T* v = j < sequence.seq_k ? p.v.template at<T>(b, h, at) : nullptr;
+    const int keys = present(p.cu_seqlens_k)
+                         ? packed_row(p.cu_seqlens_k, int(p.sequences()), p.longest_k())
+                         : sequence_of<false>(p, b).seq_k;
+    const T* v = j < keys ? p.v.template at<T>(b, h, j) : nullptr;
     raise(p.norms + norms_of_head * head, square_of(v, p.head_dim_v()));
     return;
   }
@@ -111,15 +118,13 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(norms_threads, 4)
   const int64_t head = at / tiles, i = (at - head * tiles) * norms_rows + row;
   const int64_t b = head / p.heads(), h = head - b * p.heads();
   float* norms = p.norms + norms_of_head * (head / p.group());
-  const Unwindowed sequence = sequence_of(p, b);
-  const int64_t row_q = sequence.query_row(int(i));
-  const bool sees = i < sequence.seq_q && load(p.lse.template at<float>(b, h, row_q)) != -INFINITY;
+  const bool sees = i < p.longest_q() && load(p.lse.template at<float>(b, h, i)) != -INFINITY;
   if (present(p.dout)) {
-    const T* dout = sees ? p.dout.template at<T>(b, h, row_q) : nullptr;
+    const T* dout = sees ? p.dout.template at<T>(b, h, i) : nullptr;
     raise(norms + 1, square_of(dout, p.head_dim_v()));
   }
   if (present(p.dlse)) {
-    const float dlse = sees ? load(p.dlse.template at<float>(b, h, row_q)) : 0.0f;
+    const float dlse = sees ? load(p.dlse.template at<float>(b, h, i)) : 0.0f;
     raise(norms + 2, dlse < 0.0f ? -dlse : dlse);
   }
 }

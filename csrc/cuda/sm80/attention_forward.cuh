@@ -17,8 +17,8 @@
 // While a warp computes on one slot, copies to the other slots are under way. One barrier per slot
 // says both that its tile has landed and that the slot before it is free again.
 //
-// A window would change `hide` and `unite_groups`, dropout what comes after `Softmax::update`;
-// sequences of a varlen batch would change where rows begin.
+// The `ruled` variant takes every option: its scores and their maxima are in natural units, see
+// attention_scores.cuh.
 #pragma once
 
 #include <cmath>
@@ -31,8 +31,8 @@
 namespace fusedattn::cuda {
 
 struct Forward : AttentionForward {
-  Rules rules;       // its factor is |scale| · log₂e, above 0
-  float sign;        // of scale: 1, 0 or -1 (NaN where it is); 1 where scores bend
+  Rules rules;       // its factor is |scale| · log₂e, above 0; not looked at where `ruled`
+  float sign;        // of scale: 1, 0 or -1 (NaN where it is); 1 where scores bend; likewise
   uint32_t tiles;    // blocks of a head: tiles of queries, times the parts of the keys
   uint32_t section;  // heads that are worked on together
   Parts parts;
@@ -44,8 +44,9 @@ struct Forward : AttentionForward {
 template <class Tile, int slots, int threads>
 class Ring {
  public:
+  template <bool windowed>
   FUSEDATTN_DEVICE Ring(char* data, const Forward& p, int64_t b, int64_t head,
-                        const Unwindowed& sequence, int end)
+                        const Sequence<int, windowed>& sequence, int end)
       : data_(data),
         k_(rows_of(p.k, b, head, sequence.first_k)),
         v_(rows_of(p.v, b, head, sequence.first_k)),
@@ -93,8 +94,9 @@ class Ring {
 // NaN only where both are.
 FUSEDATTN_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
 
-// Of the queries of a lane, two in each of m fragments.
-template <int m>
+// Of the queries of a lane, two in each of m fragments. `natural`: so are scores, else they become
+// log2 units times `scale`.
+template <int m, bool natural>
 struct Softmax {
   float highest[m][2], sum[m][2];  // sum: over this lane's keys
 
@@ -104,9 +106,15 @@ struct Softmax {
       highest[i][0] = highest[i][1] = -INFINITY, sum[i][0] = sum[i][1] = 0.0f;
   }
 
-  // In powers of 2. A row that has seen nothing keeps exp(−∞ − 0) = 0 instead of exp(−∞ + ∞).
+  // Of a score, in powers of 2 unless `natural`. A row that has seen nothing keeps exp(−∞ − 0) = 0
+  // instead of exp(−∞ + ∞).
   FUSEDATTN_DEVICE float shift(int i, int half, float scale) const {
-    return highest[i][half] == -INFINITY ? 0.0f : highest[i][half] * scale;
+    const float high = highest[i][half];
+    return high == -INFINITY ? 0.0f : natural ? high : high * scale;
+  }
+
+  FUSEDATTN_DEVICE static float power(float score, float scale, float shift) {
+    return exp2(natural ? (score - shift) * log2_e : fma(score, scale, -shift));
   }
 
   // s becomes exp(s − highest); what was summed before comes to the new highest score.
@@ -125,13 +133,13 @@ struct Softmax {
         found = larger(found, shuffle_xor(found, 1));
         highest[i][half] = larger(found, shuffle_xor(found, 2));
         const float base = shift(i, half, scale);
-        const float factor = exp2(fma(before, scale, -base));
+        const float factor = power(before, scale, base);
         float total = sum[i][half] * factor;
 #pragma unroll
         for (int j = 0; j < n; ++j)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[i][j][e] = exp2(fma(s[i][j][e], scale, -base));
+            s[i][j][e] = power(s[i][j][e], scale, base);
             total += s[i][j][e];
           }
         sum[i][half] = total;
@@ -142,41 +150,83 @@ struct Softmax {
       }
   }
 
-  // out becomes out / sum, 0 of a row that has seen nothing.
+  // out becomes out / sum, 0 of a row that has seen nothing. If `natural`, out is also multiplied
+  // by `factor`, and the sum is with a sink if there is an address of one.
   template <int w>
-  FUSEDATTN_DEVICE void finish(Pack<float, 4> (&out)[m][w]) {
+  FUSEDATTN_DEVICE void finish(Pack<float, 4> (&out)[m][w], float factor, const float* sink) {
 #pragma unroll
     for (int i = 0; i < m; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         sum[i][half] += shuffle_xor(sum[i][half], 1);
         sum[i][half] += shuffle_xor(sum[i][half], 2);
-        const float share = sum[i][half] == 0.0f ? 0.0f : 1.0f / sum[i][half];
+        float share = sum[i][half] == 0.0f ? 0.0f : 1.0f / sum[i][half];
+        if constexpr (natural) {
+          if (sink != nullptr && sum[i][half] != 0.0f) {
+            const float others = add_sink(highest[i][half], sum[i][half], load(sink));
+            share = others / sum[i][half];
+          }
+          share *= factor;
+        }
 #pragma unroll
         for (int j = 0; j < w; ++j) out[i][j][2 * half] *= share, out[i][j][2 * half + 1] *= share;
       }
   }
 
-  // In powers of 2.
   FUSEDATTN_DEVICE float lse(int i, int half, float scale) const {
-    return shift(i, half, scale) + log2(sum[i][half]);
+    if (natural) return fma(log2(sum[i][half]), ln_2, shift(i, half, scale));
+    return (shift(i, half, scale) + log2(sum[i][half])) * ln_2;
   }
 };
 
 // −∞ for the keys that a query does not see. first: the warp's first query; start: the first key.
-template <int m, int n>
-FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Unwindowed& sequence, int first,
-                           int start) {
+template <int m, int n, bool windowed>
+FUSEDATTN_DEVICE void hide(Pack<float, 4> (&s)[m][n], const Sequence<int, windowed>& sequence,
+                           int first, int start) {
 #pragma unroll
   for (int i = 0; i < m; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int end = int(sequence.end(first + 16 * i + row_of(2 * half)) - (start + column_of(0)));
+      const int query = first + 16 * i + row_of(2 * half), key = start + column_of(0);
+      const int begin = sequence.begin(query) - key, end = sequence.end(query) - key;
 #pragma unroll
       for (int j = 0; j < n; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          if (8 * j + e >= end) s[i][j][2 * half + e] = -INFINITY;
+          if (8 * j + e >= end || (windowed && 8 * j + e < begin))
+            s[i][j][2 * half + e] = -INFINITY;
+    }
+}
+
+// The scores of a warp from their raw products, and then dropout of its weights: in the variant
+// with every option.
+template <class T, int m, int n>
+FUSEDATTN_DEVICE void scores_of(Pack<float, 4> (&s)[m][n], const Forward& p,
+                                const Sequence<int>& sequence, int b, int h, int first, int start) {
+  const HeadScores<T> scores(p, p.rules, sequence, b, h);
+  Pack<float, 4> slope;
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int j = 0; j < n; ++j)
+      scores.template apply<false>(s[i][j], first + 16 * i + row_of(0),
+                                   start + 8 * j + column_of(0), slope);
+}
+
+template <class T, int m, int n>
+FUSEDATTN_DEVICE void drop(Pack<float, 4> (&s)[m][n], const Forward& p,
+                           const Sequence<int>& sequence, int b, int h, int first, int start) {
+  if (!p.rules.drops) return;
+  const HeadScores<T> scores(p, p.rules, sequence, b, h);
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const uint32_t kept =
+          scores.template kept<false>(first + 16 * i + row_of(0), start + 8 * j + column_of(0));
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (!(kept >> e & 1)) s[i][j][e] = 0.0f;
     }
 }
 
@@ -196,8 +246,8 @@ struct Queries {
 };
 
 // out and lse of a part of the keys, to the workspace.
-template <int tile, int m, int w>
-FUSEDATTN_DEVICE void write_part(const Forward& p, int row, const Softmax<m>& softmax,
+template <int tile, int m, bool natural, int w>
+FUSEDATTN_DEVICE void write_part(const Forward& p, int row, const Softmax<m, natural>& softmax,
                                  const Pack<float, 4> (&out)[m][w]) {
   // Worked out once more, to stay in no registers meanwhile.
   const Work work =
@@ -223,9 +273,10 @@ FUSEDATTN_DEVICE void write_part(const Forward& p, int row, const Softmax<m>& so
 
 // out and lse, by way of the tile of queries: its rows are the warp's own, and were last read
 // before a barrier of the ring.
-template <class T, class Tile, int m, int w>
-FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Unwindowed& sequence,
-                            int first, const Tile& tile, int row, const Softmax<m>& softmax,
+template <class T, class Tile, int m, bool natural, int w>
+FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h,
+                            const Sequence<int, natural>& sequence, int first, const Tile& tile,
+                            int row, const Softmax<m, natural>& softmax,
                             const Pack<float, 4> (&out)[m][w]) {
 #pragma unroll
   for (int i = 0; i < m; ++i)
@@ -234,7 +285,7 @@ FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Unwind
       const int query = first + row + 16 * i + row_of(2 * half);
       if (column_of(0) == 0 && query < sequence.seq_q)
         store(p.lse.at<float>(b, h, sequence.query_row(query)),
-              softmax.lse(i, half, p.rules.factor) * ln_2);
+              softmax.lse(i, half, p.rules.factor));
     }
   round_to<T>(tile, row, 0, out);
   sync_warp();
@@ -242,28 +293,31 @@ FUSEDATTN_DEVICE void write(const Forward& p, int64_t b, int64_t h, const Unwind
                      first + row, sequence.seq_q, width_of(p.out));
 }
 
-template <class T, int head_dim, Memory memory>
-FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).threads(),
-                                              forward_shape(head_dim, memory).blocks)
+template <class T, int head_dim, Variant variant>
+FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, variant).threads(),
+                                              forward_shape(head_dim, variant).blocks)
     attention_forward(const FUSEDATTN_GRID_CONSTANT Forward p) {
-  constexpr ForwardShape shape = forward_shape(head_dim, memory);
+  constexpr ForwardShape shape = forward_shape(head_dim, variant);
+  constexpr bool ruled = variant == Variant::ruled;
   constexpr int m = shape.queries / shape.warps / 16, n = shape.keys / 8, w = head_dim / 8;
   using QueryTile = Tile<shape.queries, head_dim>;
   using KeyTile = Tile<shape.keys, head_dim>;
   static_assert(QueryTile::bytes + shape.slots * KeyTile::bytes == shape.shared_bytes);
 
   const Work work = work_of(uint32_t(block()), p.tiles, uint32_t(p.batch() * p.heads()), p.section);
-  const int b = work.head / int(p.heads()), h = work.head % int(p.heads());
-  const int first = work.tile / p.parts.count * shape.queries, row = warp() * 16 * m;
-  const Unwindowed sequence = sequence_of(p, b);
+  const int h = work.head % int(p.heads()), row = warp() * 16 * m;
+  const auto [sequence, b, tile] = place_of<ruled>(
+      p, work.head / int(p.heads()), int(work.tile / p.parts.count), Side::queries, shape.queries);
+  const int first = tile * shape.queries;
   const Tiles tiles = key_tiles(sequence, first, shape.queries, shape.keys);
-  const Part part = part_of(tiles.end, work.tile % p.parts.count, p.parts.count);
+  const Part part =
+      part_of(tiles.begin, tiles.end, int(work.tile % p.parts.count), int(p.parts.count));
 
   const QueryTile query_tile{shared_memory()};
   Ring<KeyTile, shape.slots, shape.threads()> ring(shared_memory() + QueryTile::bytes, p, b,
                                                    h / int(p.group()), sequence, part.end);
   Queries<T, QueryTile, m, shape.held> queries(query_tile, row);
-  Softmax<m> softmax;
+  Softmax<m, ruled> softmax;
   Pack<float, 4> out[m][w];
   clear(out);
   if (part.begin < part.end) {
@@ -282,17 +336,23 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
     clear(s);
     multiply<T, head_dim / 16>(s, queries,
                                OperandB<KeyTile, Sum::along>(ring.template next<false>(t)));
-    p.rules.apply(s);
-    if (p.sign != 1.0f)
+    if constexpr (ruled) {
+      scores_of<T>(s, p, sequence, b, h, first + row, t * shape.keys);
+    } else {
+      p.rules.apply(s);
+      if (p.sign != 1.0f)
 #pragma unroll
-      for (int i = 0; i < m * n * 4; ++i) s[i / (4 * n)][i / 4 % n][i % 4] *= p.sign;
+        for (int i = 0; i < m * n * 4; ++i) s[i / (4 * n)][i / 4 % n][i % 4] *= p.sign;
+    }
     if (tiles.masked(t)) hide(s, sequence, first + row, t * shape.keys);
     softmax.update(s, out, p.rules.factor);
+    if constexpr (ruled) drop<T>(s, p, sequence, b, h, first + row, t * shape.keys);
     HeldA<T, m, n / 2> weights;
     weights.round(s);
     multiply<T, n / 2>(out, weights, OperandB<KeyTile, Sum::across>(ring.template next<true>(t)));
   }
-  softmax.finish(out);
+  const bool sunk = ruled && present(p.sinks) && p.parts.count == 1;
+  softmax.finish(out, p.rules.keep_scale, sunk ? p.sinks.at<float>(0, h) : nullptr);
   if (p.parts.count == 1)
     write<T>(p, b, h, sequence, first, query_tile, row, softmax, out);
   else
@@ -300,6 +360,14 @@ FUSEDATTN_KERNEL void FUSEDATTN_LAUNCH_BOUNDS(forward_shape(head_dim, memory).th
 }
 
 // --- launcher ------------------------------------------------------------------------------------
+
+// The most keys that a tile of so many queries sees.
+inline int64_t keys_in_reach(const AttentionForward& p, int64_t queries) {
+  if (p.options.window_left < 0) return p.longest_k();
+  const Sequence<int64_t> all = p.with_keys(p.longest_k());
+  const int64_t wide = all.upper - all.lower + queries - 1;
+  return wide < p.longest_k() ? wide : p.longest_k();
+}
 
 // One query of each head: those of a group, which see the same keys, become the queries of one.
 inline void unite_groups(AttentionForward& p) {
@@ -314,13 +382,16 @@ inline void unite_groups(AttentionForward& p) {
   p.options.causal = Causal::none;  // the last query sees all keys
 }
 
-template <class T, int head_dim, Memory memory>
+template <class T, int head_dim, Variant variant>
 void launch_forward(Forward f, Launch launch) {
-  constexpr ForwardShape shape = forward_shape(head_dim, memory);
-  const int64_t heads = f.batch() * f.heads(), tiles = ceil_div(f.longest_q(), shape.queries);
+  constexpr ForwardShape shape = forward_shape(head_dim, variant);
+  const int64_t heads = f.batch() * f.heads();
+  const int64_t tiles = tiles_of(f, Side::queries, shape.queries);
   const int64_t head_bytes = 2 * f.longest_k() * (f.head_dim() + f.head_dim_v());
-  const int64_t parts = parts_of(tiles * heads, multiprocessors(launch.device) * shape.blocks,
-                                 ceil_div(f.longest_k(), shape.keys));
+  const int64_t parts = f.cu_seqlens_q
+                            ? 1
+                            : parts_of(tiles * heads, multiprocessors(launch.device) * shape.blocks,
+                                       ceil_div(keys_in_reach(f, shape.queries), shape.keys));
   f.section = uint32_t(
       f.group() * section_of(f.batch() * f.heads_kv(), head_bytes, cache_bytes(launch.device)));
   f.tiles = uint32_t(tiles * parts);
@@ -328,7 +399,7 @@ void launch_forward(Forward f, Launch launch) {
   launch.block = shape.threads();
   launch.shared_bytes = shape.shared_bytes;
   const auto run = [&] {
-    cuda::launch("attention_forward", attention_forward<T, head_dim, memory>, launch, f);
+    cuda::launch("attention_forward", attention_forward<T, head_dim, variant>, launch, f);
   };
   if (parts == 1) return run();
   const int64_t rows = parts * heads * f.longest_q(), outs = rows * f.head_dim_v();
@@ -343,7 +414,8 @@ void launch_attention_forward(const AttentionForward& p, Stream stream) {
   const float scale = float(p.options.scale);
   Forward f;
   static_cast<AttentionForward&>(f) = p;
-  unite_groups(f);
+  const bool ruled = needs_rules(p) || p.sinks;
+  if (!ruled) unite_groups(f);
   f.rules = Rules(p.options);
   f.sign = f.rules.factor > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : scale;
   // With a scale of 0 the scores become 0, and the factor must only keep −∞ what it is.
@@ -351,10 +423,12 @@ void launch_attention_forward(const AttentionForward& p, Stream stream) {
   Launch launch;
   launch.stream = stream;
   launch.device = p.q.device;
-  if (memory_of(max_shared_bytes(launch.device)) == Memory::large)
-    launch_forward<T, head_dim, Memory::large>(f, launch);
+  if (ruled)
+    launch_forward<T, head_dim, Variant::ruled>(f, launch);
+  else if (variant_for(max_shared_bytes(launch.device)) == Variant::large)
+    launch_forward<T, head_dim, Variant::large>(f, launch);
   else
-    launch_forward<T, head_dim, Memory::little>(f, launch);
+    launch_forward<T, head_dim, Variant::little>(f, launch);
 }
 
 }  // namespace fusedattn::cuda

@@ -86,39 +86,38 @@ def _attention_ways(q: Any, k: Any) -> list[str]:
     return ["b"] if grouped and any(heads % n for n in parts if n <= heads) else ["b", "h"]
 
 
-def _attention_inputs(q, k, v, mask, bias, kv_lengths, slopes, sinks) -> list[tuple[Any, str]]:
-    like_q = [(x, "bh..") for x in (q, k, v, mask, bias)]
-    return [*like_q, (kv_lengths, "b"), (slopes, "bh.."), (sinks, "bh..")]
-
-
-def _packed(given: Any) -> tuple[list[tuple[Any, str]], bool]:
+def _attention_inputs(given: Sequence[Any]) -> tuple[list[tuple[Any, str]], bool]:
     """The inputs of attention's call, and whether sequences are packed in one batch entry."""
-    offsets = given[15:17]
-    between = [(None, "")] * 7
-    packed = offsets[0] is not None
-    further = [*between, *((x, ".") for x in offsets)] if packed else []
-    return [*_attention_inputs(*given[:8]), *further], packed
+    dims = {
+        "kv_lengths": "b", "seed": ".", "prefix_lengths": "b", "documents_q": "b.",
+        "documents_k": "b.", "cu_seqlens_q": ".", "cu_seqlens_k": ".",
+    }  # fmt: skip
+    call = AttentionCall(*given[: len(AttentionCall._fields) - 1])
+    packed = call.cu_seqlens_q is not None
+    named = [(x, dims.get(name, "bh..")) for name, x in zip(call._fields[:-1], call, strict=False)]
+    last = max(i for i, (x, _) in enumerate(named) if x is not None)
+    return named[: max(last + 1, 8)], packed
 
 
 def _attention_fwd(*given: Any):
     q, k = given[:2]
     _refuse_dropout("attention", given[_DROPOUT_P], "weight in the whole batch, of all heads")
-    inputs, packed = _packed(given)
+    inputs, packed = _attention_inputs(given)
     ways = [way for way in _attention_ways(q, k) if way != "b" or not packed]
     return _shardings(ways, inputs, ["bh..", "bh."])
 
 
 def _attention_bwd(dout, dlse, out, lse, *given: Any):
-    q, k, v, _, bias, _, slopes, sinks = given[:8]
+    call = AttentionCall(*given[: len(AttentionCall._fields) - 1])
     _refuse_dropout("attention", given[_DROPOUT_P], "weight in the whole batch, of all heads")
     like_out = [(dout, "bh.."), (dlse, "bh."), (out, "bh.."), (lse, "bh.")]
-    of_call, packed = _packed(given)
-    inputs = like_out + of_call
-    wanted = zip((bias, slopes, sinks), given[-5:-2], strict=True)
-    grads = [_named(x, "bh..") for x in (q, k, v)]
-    further = [_named(x, "bh..") if asked else None for x, asked in wanted]
-    ways = [way for way in _attention_ways(q, k) if way != "b" or not packed]
-    return _shardings(ways, inputs, [*grads, *further, None, None], gradients=True)
+    of_call, packed = _attention_inputs(given)
+    of = (call.q, call.k, call.v, call.bias, call.alibi_slopes, call.sinks, call.distance_bias)
+    grads = [
+        _named(x, "bh..") if asked else None for x, asked in zip(of, given[-len(of) :], strict=True)
+    ]
+    ways = [way for way in _attention_ways(call.q, call.k) if way != "b" or not packed]
+    return _shardings(ways, like_out + of_call, grads, gradients=True)
 
 
 # --- norms and softmax: along every dimension that is not reduced ---------------------------------

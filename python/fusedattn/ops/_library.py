@@ -69,7 +69,8 @@ class LibraryOp:
         usual: Callable[[Any, Any], tuple[Tensor | None, ...] | None] | None = None,
     ) -> None:
         self.call, self._usual = call, usual
-        self._allocate, self._run, self._check, self._wanted = allocate, run, check, wanted
+        self.outputs, self.wanted = tuple(outputs), wanted
+        self._allocate, self._run, self._check = allocate, run, check
         *fields, (_, self._config) = get_type_hints(call).items()
         self._flags = sum(kind is bool for _, kind in fields)
         self._leading = len(fields) - self._flags
@@ -140,9 +141,9 @@ class LibraryOp:
         n = self._leading
         found = self.packet(*call[:n], backend, *call[-1], *call[n:-1])
         found = found if isinstance(found, tuple) else () if found is None else (found,)
-        if self._wanted is None:
+        if self.wanted is None:
             return found
-        return tuple(x if want else None for x, want in zip(found, self._wanted(call), strict=True))
+        return tuple(x if want else None for x, want in zip(found, self.wanted(call), strict=True))
 
     # --- what torch calls ---
 
@@ -259,11 +260,16 @@ _REFUSED_BY_NAME: Any = (type, torch.nn.parameter.UninitializedTensorMixin)  # t
 _USUAL_TYPES = (*_PLAIN_TYPES, type(None), bool, int, float, str, tuple)
 
 
+def functional() -> bool:
+    """Under a transform of torch.func that is not traced."""
+    return _transforms() and not watched()
+
+
 def transformed() -> bool:
     """Where the formula itself is wanted, in torch's own ops.
 
-    Under vmap, torch.func or forward mode, which batch and differentiate it, and in an export to
-    ONNX, which knows no others.
+    Under vmap, torch.func or forward mode, which batch and differentiate it (but see
+    _transforms.py), and in an export to ONNX, which knows no others.
     """
     return (
         _transforms()

@@ -21,13 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import DistanceBias
+from ..masks import Mask
 from ._checks import check_flag, check_seed, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
+from ._transforms import Folding
 from .attention_backends import BACKENDS, backward_formula, formula
 from .attention_checks import (
     autocast,
     replace_causal_bias,
+    scaled,
     validate,
     validate_extras,
     validate_heads,
@@ -39,6 +43,7 @@ from .attention_config import (
     remembered,
 )
 from .attention_kernels import attention_bwd, attention_fwd
+from .attention_rules import NONE, unfold, validate_rules
 from .attention_shapes import over_leading
 
 # Looked up once: what follows runs on every call.
@@ -46,25 +51,48 @@ _autocast_anywhere = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _deterministic = torch.are_deterministic_algorithms_enabled
 
-_NOTHING = (None,) * 10  # of the call's tensors, what has no gradient yet, or never
-_NOT_YET = (None,) * 8  # what no public argument gives
+_NOTHING = (None,) * 7  # of the call's tensors, those after the last that has a gradient
+_NOT_PACKED = (None,) * 3  # the last of the call's tensors
 
 # --- autograd ------------------------------------------------------------------------------------
 
 
 def _keep(call: AttentionCall, outputs: Any, wanted: Any) -> tuple[tuple[Any, ...], tuple]:
-    return (*outputs, *call[:-1]), (wanted[4], wanted[6], wanted[7], False, False, call.config)
+    grads = (*wanted[:3], wanted[4], wanted[6], wanted[7], wanted[9])
+    return (*outputs, *call[:-1]), (*grads, call.config)
 
 
 def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tuple[Any, ...]:
-    dq, dk, dv, dbias, slopes, sinks, *_ = run(AttentionBackwardCall(*douts, *saved, *rest))
-    return dq, dk, dv, None, dbias, None, slopes, sinks, *_NOTHING
+    dq, dk, dv, dbias, slopes, sinks, distance = run(AttentionBackwardCall(*douts, *saved, *rest))
+    return dq, dk, dv, None, dbias, None, slopes, sinks, None, distance, *_NOTHING
 
+
+_BATCHED = {"q", "k", "v", "kv_lengths", "prefix_lengths", "dout", "dlse", "out", "lse"}
+_SHARED = {
+    "mask", "bias", "alibi_slopes", "distance_bias", "documents_q", "documents_k", "mask_blocks",
+}  # fmt: skip
+
+
+def _folds(call: Any) -> bool:
+    """Dropout knows the number of a batch entry, and sinks have one gradient for all."""
+    grad = type(call) is AttentionBackwardCall and call.sinks_grad
+    return call.cu_seqlens_q is None and call.config.dropout_p == 0.0 and not grad
+
+
+def _summed(call: Any) -> tuple[str | None, ...]:
+    if type(call) is AttentionCall:
+        return None, None
+    names = (*[None] * 3, "bias", "alibi_slopes", None, "distance_bias")
+    return tuple(name if asked else None for name, asked in zip(names, call[21:28], strict=True))
+
+
+_FOLDING = Folding(frozenset(_BATCHED), frozenset(_SHARED), _folds, _summed)
 
 op = Op(
-    "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4, 6, 7), cotangents=2,
-    backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula),
-    keep=_keep, pull_back=_pull_back,
+    "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4, 6, 7, 9),
+    cotangents=2,
+    backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula, folding=_FOLDING),
+    keep=_keep, pull_back=_pull_back, folding=_FOLDING,
 )  # fmt: skip
 
 # --- public functions ----------------------------------------------------------------------------
@@ -74,8 +102,8 @@ def _prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    mask: Any,
+    bias: Any,
     causal: bool | str,
     window: tuple[int | None, int | None] | None,
     scale: float | None,
@@ -95,9 +123,13 @@ def _prepare(
         return None
     if deterministic is None:
         deterministic = _deterministic()
+    rules, block_size = NONE, 0
     if mask is not None or bias is not None or kv_lengths is not None:
         mask, bias, causal = replace_causal_bias(q, k, mask, bias, causal)
+        mask, bias, rules, block_size = unfold(mask, bias, q, k)
         mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
+        if rules is not NONE:
+            validate_rules(rules, block_size, q, k, q.shape[0])
     if alibi_slopes is not None:
         alibi_slopes = validate_heads("alibi_slopes", alibi_slopes, q, q.shape[0])
     if sinks is not None:
@@ -116,13 +148,15 @@ def _prepare(
     config = (remembered if usual else configure)(
         head_dim, causal, scale, window, softcap, dropout_p, deterministic
     )
+    if block_size:
+        config = config._replace(block_size=block_size)
     if config.dropout_p != 0.0:
         seed = seed_tensor("attention", seed, q)
     elif seed is not None:
         check_seed("attention", seed, q)
         seed = None
     return AttentionCall(
-        q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, None, seed, *_NOT_YET, config
+        q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, seed, *rules, *_NOT_PACKED, config
     )
 
 
@@ -131,11 +165,11 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    bias: Tensor | DistanceBias | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -148,9 +182,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(scale · qkᵀ + bias)) v over the keys that each query may attend to.
 
-    Fused, in O(Sq + Sk) memory, and differentiable. Second derivatives, forward mode and
-    `torch.func` transforms run the reference's formula, which stores all scores. Tensors may have
-    any strides and are read in place: a (B, S, H, D) tensor is passed as its `.transpose(1, 2)`.
+    Fused, in O(Sq + Sk) memory, and differentiable; `torch.func.vmap` becomes part of the batch.
+    Second derivatives and forward mode run the reference's formula, which stores all scores.
+    Tensors may have any strides and are read in place: a (B, S, H, D) tensor is passed as its
+    `.transpose(1, 2)`.
 
     Instead of B there may be no dimension or several, in each tensor, and sizes of 1 broadcast, as
     in `F.scaled_dot_product_attention`: q (Hq, Sq, D); q (B, N, Hq, Sq, D) with a bias
@@ -161,10 +196,12 @@ def attention(
         k: keys (B, Hkv, Sk, D); Hq is a multiple of Hkv (grouped queries).
         v: values (B, Hkv, Sk, Dv). All three may be nested, jagged (B, H, j, D): then so are the
             results, and there is no mask, bias or kv_lengths (see `attention_varlen`).
-        mask: bool, True = may attend, broadcastable to (B, Hq, Sq, Sk). As mask or bias also a
+        mask: bool, True = may attend, broadcastable to (B, Hq, Sq, Sk); or by rule, one of
+            `fusedattn.masks`, or a BlockMask of FlexAttention. As mask or bias also a
             `torch.nn.attention.bias.CausalBias`, which stands for `causal`.
-        bias: added to the scaled scores, broadcastable likewise, in the dtype of q or float32. It,
-            alibi_slopes and sinks have a gradient of their own shape.
+        bias: added to the scaled scores, broadcastable likewise, in the dtype of q or float32; or
+            by rule, one of `fusedattn.biases`, such as T5's. It, alibi_slopes, sinks and a tensor
+            as scale have a gradient of their own shape.
         causal: True or "bottom_right": the last query sees every key. "top_left": the first query
             sees the first key only, as in `F.scaled_dot_product_attention`. For Sq 2 and Sk 4:
 
@@ -173,7 +210,9 @@ def attention(
         window: (left, right), how many keys are seen to either side of the diagonal, either None
             for all; without `causal` the diagonal is that of "bottom_right". (w, 0): each query
             sees itself and w keys before it, as in Mistral with a `sliding_window` of w + 1.
-        scale: any float; D**-0.5 by default.
+        scale: any float; D**-0.5 by default. Or a tensor (Hq,), or of no dimension, in the dtype of
+            q or float32: a learned one, as in Swin V2. q is multiplied by it, in float32, and
+            rounded to its own dtype, whose range q · scale has to fit.
         softcap: c, 1e-30 to 1e30: scores are c · tanh(scale · qkᵀ / c) + bias, as in Gemma 2.
         alibi_slopes: (Hq,) or (B, Hq), float32: −slope · |i + Sk − Sq − j| is added to the score of
             query i and key j (Press et al. 2022), whatever `causal` is.
@@ -204,7 +243,7 @@ def attention(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    if has_override(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks):
+    if has_override(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, scale):
         given = locals()
         if is_overridden(given):
             return hand_over(attention, given)
@@ -214,8 +253,11 @@ def attention(
             return attention_nested(**given)
     if return_lse is not False:
         return_lse = check_flag("attention", "return_lse", return_lse)
+    number: Any = scale
+    if type(scale) is not float and isinstance(scale, Tensor):
+        q, number = scaled(q, scale)
     call = _prepare(
-        q, k, v, mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths,
+        q, k, v, mask, bias, causal, window, number, softcap, alibi_slopes, sinks, kv_lengths,
         dropout_p, deterministic, seed,
     )  # fmt: skip
     if call is None:
@@ -223,7 +265,7 @@ def attention(
             functools.partial(attention, return_lse=True),
             {
                 "q": q, "k": k, "v": v, "mask": mask, "bias": bias, "causal": causal,
-                "window": window, "scale": scale, "softcap": softcap,
+                "window": window, "scale": number, "softcap": softcap,
                 "alibi_slopes": alibi_slopes, "sinks": sinks, "kv_lengths": kv_lengths,
                 "dropout_p": dropout_p, "seed": seed, "deterministic": deterministic,
                 "backend": backend,

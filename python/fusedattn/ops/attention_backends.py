@@ -3,16 +3,17 @@
 Kernels are objects with
 
     forward(call, out, lse)                 call an `AttentionCall`
-    backward(call, dq, dk, dv, dbias, dalibi_slopes)    call an `AttentionBackwardCall`
+    backward(call, dq, dk, dv, dbias, dalibi_slopes, ddistance_bias)    an `AttentionBackwardCall`
 
 that write every element of their outputs. mask and bias have four dimensions, nothing is empty but
-single sequences of a packed call,
-dout or dlse may be None (zero), dbias and dalibi_slopes are None where they are not wanted. The
-gradient of the sinks needs no scores: `_sinks_gradient`.
+single sequences of a packed call, dout or dlse may be None (zero), and so are outputs that are not
+wanted, but not all of them. The gradient of the sinks needs no scores: `_sinks_gradient`.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference import functional as reference
-from ..reference import varlen
+from ..reference import rules, varlen
 from ._backends import (
     architecture_of,
     capability_of,
@@ -35,36 +36,16 @@ from ._checks import HALVES
 from ._library import plain
 from ._op import Outputs
 from ._registry import Backend, Refusal
-from .attention_config import (
-    AttentionBackwardCall,
-    AttentionCall,
-    AttentionConfig,
-)
+from .attention_config import AttentionBackwardCall, AttentionCall
 
 # --- backends ------------------------------------------------------------------------------------
 
 
-# What no kernel takes yet: tensors from scales on, options from max_seqlen_q on, but for `_SERVED`.
-_PENDING = AttentionCall._fields[8:-1]
-_NO_OPTION = AttentionConfig()[7:]
-_SERVED = {"seed", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
-
-
 def _refuse_pending(call: Any) -> Refusal | None:
-    given = call[8:18] if type(call) is AttentionCall else call[12:22]
-    for i, x in enumerate(given):  # comparing tuples would ask what is given, whatever it may be
-        if x is not None and _PENDING[i] not in _SERVED:
-            return _not_yet(_PENDING[i])
-    options = call.config[7:]
-    if options == _NO_OPTION:
-        return None
-    names = zip(call.config._fields[7:], options, _NO_OPTION, strict=True)
-    name = next((name for name, x, usual in names if x != usual and name not in _SERVED), None)
-    return None if name is None else _not_yet(name)
-
-
-def _not_yet(name: str) -> Refusal:
-    return Refusal(f"{name} is not supported yet", f"leave {name} out")
+    """What no kernel takes yet."""
+    if call.block_table is not None:
+        return Refusal("block_table is not supported yet", "leave block_table out")
+    return None
 
 
 # --- cpu: csrc/cpu -------------------------------------------------------------------------------
@@ -95,20 +76,13 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
     """Why the CUDA C++ kernels do not take a call on tensors that are where they can reach them."""
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
-    if call.mask is not None or call.bias is not None:
-        name = "mask" if call.mask is not None else "bias"
+    if call.mask is not None:
         return Refusal(
-            f"{name} is not supported", f"leave {name} out, or use causal and kv_lengths"
+            "mask is not supported", "leave mask out, or use causal, window and kv_lengths"
         )
-    for name in ("alibi_slopes", "sinks"):
+    for name in ("distance_bias", "prefix_lengths", "documents_q", "mask_blocks"):
         if getattr(call, name) is not None:
-            return Refusal(f"{name} is not supported", f"leave {name} out")
-    if call.cu_seqlens_q is not None:
-        return Refusal("cu_seqlens_q is not supported", "pad, and pass kv_lengths to attention")
-    if call.config.window is not None:
-        return Refusal("window is not supported", "leave window out")
-    if call.config.dropout_p != 0.0:
-        return Refusal("dropout_p is not supported", "leave dropout_p out")
+            return Refusal(f"{name} is not supported", "use another mask or bias")
     for name, x in (("D", call.q), ("Dv", call.v)):
         width = x.shape[3]
         if width % 8 != 0 or width > 256:
@@ -157,9 +131,15 @@ def _cuda_kernels(native: Any) -> Any:
             changed["kv_lengths"] = lengths.clamp(0, call.k.shape[2]).to(torch.int32)
         return call._replace(**changed) if changed else call
 
+    def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:
+        call = readable(call)
+        # One kernel has them all, wanted or not.
+        wanted = zip(grads[:3], (call.q, call.k, call.v), strict=True)
+        found = (torch.empty_like(x) if grad is None else grad for grad, x in wanted)
+        run.backward(call, *found, *grads[3:])
+
     return SimpleNamespace(
-        forward=lambda call, *outputs: run.forward(readable(call), *outputs),
-        backward=lambda call, *grads: run.backward(readable(call), *grads),
+        forward=lambda call, *outputs: run.forward(readable(call), *outputs), backward=backward
     )
 
 
@@ -213,32 +193,34 @@ def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if call.cu_seqlens_q is not None:
             out, lse = varlen.attention(q, k, v, **_packed_options(call))
         else:
-            out, lse = reference.attention(q, k, v, **_options(call), bias=call.bias)
+            out, lse = reference.attention(q, k, v, **_options(call), bias=_bias(call))
     return out.to(call.q.dtype), lse
 
 
 def backward_formula(call: AttentionBackwardCall) -> Outputs:
     """The gradients by the reference, those of q, k and v not rounded."""
     dout, q, k, v = (_wide(x) for x in (call.dout, call.q, call.k, call.v))
+    slopes, distance = call.alibi_slopes, call.distance_bias
+    dbias = None
     with torch.autocast(call.q.device.type, enabled=False):
         if call.cu_seqlens_q is not None:
-            *grads, slopes, dsinks = varlen.attention_backward(
+            *grads, slopes, dsinks, distance = varlen.attention_backward(
                 dout, call.dlse, q, k, v, **_packed_options(call)
             )
-            slopes = slopes if call.alibi_slopes_grad else None
-            sinks = dsinks.sum_to_size(call.sinks.shape) if call.sinks_grad else None  # type: ignore[union-attr]
-            return *grads, None, slopes, sinks, None, None
-        *grads, ds, dsinks = reference.attention_backward(
-            dout, call.dlse, q, k, v, **_options(call), bias=call.bias
-        )
-    dbias = ds.sum_to_size(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
-    slopes, sinks = call.alibi_slopes, call.sinks
-    if call.alibi_slopes_grad:
-        slopes = -(ds * reference.distances(q, k).to(ds.dtype)).sum_to_size(slopes.shape)  # type: ignore[union-attr]
-    else:
-        slopes = None
-    sinks = dsinks.sum_to_size(sinks.shape) if call.sinks_grad else None  # type: ignore[union-attr]
-    return *grads, dbias, slopes, sinks, None, None
+        else:
+            *grads, ds, dsinks = reference.attention_backward(
+                dout, call.dlse, q, k, v, **_options(call), bias=_bias(call)
+            )
+            step = rules.steps(q, k)
+            if call.bias_grad:
+                dbias = ds.sum_to_size(call.bias.shape)  # type: ignore[union-attr]
+            if call.alibi_slopes_grad:
+                slopes = -(ds * step.abs().to(ds.dtype)).sum_to_size(slopes.shape)  # type: ignore[union-attr]
+            if call.distance_bias_grad:
+                distance = rules.distance_bias_gradient(ds, distance, step, k.shape[2] - 1)  # type: ignore[arg-type]
+    sinks = dsinks.sum_to_size(call.sinks.shape) if call.sinks_grad else None  # type: ignore[union-attr]
+    found = (*grads, dbias, slopes, sinks, distance)
+    return tuple(x if asked else None for x, asked in zip(found, call[21:28], strict=True))
 
 
 def _wide(x: Any) -> Any:
@@ -247,7 +229,7 @@ def _wide(x: Any) -> Any:
 
 def _options(call: Any) -> dict[str, Any]:
     return {
-        "mask": call.mask,
+        "mask": _mask(call),
         "kv_lengths": call.kv_lengths,
         "causal": call.config.causal_name,
         "window": call.config.window,
@@ -260,10 +242,36 @@ def _options(call: Any) -> dict[str, Any]:
     }
 
 
+def _mask(call: Any) -> Tensor | None:
+    """The masks of a padded call as one."""
+    if call.cu_seqlens_q is not None:
+        return None
+    seq_q, seq_k, found = call.q.shape[2], call.k.shape[2], []
+    if call.mask is not None:
+        found.append(call.mask)
+    if call.prefix_lengths is not None:
+        found.append(rules.prefix(call.prefix_lengths, rules.steps(call.q, call.k)))
+    if call.documents_q is not None:
+        found.append(rules.documents(call.documents_q, call.documents_k))
+    if call.mask_blocks is not None:
+        found.append(rules.blocks(call.mask_blocks, call.config.block_size, seq_q, seq_k))
+    return functools.reduce(operator.and_, found) if found else None
+
+
+def _bias(call: Any) -> Tensor | None:
+    """The biases of a padded call as one."""
+    if call.distance_bias is None:
+        return call.bias
+    step = rules.steps(call.q, call.k)
+    of_distances = rules.distance_bias(call.distance_bias, step, call.k.shape[2] - 1)
+    return of_distances if call.bias is None else call.bias + of_distances
+
+
 def _packed_options(call: Any) -> dict[str, Any]:
     options = _options(call)
     del options["mask"], options["kv_lengths"]
-    return options | {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+    names = ("cu_seqlens_q", "cu_seqlens_k", "distance_bias", "prefix_lengths")
+    return options | {name: getattr(call, name) for name in names}
 
 
 def _reference_kernels() -> Any:
@@ -280,7 +288,8 @@ def _reference_kernels() -> Any:
             target.copy_(found)
 
     def backward(call: AttentionBackwardCall, *grads: Tensor | None) -> None:  # but of the sinks
-        for target, found in zip(grads, backward_formula(contiguous(call)), strict=False):
+        *of_scores, _, ddistance = backward_formula(contiguous(call))
+        for target, found in zip(grads, (*of_scores, ddistance), strict=True):
             if target is not None:
                 target.copy_(found)
 

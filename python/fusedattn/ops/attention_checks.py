@@ -22,16 +22,17 @@ from ._checks import (
 from ._library import plain
 from ._registry import is_strict
 from .attention_config import AttentionBackwardCall, AttentionCall
+from .attention_rules import Rules, validate_rules
 
 
 def autocast(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Any,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Any, Tensor | None, Tensor | None]:
     """The floats of a call in autocast's dtype where it is on; q, k and v in float64 stay so.
 
     So does what is added to the scores in float32; of the heads it always is.
@@ -52,6 +53,29 @@ def _unless_single(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`x` in `dtype`: one in float32 is more exact, and one that is no float is an error."""
     floats = isinstance(x, Tensor) and x.dtype in (torch.float64, *HALVES)
     return x.to(dtype) if floats else x  # type: ignore[union-attr]
+
+
+def scaled(
+    q: Tensor, scale: Tensor, op: str = "attention", heads: int = -3
+) -> tuple[Tensor, float]:
+    """q times a tensor of scales of its heads, which are dimension `heads`, and what is left: 1.
+
+    Kernels then know no scale of a head, and autograd sees to the gradient.
+    """
+    check_tensor(op, "q", q)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = check_tensor(op, "scale", scale, (q.dtype, wide), "; or a float or None")
+    check_device(op, "scale", scale, "q", q)
+    of_head = shape == (q.shape[heads],) if q.dim() >= -heads else False
+    if len(shape) != 0 and not of_head:
+        own = q.shape[heads] if q.dim() >= -heads else "Hq"
+        raise ValueError(
+            f"{op}: got scale of shape {tuple(shape)}, expected a float, () or (Hq,) = ({own},)"
+        )
+    factor = scale.to(wide)
+    if of_head:
+        factor = factor.reshape(-1, *(1,) * (-heads - 1))
+    return (q * factor).to(q.dtype), 1.0
 
 
 def validate(q: Tensor, k: Tensor, v: Tensor, leading: bool = False) -> int:
@@ -131,8 +155,8 @@ def _broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def replace_causal_bias(
-    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool | str
-) -> tuple[Tensor | None, Tensor | None, bool | str]:
+    q: Tensor, k: Tensor, mask: Any, bias: Any, causal: bool | str
+) -> tuple[Any, Any, bool | str]:
     """mask, bias and causal, where one of torch's CausalBias in place of the first two is the last.
 
     Raises:
@@ -246,9 +270,8 @@ def _sequences(call: AttentionCall) -> int:
     validate(q, k, v)
     if call.cu_seqlens_q is None and call.cu_seqlens_k is None:
         return q.shape[0]
-    padded = ("mask", call.mask), ("bias", call.bias), ("kv_lengths", call.kv_lengths)
-    for name, x in padded:
-        if x is not None:
+    for name in ("mask", "bias", "kv_lengths", "documents_q", "documents_k", "mask_blocks"):
+        if getattr(call, name) is not None:
             raise ValueError(f"attention: got {name} with cu_seqlens, expected one of the two")
     if q.shape[0] != 1:
         raise ValueError(f"attention: got q of shape {tuple(q.shape)}, expected a batch of 1")
@@ -259,6 +282,7 @@ def check_call(call: AttentionCall) -> AttentionCall:
     """A call from a traced or exported program, checked as the public function checks its own."""
     q, k, _, mask, bias, kv_lengths, slopes, sinks = call[:8]
     sequences = _sequences(call)
+    validate_rules(Rules(*call[9:14]), call.config.block_size, q, k, sequences)
     mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     if slopes is not None:
         slopes = validate_heads("alibi_slopes", slopes, q, sequences)
@@ -282,7 +306,7 @@ def check_call(call: AttentionCall) -> AttentionCall:
 def check_backward_call(call: AttentionBackwardCall) -> AttentionBackwardCall:
     """The same for a call of the backward."""
     checked = check_call(call.forward)
-    for name in ("bias", "alibi_slopes", "sinks"):
+    for name in ("bias", "alibi_slopes", "sinks", "distance_bias"):
         if getattr(call, f"{name}_grad") and getattr(call, name) is None:
             raise ValueError(f"attention_bwd: got {name}_grad=True without {name}, expected it")
     q, v = call.q, call.v

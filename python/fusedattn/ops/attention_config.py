@@ -23,11 +23,8 @@ class AttentionConfig(NamedTuple):
     changes from call to call. softcap: 0 for none. window: keys seen to the left and to the right
     of the diagonal, −1 for unbounded.
 
-    The schema is in exported programs, so that what is to come has its place already: no backend
-    takes one of those from table_kind on yet. max_seqlen_q, max_seqlen_k: of packed sequences, 0
-    where nobody knows. table_kind: what `bias_table` is indexed by, 0 none, 1 T5's
-    buckets, 2 those of a decoder, 3 clipped distances; table_distance: from there on all are one.
-    block_size: queries and keys of an entry of `mask_blocks`.
+    max_seqlen_q, max_seqlen_k: of packed sequences, 0 where nobody knows. block_size: queries and
+    keys of an entry of `mask_blocks`.
     """
 
     causal: int = 0
@@ -39,8 +36,6 @@ class AttentionConfig(NamedTuple):
     dropout_p: float = 0.0
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
-    table_kind: int = 0
-    table_distance: int = 0
     block_size: int = 0
 
     @property
@@ -61,9 +56,16 @@ class AttentionCall(NamedTuple):
     alibi_slopes (B or 1, Hq, 1, 1) and sinks (1, Hq, 1, 1) are in the dtype of lse. seed: one
     int64, None without dropout. Packed sequences lie one after the other in q (1, Hq, total_q, D),
     k and v, where cu_seqlens_q and cu_seqlens_k (N + 1,) say that they begin; slopes are then
-    (N or 1, Hq, 1, 1). No backend takes the others yet: scales of the heads, a (buckets, Hq) table
-    of biases, lengths of prefixes (B,), documents (B, S) of queries and keys, which blocks are
-    seen, the pages of a cache.
+    (N or 1, Hq, 1, 1).
+
+    distance_bias (B or 1, Hq or 1, 1, Sq + Sk − 1), in the dtype of lse: what is added to the score
+    of a key that is d to the right of the "bottom_right" diagonal stands at d + Sk − 1; in packed
+    calls Sq and Sk are the totals, and the diagonal is that of the sequence.
+
+    Masks by rule (attention_rules.py): prefix_lengths (B,), of keys that all queries see, the
+    others being causal; documents_q (B or 1, Sq) and documents_k (B or 1, Sk), which must agree;
+    mask_blocks (B or 1, Hq or 1, ⌈Sq/size⌉, ⌈Sk/size⌉), bool. No backend takes block_table, the
+    pages of a cache, yet: the schema is in exported programs and has its place already.
     """
 
     q: Tensor
@@ -74,9 +76,8 @@ class AttentionCall(NamedTuple):
     kv_lengths: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
-    scales: Tensor | None = None
     seed: Tensor | None = None
-    bias_table: Tensor | None = None
+    distance_bias: Tensor | None = None
     prefix_lengths: Tensor | None = None
     documents_q: Tensor | None = None
     documents_k: Tensor | None = None
@@ -90,7 +91,7 @@ class AttentionCall(NamedTuple):
 class AttentionBackwardCall(NamedTuple):
     """The gradients of out and lse, either None for zero, with what the forward had and gave.
 
-    <tensor>_grad: its gradient is wanted; those of q, k and v always are.
+    <tensor>_grad: its gradient is wanted.
     """
 
     dout: Tensor | None
@@ -105,9 +106,8 @@ class AttentionBackwardCall(NamedTuple):
     kv_lengths: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
-    scales: Tensor | None = None
     seed: Tensor | None = None
-    bias_table: Tensor | None = None
+    distance_bias: Tensor | None = None
     prefix_lengths: Tensor | None = None
     documents_q: Tensor | None = None
     documents_k: Tensor | None = None
@@ -115,17 +115,19 @@ class AttentionBackwardCall(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     block_table: Tensor | None = None
+    q_grad: bool = True
+    k_grad: bool = True
+    v_grad: bool = True
     bias_grad: bool = False
     alibi_slopes_grad: bool = False
     sinks_grad: bool = False
-    scales_grad: bool = False
-    bias_table_grad: bool = False
+    distance_bias_grad: bool = False
     config: AttentionConfig = AttentionConfig()
 
     @property
     def forward(self) -> AttentionCall:
         """The call whose gradient this is."""
-        return AttentionCall(*self[4:22], self.config)
+        return AttentionCall(*self[4:21], self.config)
 
 
 def configure(

@@ -12,7 +12,7 @@ from ._library import LibraryOp
 from .attention_checks import check_backward_call, check_call
 from .attention_config import AttentionBackwardCall, AttentionCall, AttentionConfig
 
-# Of q, k, v, bias, alibi_slopes, sinks, scales and bias_table; the last two are still None.
+# Of q, k, v, bias, alibi_slopes, sinks and distance_bias, those that are wanted.
 Gradients = tuple[Tensor | None, ...]
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -30,11 +30,16 @@ def _empty_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _empty_gradients(call: AttentionBackwardCall) -> Gradients:
-    dbias = call.bias.new_empty(call.bias.shape) if call.bias_grad else None  # type: ignore[union-attr]
-    slopes = torch.empty_like(call.alibi_slopes) if call.alibi_slopes_grad else None  # type: ignore[arg-type]
-    sinks = torch.empty_like(call.sinks) if call.sinks_grad else None  # type: ignore[arg-type]
-    like = (torch.empty_like(x) for x in (call.q, call.k, call.v))
-    return *like, dbias, slopes, sinks, None, None
+    like: Any = torch.empty_like
+    return (
+        like(call.q) if call.q_grad else None,
+        like(call.k) if call.k_grad else None,
+        like(call.v) if call.v_grad else None,
+        call.bias.new_empty(call.bias.shape) if call.bias_grad else None,  # type: ignore[union-attr]
+        like(call.alibi_slopes) if call.alibi_slopes_grad else None,
+        like(call.sinks) if call.sinks_grad else None,
+        like(call.distance_bias) if call.distance_bias_grad else None,
+    )
 
 
 def _sinks_gradient(call: AttentionBackwardCall, dsinks: Tensor) -> None:
@@ -72,9 +77,11 @@ def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
             if x is not None:
                 x.zero_()
         return grads
-    kernels.backward(call, *grads[:5])
-    if grads[5] is not None:
-        _sinks_gradient(call, grads[5])
+    *of_scores, dsinks, ddistance = grads
+    if ddistance is not None or any(x is not None for x in of_scores):
+        kernels.backward(call, *of_scores, ddistance)
+    if dsinks is not None:
+        _sinks_gradient(call, dsinks)
     return grads
 
 
@@ -110,7 +117,7 @@ attention_fwd = LibraryOp(
 attention_fwd.autocast(3)  # q, k and v; a bias keeps its dtype
 attention_bwd = LibraryOp(
     "attention_bwd", AttentionBackwardCall,
-    ("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks", "dscales", "dbias_table"),
+    ("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks", "ddistance_bias"),
     allocate=_empty_gradients, run=_run_backward, check=check_backward_call,
-    wanted=lambda call: (True, True, True, *call[22:27]), flops=_backward_flops,
+    wanted=lambda call: call[21:28], flops=_backward_flops,
 )  # fmt: skip

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import DistanceBias
+from ..masks import Mask
 from ._checks import check_flag, check_integer, check_seed, check_tensor, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from .attention import op
-from .attention_checks import autocast, validate, validate_heads, validate_offsets
+from .attention_checks import autocast, scaled, validate, validate_heads, validate_offsets
 from .attention_config import AttentionCall, configure
+from .attention_rules import packed_bias, packed_prefix
 
 _NAME = "attention_varlen"
 
@@ -50,8 +53,12 @@ def _prepare(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: int | Tensor | None,
+    mask: Mask | None,
+    bias: DistanceBias | None,
     **options: Any,
 ) -> AttentionCall:
+    if isinstance(scale := options["scale"], Tensor):
+        q, options["scale"] = scaled(q, scale, _NAME, heads=-2)
     q, k, v = _view("q", q), _view("k", k), _view("v", v)
     if torch._C._is_any_autocast_enabled():
         q, k, v, _, alibi_slopes, sinks = autocast(q, k, v, None, alibi_slopes, sinks)
@@ -71,7 +78,9 @@ def _prepare(
         check_seed(_NAME, seed, q)
         seed = None
     return AttentionCall(
-        q, k, v, alibi_slopes=alibi_slopes, sinks=sinks, seed=seed, cu_seqlens_q=offsets[0],
+        q, k, v, alibi_slopes=alibi_slopes, sinks=sinks, seed=seed,
+        distance_bias=packed_bias(_NAME, bias, q, k),
+        prefix_lengths=packed_prefix(_NAME, mask, q, sequences), cu_seqlens_q=offsets[0],
         cu_seqlens_k=offsets[1], config=config,
     )  # fmt: skip
 
@@ -85,9 +94,11 @@ def attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    mask: Mask | None = None,
+    bias: DistanceBias | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -123,6 +134,8 @@ def attention_varlen(
             tensors is read or written. While a graph is traced they are not looked at.
         max_seqlen_q, max_seqlen_k: the largest length, if you know it: FLOPs are counted and tiles
             tuned by it. The kernels need no bound, so that without one nothing waits for a device.
+        mask: None, or `fusedattn.masks.prefix(lengths)` with lengths (N,).
+        bias: None, or one of `fusedattn.biases`.
         causal, window, scale, softcap: as in `attention`. The diagonal is that of each sequence's
             own lengths.
         alibi_slopes: (Hq,) or (N, Hq), float32; distances are those in the sequence.
@@ -142,17 +155,16 @@ def attention_varlen(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
-    if has_override(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks) and is_overridden(
-        locals()
-    ):
-        return hand_over(attention_varlen, locals())
+    given = locals()
+    if has_override(*given.values()) and is_overridden(given):
+        return hand_over(attention_varlen, given)
     return_lse = check_flag(_NAME, "return_lse", return_lse)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     call = _prepare(
         q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), alibi_slopes, sinks,
-        seed, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
-        deterministic=deterministic,
+        seed, mask, bias, causal=causal, scale=scale, window=window, softcap=softcap,
+        dropout_p=dropout_p, deterministic=deterministic,
     )  # fmt: skip
     out, lse = op(call, backend)
     out = out[0].transpose(0, 1)
@@ -164,15 +176,15 @@ def attention_nested(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    mask: Any,
+    bias: Any,
     kv_lengths: Tensor | None,
     return_lse: bool,
     **options: Any,
 ) -> Any:
     """`attention` of jagged q, k and v (B, H, j, D), whose offsets are those of packed rows."""
     for name, x in (("mask", mask), ("bias", bias), ("kv_lengths", kv_lengths)):
-        if x is not None:
+        if isinstance(x, Tensor):
             raise ValueError(f"attention: got {name} with nested q, expected None")
     (q_rows, cu_q), (k_rows, cu_k), (v_rows, cu_v) = (
         _jagged(name, x) for name, x in (("q", q), ("k", k), ("v", v))
@@ -180,8 +192,8 @@ def attention_nested(
     if cu_v is not cu_k and not torch.equal(cu_v, cu_k):
         raise ValueError("attention: got other offsets of v than of k, expected those of k")
     out = attention_varlen(
-        q_rows, k_rows, v_rows, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=return_lse,
-        **options,
+        q_rows, k_rows, v_rows, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask=mask, bias=bias,
+        return_lse=return_lse, **options,
     )  # fmt: skip
 
     def nested(x: Tensor) -> Tensor:

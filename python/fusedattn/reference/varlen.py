@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, rules
 
 
 class Packing(NamedTuple):
@@ -48,7 +48,12 @@ class Packing(NamedTuple):
         local_q, local_k = rows_q - cu_q[number_q], rows_k - cu_k[number_k]
         return cls(cu_q.shape[0] - 1, number_q, number_k, local_q, local_k, diagonal)
 
-    def seen(self, causal: bool | str, window: tuple[int | None, int | None] | None) -> Tensor:
+    def seen(
+        self,
+        causal: bool | str,
+        window: tuple[int | None, int | None] | None,
+        prefix_lengths: Tensor | None,
+    ) -> Tensor:
         """`functional.visible_keys` of each sequence, (total_q, total_k)."""
         seen = (self.number_q[:, None] == self.number_k) & (self.number_k < self.sequences)
         step = self.step + self.diagonal if causal == "top_left" else self.step
@@ -59,6 +64,9 @@ class Packing(NamedTuple):
             seen = seen & (step >= -left)
         if right is not None:
             seen = seen & (step <= right)
+        if prefix_lengths is not None and self.sequences > 0:
+            lengths = prefix_lengths[self.number_q.clamp(max=self.sequences - 1)]
+            seen = seen & ((self.local_k < lengths[:, None]) | (self.step <= 0))
         return seen
 
     def present(self, x: Any, number: Tensor) -> Any:
@@ -75,6 +83,16 @@ class Packing(NamedTuple):
         if slopes.shape[0] != 1:
             slopes = slopes[self.number_q.clamp(max=self.sequences - 1)].transpose(0, 2)
         return -slopes.to(q.dtype) * self.step.abs().to(q.dtype)
+
+    def bias(
+        self, slopes: Tensor | None, distance_bias: Tensor | None, q: Tensor, total_k: int
+    ) -> Tensor | None:
+        """What is added to the scores: `alibi`, and `rules.distance_bias` of each sequence."""
+        found = self.alibi(slopes, q)
+        if distance_bias is None:
+            return found
+        of_distances = rules.distance_bias(distance_bias, self.step, total_k - 1)
+        return of_distances if found is None else found + of_distances
 
     def slopes_gradient(self, ds: Tensor, slopes: Tensor) -> Tensor:
         """That of `alibi`, from the gradient of the scores."""
@@ -95,6 +113,8 @@ def attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`functional.attention` of each sequence by itself; rows of none get out 0 and lse −inf."""
@@ -102,8 +122,9 @@ def attention(
     q = packing.present(q, packing.number_q)
     k, v = (packing.present(x, packing.number_k) for x in (k, v))
     return functional.attention(
-        q, k, v, mask=packing.seen(causal, window), bias=packing.alibi(alibi_slopes, q),
-        places=packing.places(), **options,
+        q, k, v, mask=packing.seen(causal, window, prefix_lengths),
+        bias=packing.bias(alibi_slopes, distance_bias, q, k.shape[2]), places=packing.places(),
+        **options,
     )  # fmt: skip
 
 
@@ -119,9 +140,11 @@ def attention_backward(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of `attention` as a formula: (dq, dk, dv, dslopes, dsinks).
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `attention` as a formula: (dq, dk, dv, dslopes, dsinks, ddistance_bias).
 
     With sinks, dsinks (1, Hq, total_q, 1) is not yet summed.
     """
@@ -129,8 +152,12 @@ def attention_backward(
     dout, q = (packing.present(x, packing.number_q) for x in (dout, q))
     k, v = (packing.present(x, packing.number_k) for x in (k, v))
     dq, dk, dv, ds, dsinks = functional.attention_backward(
-        dout, dlse, q, k, v, mask=packing.seen(causal, window),
-        bias=packing.alibi(alibi_slopes, q), places=packing.places(), **options,
+        dout, dlse, q, k, v, mask=packing.seen(causal, window, prefix_lengths),
+        bias=packing.bias(alibi_slopes, distance_bias, q, k.shape[2]), places=packing.places(),
+        **options,
     )  # fmt: skip
     slopes = None if alibi_slopes is None else packing.slopes_gradient(ds, alibi_slopes)
-    return dq, dk, dv, slopes, dsinks
+    distances = None
+    if distance_bias is not None:
+        distances = rules.distance_bias_gradient(ds, distance_bias, packing.step, k.shape[2] - 1)
+    return dq, dk, dv, slopes, dsinks, distances

@@ -394,8 +394,7 @@ MUTANTS = [
         "csrc/cpu/rowwise/rotary.cpp",
         ("swap_neighbours(each) * s[k]", "each * s[k]", "rotary.py::test_shapes"),
     ),
-    *(x for file, rows in CUDA_MUTANTS.items() for x in mutants(file, *rows)),
-    *(x for file, rows in INTEGRATION_MUTANTS.items() for x in mutants(file, *rows)),
+    *(x for f, rows in (CUDA_MUTANTS | INTEGRATION_MUTANTS).items() for x in mutants(f, *rows)),
 ]  # fmt: skip
 
 

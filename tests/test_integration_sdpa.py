@@ -26,13 +26,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each call of our op."""
     seen: list[int] = []
 
-    def counted(*args: Any, **options: Any) -> Any:
-        seen.append(1)
-        return fusedattn.attention(*args, **options)
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append(1)
+            return function(*args, **options)
 
-    for name in ("sdpa", "_sdpa_switch"):
-        module = sys.modules[f"fusedattn.integrations.{name}"]
-        monkeypatch.setattr(module, "attention", counted)
+        return call
+
+    function = sys.modules["fusedattn.integrations.sdpa"]
+    monkeypatch.setattr(function, "attention", counted(fusedattn.attention))
+    switch = sys.modules["fusedattn.integrations._sdpa_switch"]
+    monkeypatch.setattr(switch, "_flash", counted(switch._flash))
     return seen
 
 

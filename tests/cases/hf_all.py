@@ -86,9 +86,6 @@ def tiny(kind: Any, **changes: Any) -> Any:
         had = getattr(default, name, None)
         if had is not None:
             chosen[name] = tiny(type(had) if part is transformers.AutoConfig else part, **changes)
-    rope = getattr(default, "rope_parameters", None)
-    if isinstance(rope, dict) and "mrope_section" in rope:
-        chosen["rope_parameters"] = rope | {"mrope_section": [1, 1, 2]}
     return kind(**chosen)
 
 
@@ -144,11 +141,14 @@ def built(model_type: str) -> tuple[Any, dict[str, Tensor], list[Tensor]]:
     raise problems[0]
 
 
-# Where the sizes above do not fit together: more layers, as many heads of keys, wider heads.
+# Where the sizes above do not fit together: more layers, as many heads of keys, wider heads, angles
+# of three kinds of positions.
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"num_hidden_layers": 4},
     {"num_key_value_heads": 4},
+    {"rope_parameters": ROPE},
     {"head_dim": 16, "hidden_size": 64, "num_hidden_layers": 6},
     dict.fromkeys(("num_hidden_layers", "num_attention_heads", "head_dim", "n_layers", "depth",
                    "image_size", "patch_size", "num_layers", "n_embd", "vocab_size", "num_mel_bins",

@@ -71,8 +71,8 @@ def row_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shift of each row's scores, Δ = rowsum(dout ∘ out) − dlse, e · Δ: (B, Hq, Sq), fp32."""
     heads, seq_q = out.shape[1:3]
-    shift, delta = launches.empty(lse.shape), launches.empty(lse.shape)
-    scaled = None if norms is None else launches.empty(lse.shape)
+    shift, delta, *more = launches.empties(2 if norms is None else 3, lse.shape)
+    scaled = more[0] if more else None
     rows = 32
     launches.launch(
         delta_kernel, (out.shape[0] * heads * triton.cdiv(seq_q, rows),),

@@ -366,7 +366,9 @@ def norm_backward(
     columns = 1 if rest else triton.cdiv(width, block)
     stages = _stages(tile.rows * (block + rest), device, z, dout, dz)
     parts = _parts(rows, columns, tile, device)
-    sums = [x if x is None else launches.empty((parts, width)) for x in (dweight, dbias)]
+    wanted = [x is not None for x in (dweight, dbias)]
+    memory = iter(launches.empties(sum(wanted), (parts, width)) if any(wanted) else ())
+    sums = [next(memory) if x else None for x in wanted]
     limit, keep_scale = drop or NO_DROPOUT
     launches.launch(
         backward_kernel, (parts * columns,), dz=matrix_of(dz), means=means,

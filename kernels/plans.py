@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import math
 import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -49,9 +50,6 @@ def _rebuild(argument: Any, slots: dict[int, int]) -> Rebuild | None:
     parts = [_rebuild(x, slots) for x in argument]
     if all(x is None for x in parts):
         return None
-    if isinstance(argument[0], Tensor) and not any(parts[1:]):
-        slot, rest = slots[id(argument[0])], argument[1:]
-        return lambda handles: make((handles[slot], *rest))
     pairs = list(zip(argument, parts, strict=True))
     return lambda handles: make([x if part is None else part(handles) for x, part in pairs])
 
@@ -72,6 +70,12 @@ def _with_scratch(function: Callable[..., Any], *args: Any, **options: Any) -> A
         return function(*args, **options)
 
     return contextvars.copy_context().run(inside)
+
+
+def _is_view(argument: tuple[Any, ...]) -> bool:
+    """A tensor and numbers, as most arguments are."""
+    first, *rest = argument
+    return isinstance(first, Tensor) and not any(isinstance(x, Tensor | tuple) for x in rest)
 
 
 class Launches:
@@ -124,6 +128,29 @@ class Launches:
     def zeros(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return self._make(torch.zeros, tuple(shape), dtype)
 
+    def empties(
+        self, count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        """So many of one shape, by one allocation; each begins at a multiple of 16 bytes."""
+        size = math.prod(shape)
+        step = triton.cdiv(size, 16) * 16
+
+        def pieces(memory: Tensor) -> list[Tensor]:
+            return [memory[i * step :][:size].view(shape) for i in range(count)]
+
+        def make(tensors: list[Tensor], handles: list[Any], stream: int) -> None:
+            memory = torch.empty(count * step, dtype=dtype, device=tensors[0].device)
+            if INTERPRETED.value:
+                handles += pieces(memory)
+            else:
+                begin = memory.data_ptr()
+                handles += [begin + i * step * dtype.itemsize for i in range(count)]
+            tensors += [memory] * count
+
+        self._write(make)
+        memory = torch.empty(count * step, dtype=dtype, device=self._tensors[0].device)
+        return [self._new(x) for x in pieces(memory)]
+
     def vector(self, x: Tensor | None) -> Tensor | None:
         """What a kernel reads in the order of its elements, whatever its strides are."""
         if x is None or x.is_contiguous():
@@ -138,7 +165,7 @@ class Launches:
         return self._new(x.contiguous())
 
     def apply(self, function: Callable[..., Any], *tensors: Tensor) -> None:
-        """`function(*tensors)`, which writes to one of them."""
+        """`function(*tensors)`, which writes to one of them; none is of `empties`."""
         function(*tensors)
         slots = [self._slots[id(x)] for x in tensors]
         self._write(lambda tensors, handles, stream: function(*(tensors[slot] for slot in slots)))
@@ -171,7 +198,8 @@ class Launches:
         options: dict[str, Any],
     ) -> Step | None:
         """A launch with all arguments in the order of the kernel's."""
-        parts = [_rebuild(x, self._slots) for x in arguments]
+        slots = self._slots
+        parts = [_rebuild(x, slots) for x in arguments]
         moving = [(at, part) for at, part in enumerate(parts) if part is not None]
         fixed = [x if part is None else None for x, part in zip(arguments, parts, strict=True)]
         if INTERPRETED.value:
@@ -190,9 +218,17 @@ class Launches:
         if getattr(compiled.metadata, "global_scratch_size", 0):
             run = functools.partial(_with_scratch, run)
         x, y, z = (*grid, 1, 1)[:3]
+        views = []
+        for at, argument in enumerate(arguments):
+            if isinstance(argument, tuple) and _is_view(argument):
+                views.append((at, slots[id(argument[0])], argument[1:]))
+        seen = {at for at, *_ in views}
+        moving = [(at, part) for at, part in moving if at not in seen]
 
         def launch(tensors: list[Tensor], handles: list[Any], stream: int) -> None:
             given = fixed.copy()
+            for at, slot, rest in views:
+                given[at] = (handles[slot], *rest)
             for at, part in moving:
                 given[at] = part(handles)
             run(x, y, z, stream, function, metadata, None, None, None, *given)
@@ -200,21 +236,37 @@ class Launches:
         return launch
 
 
+class _Types(dict):  # type: ignore[type-arg]
+    """Whether a type is that of a tensor. `isinstance` takes longer, for what is none above all."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = issubclass(kind, Tensor)
+        return self[kind]
+
+
+_IS_TENSOR = _Types()
+
+
 def _described(given: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Hashable, ...] | None]:
     """The tensors, their addresses and what a plan depends on; None for what gets no plan."""
     tensors: list[Tensor] = []
     addresses: list[int] = []
     key: list[Hashable] = []
+    bits = 0
     for x in given:
-        if x is None or not isinstance(x, Tensor):
+        if not _IS_TENSOR[type(x)]:
             key.append(x)
             continue
         address = x.data_ptr()
         if address >> 40 == 0:  # perhaps freed: see `with_data`
             return tensors, addresses, None
+        bits |= address
         tensors.append(x)
         addresses.append(address)
-        key += (x.dtype, x.shape, x.stride(), address & 15 == 0)
+        # Strides along which there is one element may be any in memory that is contiguous.
+        key += (x.dtype, x.shape, x.is_contiguous() or x.stride())
+    if bits & 15:
+        key.append(tuple(x & 15 == 0 for x in addresses))
     if len(set(addresses)) < len(addresses):
         key.append(tuple(addresses.index(x) for x in addresses))
     key.append(tensors[0].get_device())
@@ -277,7 +329,7 @@ def planned(settings: Callable[[Any], Hashable] | None = None) -> Callable[[Call
             watched = _calls(_RUNTIME.launch_enter_hook) or _calls(_RUNTIME.launch_exit_hook)
             steps = None
             if key is not None and not watched and not is_warming():
-                steps = plans.get(key_of(call, key))
+                steps = plans.get(key if settings is None else (settings(call), key))
             if steps is None:
                 tensors = [x for x in given if isinstance(x, Tensor)]
                 with torch.cuda.device_of(tensors[0]):

@@ -31,7 +31,8 @@ from rich.table import Table
 # mma.sync, which old code uses, are half as fast.
 RATE = {"sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90": 2048, "sm_100": 4096, "sm_120": 512}
 PARTS = {"forward_kernel": "forward", "dkdv_kernel": "dk, dv", "dq_kernel": "dq"}
-PRODUCTS = {"forward": 2, "dk, dv": 4, "dq": 3, "backward": 5}
+CONSTANTS = {"TMA": "tma", "scores ahead": "ahead"}  # that tell tiles of ours apart
+PRODUCTS = {"forward": 2, "dk, dv": 4, "dq": 3}
 
 
 def figures(record: dict[str, Any], target: str, part: str, dim: int, tile: list) -> dict[str, Any]:
@@ -63,7 +64,9 @@ def ours(target: str) -> list[dict[str, Any]]:
     """Every tile of the hot kernels in bfloat16, causal, at head dims 64 and 128."""
     found = compiler.compile_in_a_process(compiler.__file__, target)
     return [
-        {"who": "fusedattn"} | figures(x, target, PARTS[x["kernel"]], x["dim"], x["tile"])
+        {"who": "fusedattn"}
+        | figures(x, target, PARTS[x["kernel"]], x["dim"], x["tile"])
+        | {name: x[of] for name, of in CONSTANTS.items()}
         for x in found
         if x["case"] == "causal" and x["kernel"] in PARTS
     ]
@@ -87,17 +90,22 @@ def tutorial(target: str, path: str) -> list[dict[str, Any]]:
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     rows: list[dict[str, Any]] = []
     run = triton.JITFunction.run
+    parts = {
+        "_attn_fwd": {"forward": ("BLOCK_M", "BLOCK_N")},
+        "_attn_bwd": {"dk, dv": ("BLOCK_M1", "BLOCK_N1"), "dq": ("BLOCK_M2", "BLOCK_N2")},
+    }
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        part = {"_attn_fwd": "forward", "_attn_bwd": "backward"}.get(self.__name__)
-        if part is None:
-            return
-        names = ("BLOCK_M", "BLOCK_N") if part == "forward" else ("BLOCK_M1", "BLOCK_N1")
-        tile = [options[x] for x in (*names, "num_warps", "num_stages")]
-        dim = options["HEAD_DIM"]
-        found = figures(disassemble(kernel), target, part, dim, tile)
-        rows.append({"who": "tutorial"} | found)
+        for part, names in parts.get(self.__name__, {}).items():
+            tile = [options[x] for x in (*names, "num_warps", "num_stages")]
+            record = disassemble(kernel)
+            if part != "forward":  # in one kernel; dk and dv take more products
+                counts = {x["products"] for x in record["loops"]}
+                count = max(counts) if part == "dk, dv" else min(counts)
+                record["loops"] = [x for x in record["loops"] if x["products"] == count]
+            found = figures(record, target, part, options["HEAD_DIM"], tile)
+            rows.append({"who": "tutorial"} | found)
 
     triton.JITFunction.run = only_compile
     configs = module._attn_fwd.configs
@@ -134,7 +142,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         loop, cycles = row["loop"], row["cycles"]
         values = (
-            row["who"], row["target"], row["kernel"], row["dim"], ", ".join(map(str, row["tile"])),
+            row["who"], row["target"], row["kernel"], row["dim"],
+            ", ".join([*map(str, row["tile"]), *(x for x in CONSTANTS if row.get(x))]),
             row["registers"], row["spilled"], row["shared"], loop["instructions"], loop["waits"],
             cycles["tensor"], cycles["exp"], cycles["issue"], row["of tensor peak"],
         )  # fmt: skip
@@ -165,8 +174,10 @@ def main() -> None:
     if arguments.output:
         import triton
 
-        about = {"triton": triton.__version__, "rows": rows}
-        arguments.output.write_text(json.dumps(about, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(x) for x in rows)
+        arguments.output.write_text(
+            f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
+        )
 
 
 if __name__ == "__main__":

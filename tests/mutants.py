@@ -223,8 +223,10 @@ MUTANTS = [
         "kernels/plans.py",
         ("key.append(tuple(addresses.index(x) for x in addresses))", "pass",
          "triton_plans.py::test_in_place_is_a_kind_of_its_own"),
-        ("x.shape, x.stride(), address & 15 == 0", "x.shape, x.stride()",
+        ("bits |= address", "bits |= 0",
          "triton_plans.py::test_what_makes_a_kind"),
+        ("[begin + i * step * dtype.itemsize", "[begin + i * size * dtype.itemsize",
+         "triton_plans.py::test_memory_in_one_piece"),
     ),
     *mutants(
         "kernels/attention_delta.py",

@@ -196,6 +196,23 @@ def test_freed_storage_is_refused_each_time(launcher: Launcher) -> None:
             launcher.launch(Call(torch.randn(4), y, 1), out)
 
 
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_memory_in_one_piece(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a plan the pieces lie as they did: apart, each at a multiple of 16 bytes."""
+    monkeypatch.setattr(plans, "INTERPRETED", plans.INTERPRETED.__class__(interpreted))
+    launches = plans.Launches([torch.empty(1)])
+    made = launches.empties(3, (5, 7))
+    (step,) = launches.steps()
+    tensors, handles = [torch.empty(1)], [0]
+    step(tensors, handles, 0)
+    assert len(tensors) == len(handles) == 4
+    found = [x.data_ptr() if interpreted else x for x in handles[1:]]
+    offsets = [[x - each[0] for x in each] for each in (found, [x.data_ptr() for x in made])]
+    assert offsets[0] == offsets[1] == [0, 192, 384]
+    assert tensors[1].data_ptr() == found[0]
+    assert all(x.shape == (5, 7) for x in (*made, *(handles[1:] if interpreted else ())))
+
+
 def test_plans_are_bounded(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "MOST", 3)
     for size in (1, 2, 3, 4, 5, 4, 3, 1):

@@ -122,10 +122,10 @@ class _Transformed(torch.autograd.Function):
                 given[i] = x
             return about.formula(given)
 
-        _, found = torch.func.jvp(
+        _, *rest = torch.func.jvp(
             formula, tuple(tensors[i] for i in moved), tuple(tangents[i] for i in moved)
         )
-        return tuple(found)
+        return tuple(rest[0])
 
     @staticmethod
     def vmap(
@@ -170,7 +170,8 @@ def _formula_gradients(
         outputs = about.formula(every)
         return tuple(outputs[i] for i in given)
 
-    outputs, pull_back = torch.func.vjp(formula, *(tensors[i] for i in chosen))
+    found_by: Any = torch.func.vjp(formula, *(tensors[i] for i in chosen))
+    outputs, pull_back = found_by
     cotangents = tuple(
         douts[i].to(x.dtype)  # type: ignore[union-attr]
         for i, x in zip(given, outputs, strict=True)

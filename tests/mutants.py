@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from mutants_cuda import CUDA_MUTANTS
+from mutants_integrations import INTEGRATION_MUTANTS
 from processes import ROOT, SHIPPED
 
 # Of attention in CUDA C++ the emulator gets one dtype and one head dim, "bf16" and "64".
@@ -395,7 +396,7 @@ MUTANTS = [
         "csrc/cpu/rowwise/rotary.cpp",
         ("swap_neighbours(each) * s[k]", "each * s[k]", "rotary.py::test_shapes"),
     ),
-    *(x for file, rows in CUDA_MUTANTS.items() for x in mutants(file, *rows)),
+    *(x for f, rows in (CUDA_MUTANTS | INTEGRATION_MUTANTS).items() for x in mutants(f, *rows)),
 ]  # fmt: skip
 
 

@@ -124,6 +124,19 @@ class Norm(nn.Module):
         return x * torch.rsqrt(square + self.variance_epsilon) * self.weight
 
 
+class BareNorm(nn.Module):
+    eps = 1e-6
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    forward = norm
+
+
+class ChannelsLast(nn.LayerNorm):
+    """Refuses weights of another dtype than its input's."""
+
+
 class Gated(nn.Module):
     def __init__(self, activation=F.silu, swapped: bool = False) -> None:
         super().__init__()
@@ -137,7 +150,8 @@ class Gated(nn.Module):
 
 def test_tells_by_results_not_by_names() -> None:
     model = nn.ModuleDict({
-        "plain": Norm(), "mean": Norm("about the mean"), "eps": Norm("eps outside"),
+        "plain": Norm(), "mean": Norm("about the mean"), "last": ChannelsLast(8),
+        "bare": BareNorm(), "eps": Norm("eps outside"),
         "clipped": Norm("clipped"), "silu": Gated(), "relu": Gated(F.relu),
         "tanh": Gated(torch.tanh), "swapped": Gated(swapped=True),
         "group": nn.GroupNorm(2, 8), "linear": nn.Linear(8, 8),
@@ -147,6 +161,7 @@ def test_tells_by_results_not_by_names() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert dict(done) == {
         "plain": "fusedattn.rms_norm", "mean": "fusedattn.layer_norm",
+        "last": "fusedattn.layer_norm", "bare": "fusedattn.rms_norm without a weight",
         "silu": "fusedattn.swiglu of silu", "relu": "fusedattn.swiglu of relu",
     }  # fmt: skip
     assert set(done.left) == {"eps", "clipped", "tanh", "swapped", "group"}

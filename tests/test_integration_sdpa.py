@@ -26,13 +26,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each call of our op."""
     seen: list[int] = []
 
-    def counted(*args: Any, **options: Any) -> Any:
-        seen.append(1)
-        return fusedattn.attention(*args, **options)
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append(1)
+            return function(*args, **options)
 
-    for name in ("sdpa", "_sdpa_switch"):
-        module = sys.modules[f"fusedattn.integrations.{name}"]
-        monkeypatch.setattr(module, "attention", counted)
+        return call
+
+    function = sys.modules["fusedattn.integrations.sdpa"]
+    monkeypatch.setattr(function, "attention", counted(fusedattn.attention))
+    switch = sys.modules["fusedattn.integrations._sdpa_switch"]
+    monkeypatch.setattr(switch, "_flash", counted(switch._flash))
     return seen
 
 
@@ -123,6 +127,12 @@ def test_masks_of_bools_and_rows_that_see_nothing() -> None:
         got = fusedattn.scaled_dot_product_attention(x, y, z, mask)
         want = imported(x.double(), y.double(), z.double(), mask.double())
         torch.testing.assert_close(got.double(), want, rtol=0, atol=eps)
+
+
+def test_heads_of_values_alone() -> None:
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 1, 9, 8), torch.randn(2, 4, 9, 8)
+    got = fusedattn.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(got, imported(q, k.expand_as(q), v))
 
 
 def test_dropout_and_its_seed() -> None:

@@ -51,6 +51,19 @@ def test_compiled(function: Any, mask: str, calls: list[int]) -> None:  # noqa: 
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+def test_compiles_anew_after_it_was_on() -> None:
+    """Tracing remembers which kernels an op has."""
+    given = torch.randn(3, 2, 3, 17, 16)
+    want = results(by_import, *given)
+    for on in (True, False):
+        torch._dynamo.reset()
+        compiled = torch.compile(by_import, fullgraph=True, backend="aot_eager")
+        with sdpa() if on else torch.enable_grad():
+            got = results(compiled, *given)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
 def test_lays_out_results_as_aten_does(calls: list[int]) -> None:  # noqa: F811
     """Inductor's code asserts the strides that it knows of flash attention."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -124,6 +124,21 @@ def test_packed_sequences(name: str, calls: list[str]) -> None:
     assert ("attention_varlen" in calls) == (name != "mistral")  # all layers of which have windows
 
 
+def test_packed_sequences_with_windows() -> None:
+    """Masks of windows that know nothing of the sequences, for the positions go on."""
+    given, ends = packed()
+    given["position_ids"] = torch.arange(hf.LENGTH)[None]
+    model = hf.build("mistral")
+    hf.set_ours(model)
+    got = model(**given, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False).logits
+    parts = zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    for begin, end in parts:
+        rows = slice(begin, end)
+        alone = {k: x[:, rows] for k, x in given.items()}
+        want = model(**alone, use_cache=False).logits
+        torch.testing.assert_close(got[:, rows], want, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_where_they_are_asked_for() -> None:
     for name in ("bert", "gemma2", "gpt_oss", "t5", "vit"):
         model = hf.build(name)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._checks import FLOATS, is_causal_bias
-from ..ops.attention import attention, op
-from ..ops.attention_config import AttentionBackwardCall, configure
+from ..ops.attention import op
+from ..ops.attention_config import AttentionBackwardCall, AttentionCall, configure
 from .sdpa import scaled_dot_product_attention
 
 _NAME = "scaled_dot_product_attention"
@@ -34,6 +34,7 @@ _torch_sdpa = torch._C._nn.scaled_dot_product_attention
 _aten_sdpa = torch.ops.aten.scaled_dot_product_attention.default
 _flash_enabled = torch._C._get_flash_sdp_enabled
 _mode = torch._C._get_dispatch_mode
+_transforms = torch._C._are_functorch_transforms_active
 _TRACERS = [getattr(torch._C._TorchDispatchModeKey, x) for x in ("FAKE", "FUNCTIONAL", "PROXY")]
 
 # --- the places ----------------------------------------------------------------------------------
@@ -91,7 +92,8 @@ def _kernel(
     enable_gqa: bool = False,
 ) -> Tensor:
     """In place of aten's composite op."""
-    traced = any(_mode(key) is not None for key in _TRACERS)
+    # A transform of torch.func is through with the call, of which it sees what torch's is made of.
+    traced = _transforms() or any(_mode(key) is not None for key in _TRACERS)
     if not traced and _takes(query, key, value, attn_mask):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -118,12 +120,12 @@ def _flash(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In place of aten's flash attention: out laid out as query, lse as (B, L, H)."""
-    causal = "top_left" if is_causal else False
+    call = AttentionCall(
+        query, key, value, bias=_of_4_dimensions(attn_mask),
+        config=_configured(query, dropout_p, is_causal, scale),
+    )  # fmt: skip
     with torch.no_grad():
-        found: Any = attention(
-            query, key, value, bias=attn_mask, causal=causal, scale=scale, dropout_p=dropout_p,
-            return_lse=True,
-        )  # fmt: skip
+        found: Any = op.library(call, op.choose("auto", call))
     out, lse = found
     like = torch.empty_like(query)
     out = out if out.stride() == like.stride() else like.copy_(out)
@@ -144,15 +146,24 @@ def _flash_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Of it, which has no gradient for the mask; each laid out as (B, L, H, E)."""
-    if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    config = configure(query.shape[-1], "top_left" if is_causal else False, scale)
     call = AttentionBackwardCall(
-        grad_out, None, out, logsumexp, query, key, value, bias=attn_mask, config=config
-    )
+        grad_out, None, out, logsumexp, query, key, value, bias=_of_4_dimensions(attn_mask),
+        config=_configured(query, dropout_p, is_causal, scale),
+    )  # fmt: skip
+    backward: Any = op.backward
     with torch.no_grad():
-        grads = op.backward(call, "auto")[:3]  # type: ignore[misc]
+        grads = backward.library(call, backward.choose("auto", call))[:3]
     return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in grads)
+
+
+def _of_4_dimensions(attn_mask: Tensor | None) -> Tensor | None:
+    return None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
+
+
+def _configured(query: Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> Any:
+    if dropout_p != 0.0:  # aten takes this path without alone
+        raise ValueError(f"{_FLASH}: got dropout_p={dropout_p}, expected 0.0")
+    return configure(query.shape[-1], "top_left" if is_causal else False, scale)
 
 
 # --- the switch ----------------------------------------------------------------------------------

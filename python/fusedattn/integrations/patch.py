@@ -129,7 +129,7 @@ def patch(model: nn.Module) -> Patch:
 def _one(done: Patch, name: str, module: nn.Module) -> None:
     if "forward" in vars(module) or type(module).__module__.startswith("fusedattn."):
         return
-    if "norm" in type(module).__name__.lower():
+    if any("norm" in kind.__name__.lower() for kind in type(module).__mro__):
         _norm(done, name, module)
     elif (names := _gated_names(module)) is not None:
         _gated(done, name, module, names)
@@ -187,6 +187,10 @@ def _layer_norm(module: Any, x: Tensor) -> Any:
     return layer_norm(x, module.weight.shape, module.weight, bias, _eps(module))
 
 
+def _rms_norm_bare(module: Any, x: Tensor) -> Any:
+    return rms_norm(x, x.shape[-1], None, _eps(module))
+
+
 _NORMS = {
     "fusedattn.rms_norm": _rms_norm,
     "fusedattn.rms_norm of 1 + weight": _rms_norm_1,
@@ -212,27 +216,45 @@ def _eps(module: Any) -> float:
 
 def _norm(done: Patch, name: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or next(module.children(), None) is not None:
+    if next(module.children(), None) is not None:
         return
     if not any(isinstance(getattr(module, x, None), float) for x in _EPS):
         done.left[name] = f"{type(module).__name__} has no eps"
         return
-    probe = copy.deepcopy(module).to("cpu", torch.float32) if not weight.is_meta else None
-    found = None
-    if probe is not None:
-        for x in probe.parameters():
-            x.data = torch.randn(x.shape)
+    if weight is None and next(module.parameters(), None) is None:
+        shape, candidates = (
+            torch.Size((16,)),
+            {"fusedattn.rms_norm without a weight": _rms_norm_bare},
+        )
+    elif isinstance(weight, Tensor):
+        shape, candidates = weight.shape, _NORMS
+    else:
+        return
+    probe, found = copy.deepcopy(module), None
+    if not any(x.is_meta for x in module.parameters()):
+        probe.to("cpu", torch.float32)
+        for each in probe.parameters():
+            each.data = torch.randn(each.shape)
         source = torch.Generator().manual_seed(0)
-        shape = (2, 3, *weight.shape)
         # A small input shows where eps stands, one off the middle whether the mean is taken away.
-        inputs = [torch.randn(shape, generator=source) * s + s / 2 for s in (1e-3, 1.0, 1e2)]
-        found = _agrees(probe, _NORMS, inputs)
+        inputs = [
+            torch.randn((2, 3, *shape), generator=source) * s + s / 2 for s in (1e-3, 1.0, 1e2)
+        ]
+        found = _agrees(probe, candidates, inputs)
     if found is None:
         done.left[name] = f"{type(module).__name__} computes something else"
         return
-    with torch.no_grad():
-        narrow = probe.bfloat16()(inputs[0]).dtype == torch.bfloat16  # type: ignore[union-attr]
-    done._bind(name, module, _norm_forward(_NORMS[found], narrow), found)
+    narrow = weight is not None and _narrows(probe, inputs[0])
+    done._bind(name, module, _norm_forward(candidates[found], narrow), found)
+
+
+def _narrows(probe: Any, x: Tensor) -> bool:
+    """Whether half weights make a half result of a float32 input."""
+    try:
+        with torch.no_grad():
+            return probe.bfloat16()(x).dtype == torch.bfloat16
+    except Exception:  # it takes one dtype
+        return False
 
 
 def _agrees(probe: nn.Module, candidates: Mapping[str, Any], inputs: list[Tensor]) -> str | None:

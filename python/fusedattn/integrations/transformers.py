@@ -139,8 +139,11 @@ _CHECKED = {
 }
 _before: dict[str, Callable[..., Any]] = {}  # what is theirs, while ours is registered
 
-# Configs of models that transformers runs without SDPA, so that nobody has tried what they say of
-# `is_causal`: they get a mask where they make one, as with eager attention.
+# They drop queries at the end of a prompt, whose place only a mask then tells.
+CUTS_QUERIES = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"})
+
+# Configs of these, and of models that transformers runs without SDPA, so that nobody has tried what
+# they say of `is_causal`: they get a mask where they make one, as with eager attention.
 _masked: set[type] = set()
 
 
@@ -215,7 +218,7 @@ def _checked(function: Callable[..., Any], argument: str) -> Callable[..., Any]:
         asked = args[0] if args else kwargs.get(argument)
         if asked == NAME:
             _refuse_others(type(self), self.config)
-            if not self._supports_sdpa:
+            if not self._supports_sdpa or self.config.model_type in CUTS_QUERIES:
                 _masked.add(type(self.config))
         return function(self, *args, **kwargs)
 

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .report import RATE_KEYS, Row, digits, flop_unit
 from .versions import OURS
@@ -212,7 +212,7 @@ def _plot_rowwise(rows: list[Row], folder: Path) -> Path:
 
 
 def _plot_options(rows: list[Row], folder: Path) -> Path:
-    """Times as fast as the best peer, one panel per option: ours as a bar, each peer as a mark.
+    """Times as fast as the best peer, one panel per option: ours as a bar from 1, peers as marks.
 
     A case without a peer that is right has no bar.
     """
@@ -221,13 +221,24 @@ def _plot_options(rows: list[Row], folder: Path) -> Path:
         best = row["versions"].get(row["best_peer"])
         seconds = {name: figures["median_s"] for name, figures in row["versions"].items()}
         shares.append({n: best["median_s"] / s for n, s in seconds.items()} if best else {})
-    figure, last = _plot_shares(rows, shares, "option")
+    figure, last = _plot_shares(rows, shares, "option", start=1.0)
+    known = [share for row in shares for share in row.values()] + [0.5, 2.0]
+    last.set_xscale("log")
+    last.set_xlim(min(known) / 1.15, max(known) * 1.15)
+    last.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    last.xaxis.set_minor_locator(NullLocator())
+    last.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     last.set_xlabel("times as fast as the best peer (named at the right)")
     return _save(figure, folder / "options_ratios.png")
 
 
-def _plot_shares(rows: list[Row], shares: list[dict[str, float]], key: str) -> tuple[Any, Axes]:
-    """A panel for each group of rows, by `key` of their cases; the figure and the last panel."""
+def _plot_shares(
+    rows: list[Row], shares: list[dict[str, float]], key: str, start: float = 0.0
+) -> tuple[Any, Axes]:
+    """A panel for each group of rows, by `key` of their cases; the figure and the last panel.
+
+    Bars go from `start` to our share.
+    """
     pairs = list(zip(rows, shares, strict=True))
     groups = {k: list(g) for k, g in itertools.groupby(pairs, lambda pair: pair[0]["case"][key])}
     figure, axes = plt.subplots(
@@ -241,7 +252,7 @@ def _plot_shares(rows: list[Row], shares: list[dict[str, float]], key: str) -> t
     )
     handles: dict[str, Any] = {}
     for axis, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
-        _share_panel(axis, group[::-1], name, handles)
+        _share_panel(axis, group[::-1], name, start, handles)
         axis.set_title(name.replace("_", " "), loc="left")
     top = max((share for row in shares for share in row.values()), default=1.0)
     last = axes[-1][0]
@@ -251,13 +262,18 @@ def _plot_shares(rows: list[Row], shares: list[dict[str, float]], key: str) -> t
 
 
 def _share_panel(
-    axis: Axes, pairs: list[tuple[Row, dict[str, float]]], title: str, handles: dict[str, Any]
+    axis: Axes,
+    pairs: list[tuple[Row, dict[str, float]]],
+    title: str,
+    start: float,
+    handles: dict[str, Any],
 ) -> None:
     for place, (row, shares) in enumerate(pairs):
         for name, share in shares.items():
             colour = _COLOURS[name]
             if name == row["ours"]:
-                handles[name] = axis.barh(place, share, color=colour, height=0.68)
+                look = {"left": start, "color": colour, "height": 0.68}
+                handles[name] = axis.barh(place, share - start, **look)
             else:
                 look = {"marker": "|", "s": 90, "linewidths": 2.2, "zorder": 3}
                 handles[name] = axis.scatter(share, place, color=colour, **look)

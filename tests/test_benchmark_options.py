@@ -12,8 +12,7 @@ from fusedattn.benchmarks import attention_peers, option_cases, option_peers
 from fusedattn.benchmarks.harness import Limits
 from fusedattn.benchmarks.option_cases import Case, make_problem
 from fusedattn.benchmarks.option_rules import RULES, on_grid
-from fusedattn.benchmarks.run import OPTIONS, run_case
-from fusedattn.benchmarks.versions import DTYPES, Unavailable
+from fusedattn.benchmarks.versions import DTYPES, Unavailable, build_versions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LIMITS = Limits(dict.fromkeys(DTYPES, 1e11), 1e10)
@@ -23,15 +22,23 @@ WITHOUT_FLEX = ("sinks", "dropout")
 
 
 def tiny(option, dtype="fp32", backward=False):
-    length = 256 if option == "dropout" else 48  # statistics need many rows
+    # Statistics need many rows, of one batch entry.
+    batch, length = (1, 256) if option == "dropout" else (3, 48)
     keys = 17 if option == "cross" else length
     size, kv_heads = SIZES.get(option, 0), 2 if option == "grouped" else 0
-    return Case(option, 3, 4, length, keys, 16, dtype, backward, size, kv_heads)
+    return Case(option, batch, 4, length, keys, 16, dtype, backward, size, kv_heads)
 
 
-def error_of(version, problem, index=1):
+def error_of(version, problem):
     with version.context():
-        return option_peers.expected_of(problem, index, seed=5).error(version.call(index))
+        return option_peers.expected_of(problem, 1, seed=5).error(version.call(1))
+
+
+def errors_of(problem, names):
+    """The error of ours and of the named peers, and why some did not run."""
+    skipped = {}
+    versions, _ = build_versions(problem, option_peers.builders(CPU, names), skipped)
+    return {name: error_of(version, problem) for name, version in versions.items()}, skipped
 
 
 # --- cases ---------------------------------------------------------------------------------------
@@ -121,14 +128,14 @@ def test_packed_sequences_come_back_from_the_padding():
 @pytest.mark.parametrize("option", list(RULES))
 def test_every_version_agrees_with_the_reference(option, dtype, backward):
     problem = make_problem(tiny(option, dtype, backward), CPU, seed=1)
-    row = run_case(OPTIONS, problem, limits=LIMITS, budget=0.01, seed=5, peers=["eager", "sdpa"])
+    errors, skipped = errors_of(problem, ["eager", "sdpa"])
     wanted = {"fusedattn", "eager", *(() if option in WITHOUT_SDPA else ("sdpa",))}
-    assert row["versions"].keys() == wanted
-    for name, figures in row["versions"].items():
-        assert figures["within_tolerance"], name
-        assert figures["max_error"] > 0, name
+    assert errors.keys() == wanted
+    for name, error in errors.items():
+        assert error.within, name
+        assert error.max_abs > 0, name
     if option in WITHOUT_SDPA:
-        assert row["skipped"]["sdpa"] == f"scaled_dot_product_attention has no {option}"
+        assert skipped["sdpa"] == f"scaled_dot_product_attention has no {option}"
 
 
 @pytest.fixture(autouse=True)
@@ -252,9 +259,9 @@ def test_a_wrong_version_is_flagged(monkeypatch, option, backward, wrong):
         RULES[option], "ours", lambda self, x: wrong(functools.partial(right, self), x)
     )
     problem = make_problem(tiny(option, backward=backward), CPU, seed=1)
-    row = run_case(OPTIONS, problem, limits=LIMITS, budget=0.01, seed=5, peers=["eager"])
-    assert row["versions"]["eager"]["within_tolerance"]
-    assert not row["versions"]["fusedattn"]["within_tolerance"]
+    errors, _ = errors_of(problem, ["eager"])
+    assert errors["eager"].within
+    assert not errors["fusedattn"].within
 
 
 def dropped(q, k, v, scaled=True, part=lambda x: x):
@@ -271,8 +278,8 @@ def dropped(q, k, v, scaled=True, part=lambda x: x):
 def test_dropout_is_held_to_the_result_without(options, right):
     problem = make_problem(tiny("dropout", backward=True), CPU, seed=1)
     version = attention_peers.version_of(functools.partial(dropped, **options), problem)
-    errors = [error_of(version, problem, index) for index in range(2) for _ in range(5)]
-    assert [error.within for error in errors] == [right] * len(errors)
+    expected = option_peers.expected_of(problem, 1, seed=5)
+    assert [expected.error(version.call(1)).within for _ in range(8)] == [right] * 8
 
 
 def test_a_result_that_is_not_finite_is_flagged():

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--quick",
         action="store_true",
-        help="a subset with every regime in it, in about five minutes (the default on a CPU; a GPU "
+        help="a subset with every regime in it, in about six minutes (the default on a CPU; a GPU "
         "has a grid of its own: bf16, 16k tokens, lengths 512 to 16k, each pass by itself)",
     )
     size.add_argument(

@@ -303,8 +303,8 @@ class T5(Rule):
         return F.embedding(x["of_pairs"], x["table"]).permute(2, 0, 1)[None]
 
     def ours(self, x: Given) -> dict[str, Any]:
-        distance = {"bidirectional": True, "max_distance": self.max_distance}
-        return {"bias": fusedattn.biases.t5(x["table"], **distance)}
+        table, distance = x["table"], self.max_distance
+        return {"bias": fusedattn.biases.t5(table, bidirectional=True, max_distance=distance)}
 
 
 class Dropout(Rule):

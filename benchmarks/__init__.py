@@ -5,6 +5,10 @@ harness.py          clocks, interleaved turns, percentiles, memory, the machine'
 accuracy.py         the tolerance rule, on a sample of a large result
 attention_cases.py  the attention cases: their work, grids and inputs
 attention_peers.py  the versions that stand beside each other in one case
+option_rules.py     attention's options, each as one rule on pairs of a query and a key
+option_cases.py     their cases: work, grids and inputs
+option_peers.py     the versions that stand beside each other in one of them
+option_accuracy.py  the tolerance rule for these; dropout by statistics
 rowwise_cases.py    the cases of norms, softmax, positions and SwiGLU
 rowwise_peers.py    those ops in fusedattn, PyTorch and Liger, and what the oracle says
 figures.py          a version's rates, share of the limit and ratios

@@ -27,26 +27,38 @@ class Error:
         return self.of_allowed <= 1.0
 
 
-def error_of(actual: Tensor, ref: Tensor, eager: Tensor, *, gradient: bool = False) -> Error:
+def error_of(
+    actual: Tensor,
+    ref: Tensor,
+    eager: Tensor,
+    *,
+    gradient: bool = False,
+    tested: torch.dtype | None = None,
+    rows: int = 1,
+    slack: float = 1.0,
+) -> Error:
     """Hold a result to the tolerance rule.
 
     max|o − ref| ≤ f·max|eager − ref| + floor, ‖o − ref‖₂ ≤ f·‖eager − ref‖₂ + floor·√n and
     max|o − ref| ≤ cap·max(1, max|ref|), with f = 2 (gradients 3) and floor = 2 ulp of max|ref|,
-    in fp32 at least 1e-6·max(1, max|ref|). `ref` is fp64, `eager` the formula in `actual`'s dtype.
+    in fp32 at least 1e-6·max(1, max|ref|). `ref` is fp64, `eager` the formula in the tested dtype,
+    that of `actual` if not given. The cap of a sum over `rows` rows grows with √rows; `slack`
+    multiplies what eager allows.
     """
-    dtype = actual.dtype
+    dtype = tested or actual.dtype
     o, r, e = (x.detach().double().cpu() for x in (actual, ref, eager))
-    error, slack = (o - r).abs(), (e - r).abs()
+    error, plain = (o - r).abs(), (e - r).abs()
     if not torch.isfinite(error).all():
         return Error(math.inf, math.inf)
     largest = r.abs().max().item()
-    floor = 2 * _ulp(largest, dtype)
-    if dtype == torch.float32:
+    floor = 2 * _ulp(largest, actual.dtype)
+    if actual.dtype == torch.float32:
         floor = max(floor, 1e-6 * max(1.0, largest))
     factor, cap = (3, _CAPS[dtype][1]) if gradient else (2, _CAPS[dtype][0])
     worst = error.max().item()
-    allowed = min(factor * slack.max().item() + floor, cap * max(1.0, largest))
-    norm_allowed = factor * slack.norm().item() + floor * math.sqrt(error.numel())
+    allowed = slack * (factor * plain.max().item() + floor)
+    allowed = min(allowed, cap * math.sqrt(rows) * max(1.0, largest))
+    norm_allowed = slack * (factor * plain.norm().item() + floor * math.sqrt(error.numel()))
     return Error(worst, max(worst / allowed, error.norm().item() / norm_allowed))
 
 
@@ -69,12 +81,13 @@ def error_of_sum(actual: Tensor, ref: Tensor, rows: int, largest_summand: float)
     return Error(worst, worst / allowed)
 
 
-def _worst(errors: Iterable[Error]) -> Error:
+def worst_of(errors: Iterable[Error]) -> Error:
+    """The largest error and the largest share, of whichever."""
     found = list(errors)
     return Error(max(e.max_abs for e in found), max(e.of_allowed for e in found))
 
 
-def _sample(count: int, rng: torch.Generator) -> Tensor:
+def sample_of(count: int, rng: torch.Generator) -> Tensor:
     """At most 64 of `count` rows, in order, the first and the last among them."""
     rows = torch.randperm(count, generator=rng)[:62]
     return torch.cat([rows, torch.tensor([0, count - 1])]).unique()
@@ -102,7 +115,7 @@ class Expected:
             parts = [output[0][b, h, self.rows], *(x[b, h] for x in output[1:])]
             for n, (got, ref, eager) in enumerate(zip(parts, refs, eagers, strict=True)):
                 found.append(error_of(got, ref, eager, gradient=n > 0))
-        return _worst(found)
+        return worst_of(found)
 
 
 def expected_attention(
@@ -115,7 +128,7 @@ def expected_attention(
     """
     rng = torch.Generator().manual_seed(seed)
     batch, heads, seq, _ = q.shape
-    rows = _sample(seq, rng).to(q.device)
+    rows = sample_of(seq, rng).to(q.device)
     chosen = {(0, 0), (batch - 1, heads - 1)}
     if dout is not None:
         chosen = {(batch - 1, int(torch.randint(heads, (), generator=rng)))}
@@ -186,7 +199,7 @@ class ExpectedRows:
             else:
                 got = x.index_select(-2, self.rows)
                 found.append(error_of(got, *next(pairs), gradient=self.gradient))
-        return _worst(found)
+        return worst_of(found)
 
     def _summed(self, one: tuple[Tensor, float]) -> tuple[Tensor, int, float]:
         return one[0], self.count, one[1]
@@ -212,7 +225,7 @@ def expected_rows(
         seed: of the sample.
     """
     count = inputs[0].shape[-2]
-    rows = _sample(count, torch.Generator().manual_seed(seed)).to(inputs[0].device)
+    rows = sample_of(count, torch.Generator().manual_seed(seed)).to(inputs[0].device)
     formula = reference(rows)
     both = []
     for exact in (True, False):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,8 +174,8 @@ class Problem:
     dout like the output. `score_bytes` is the most that a matrix of Sq·Sk scores may take.
     """
 
-    case: Case
-    sets: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    case: Any  # a Case, of a group that has more inputs its own
+    sets: list[tuple[Tensor, ...]]
     score_bytes: float = 2**30
     device: torch.device = field(init=False)
 
@@ -204,7 +205,7 @@ def make_problem(
         x = torch.randn(shape, generator=generator, device=device)
         return x.to(DTYPES[case.dtype])
 
-    sets = [
+    sets: list[tuple[Tensor, ...]] = [
         (random(case.seq_q), random(case.seq_k), random(case.seq_k), random(case.seq_q))
         for _ in range(INPUT_SETS)
     ]

@@ -21,13 +21,15 @@ from .accuracy import Expected, expected_attention
 from .attention_cases import Case, Problem
 from .versions import FLASH, Builder, Outputs, Unavailable, Version, called_once, ours_on, refusal
 
-Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
+Formula = Callable[..., Tensor]
 
 
 def version_of(
     formula: Formula, problem: Problem, *contexts: Callable[[], Any], detail: str = ""
 ) -> Version:
-    """A `Version` of a PyTorch function: forward, with the gradients of q, k and v, or those alone.
+    """A `Version` of a PyTorch function: forward, with the gradients of its inputs, or those alone.
+
+    The last of each input set is the gradient of the output.
 
     For those alone the graphs are recorded here.
     """
@@ -41,14 +43,14 @@ def version_of(
                 stack.enter_context(enter())
             yield
 
-    leaves = [[x.detach().requires_grad_(backward) for x in s[:3]] for s in sets]
+    leaves = [[x.detach().requires_grad_(backward) for x in s[:-1]] for s in sets]
     recorded: list[Tensor] = []
     if alone:
         with context():
             recorded = [formula(*inputs) for inputs in leaves]
 
     def call(i: int) -> Outputs:
-        inputs, dout = leaves[i % len(sets)], sets[i % len(sets)][3]
+        inputs, dout = leaves[i % len(sets)], sets[i % len(sets)][-1]
         out = recorded[i % len(sets)] if alone else formula(*inputs)
         if not backward:
             return (out,)
@@ -127,10 +129,11 @@ def compiled(problem: Problem) -> Version:
     """`torch.compile` of eager, for these static shapes; compiled before the clock starts."""
     problem.refuse_huge_scores()
     formula = torch.compile(_eager_formula(problem), fullgraph=True, dynamic=False)
-    return _compiled_now(formula, problem)
+    return compiled_now(formula, problem)
 
 
-def _compiled_now(formula: Formula, problem: Problem) -> Version:
+def compiled_now(formula: Formula, problem: Problem) -> Version:
+    """The version of what `torch.compile` gave, after its first call."""
     import torch._functorch.config as functorch
 
     torch.compiler.reset()
@@ -170,7 +173,7 @@ def flex(problem: Problem) -> Version:
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return run(q, k, v, block_mask=blocks)
 
-    return _compiled_now(formula, problem)
+    return compiled_now(formula, problem)
 
 
 # --- inference engines ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,24 @@ def page(name: str, results: dict[str, Any]) -> str:
         "× = times as fast as that peer, in turns with it; empty where it did not run or is outside"
         " the tolerance rule. Error: the largest share of what that rule allows.",
     ]
-    for title, table in (("attention", attention), ("rowwise", rowwise), ("training", training)):
+    tables = {"attention": attention, "rowwise": rowwise, "options": options, "training": training}
+    for title, table in tables.items():
         if results.get(title):
             parts += [f"## {title}", table(results[title])]
     return "\n\n".join(parts) + "\n"
 
 
-def attention(rows: Sequence[Row]) -> str:
+def options(rows: Sequence[Row]) -> str:
+    """One line per case; eager is a peer here, for some options have no other."""
+    return attention(rows, {"eager": "eager", **PEERS})
+
+
+def attention(rows: Sequence[Row], known: Mapping[str, str] = PEERS) -> str:
     """One line per case."""
     unit, unit_name = flop_unit(rows)
     peers = {
         key: title
-        for key, title in PEERS.items()
+        for key, title in known.items()
         if any(_is(name, key) for row in rows for name in row["speedup"])
     }
     lines = []

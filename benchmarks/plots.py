@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .report import RATE_KEYS, Row, digits, flop_unit
 from .versions import OURS
@@ -26,6 +26,7 @@ _COLOURS = {
     "liger": "#3a7d44",
     "eager": "#9a9a9a",
     "torch.compile": "#7f5aa2",
+    "sdpa": "#2e6f95",
     "sdpa-flash": "#2e6f95",
     "sdpa-efficient": "#4fa3c7",
     "sdpa-cudnn": "#1b4965",
@@ -66,6 +67,8 @@ def plot_all(results: dict[str, Any], folder: Path) -> list[Path]:
             paths.append(_plot_ratios(rows, folder))
         if results["rowwise"]:
             paths.append(_plot_rowwise(results["rowwise"], folder))
+        if results["options"]:
+            paths.append(_plot_options(results["options"], folder))
         if results["training"]:
             paths.append(_plot_losses(results["training"], folder))
     return paths
@@ -199,7 +202,45 @@ def _plot_rowwise(rows: list[Row], folder: Path) -> Path:
 
     At the right how many times as fast as the best peer.
     """
-    groups = {op: list(g) for op, g in itertools.groupby(rows, lambda row: row["case"]["op"])}
+    shares = [{n: v["of_limit"] for n, v in row["versions"].items()} for row in rows]
+    figure, last = _plot_shares(rows, shares, "op")
+    # A copy of a single row is all overhead of the call: a share can be large.
+    last.set_xlim(0, min(last.get_xlim()[1], 2.0))
+    last.set_xlabel("share of the speed of a copy of as many bytes")
+    last.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    return _save(figure, folder / "rowwise_of_copy.png")
+
+
+def _plot_options(rows: list[Row], folder: Path) -> Path:
+    """Times as fast as the best peer, one panel per option: ours as a bar from 1, peers as marks.
+
+    A case without a peer that is right has no bar.
+    """
+    shares = []
+    for row in rows:
+        best = row["versions"].get(row["best_peer"])
+        seconds = {name: figures["median_s"] for name, figures in row["versions"].items()}
+        shares.append({n: best["median_s"] / s for n, s in seconds.items()} if best else {})
+    figure, last = _plot_shares(rows, shares, "option", start=1.0)
+    known = [share for row in shares for share in row.values()] + [0.5, 2.0]
+    last.set_xscale("log")
+    last.set_xlim(min(known) / 1.15, max(known) * 1.15)
+    last.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    last.xaxis.set_minor_locator(NullLocator())
+    last.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+    last.set_xlabel("times as fast as the best peer (named at the right)")
+    return _save(figure, folder / "options_ratios.png")
+
+
+def _plot_shares(
+    rows: list[Row], shares: list[dict[str, float]], key: str, start: float = 0.0
+) -> tuple[Any, Axes]:
+    """A panel for each group of rows, by `key` of their cases; the figure and the last panel.
+
+    Bars go from `start` to our share.
+    """
+    pairs = list(zip(rows, shares, strict=True))
+    groups = {k: list(g) for k, g in itertools.groupby(pairs, lambda pair: pair[0]["case"][key])}
     figure, axes = plt.subplots(
         len(groups),
         1,
@@ -209,25 +250,30 @@ def _plot_rowwise(rows: list[Row], folder: Path) -> Path:
         layout="constrained",
         gridspec_kw={"height_ratios": [len(g) + 1 for g in groups.values()]},
     )
-    top = max(v["of_limit"] for row in rows for v in row["versions"].values())
     handles: dict[str, Any] = {}
-    for axis, (op, group) in zip(axes[:, 0], groups.items(), strict=True):
-        _share_panel(axis, group[::-1], handles)
-        axis.set_title(op.replace("_", " "), loc="left")
-        # A copy of a single row is all overhead of the call: a share can be large.
-        axis.set_xlim(0, min(max(1.05, 1.05 * top), 2.0))
-    axes[-1][0].set_xlabel("share of the speed of a copy of as many bytes")
-    axes[-1][0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    for axis, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
+        _share_panel(axis, group[::-1], name, start, handles)
+        axis.set_title(name.replace("_", " "), loc="left")
+    top = max((share for row in shares for share in row.values()), default=1.0)
+    last = axes[-1][0]
+    last.set_xlim(0, max(1.05, 1.05 * top))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8)
-    return _save(figure, folder / "rowwise_of_copy.png")
+    return figure, last
 
 
-def _share_panel(axis: Axes, rows: list[Row], handles: dict[str, Any]) -> None:
-    for place, row in enumerate(rows):
-        for name, figures in row["versions"].items():
-            share, colour = figures["of_limit"], _COLOURS[name]
+def _share_panel(
+    axis: Axes,
+    pairs: list[tuple[Row, dict[str, float]]],
+    title: str,
+    start: float,
+    handles: dict[str, Any],
+) -> None:
+    for place, (row, shares) in enumerate(pairs):
+        for name, share in shares.items():
+            colour = _COLOURS[name]
             if name == row["ours"]:
-                handles[name] = axis.barh(place, share, color=colour, height=0.68)
+                look = {"left": start, "color": colour, "height": 0.68}
+                handles[name] = axis.barh(place, share - start, **look)
             else:
                 look = {"marker": "|", "s": 90, "linewidths": 2.2, "zorder": 3}
                 handles[name] = axis.scatter(share, place, color=colour, **look)
@@ -235,9 +281,9 @@ def _share_panel(axis: Axes, rows: list[Row], handles: dict[str, Any]) -> None:
             note = f" {row['speedup_over_best']:.2f}x {row['best_peer']}"
             axis.text(1, place, note, transform=axis.get_yaxis_transform(), va="center", size=7)
     axis.axvline(1.0, color="#444444", linestyle="--", linewidth=1)
-    labels = [row["case"]["label"].removeprefix(row["case"]["op"]).lstrip(" ") for row in rows]
-    axis.set_yticks(range(len(rows)), labels, fontsize=7.5)
-    axis.set_ylim(-0.6, len(rows) - 0.4)
+    labels = [row["case"]["label"].removeprefix(title).lstrip(" ") for row, _ in pairs]
+    axis.set_yticks(range(len(pairs)), labels, fontsize=7.5)
+    axis.set_ylim(-0.6, len(pairs) - 0.4)
     axis.grid(axis="y", visible=False)
 
 

@@ -76,20 +76,38 @@ def flop_unit(rows: Iterable[Row]) -> tuple[float, str]:
 def attention_table(rows: Sequence[Row]) -> Table:
     """One line per case: fusedattn's rate, share of the limit, ratios, memory and error."""
     unit, unit_name = flop_unit(rows)
-    table = Table(
-        title="attention, batch x heads x length x head dim",
-        caption=f"rates in {unit_name} (decode: GB/s), median \\[p20, p80]; 'x' = times as fast; "
+    table = _attention_table(
+        "attention, batch x heads x length x head dim",
+        f"rates in {unit_name} (decode: GB/s), median \\[p20, p80]; 'x' = times as fast; "
         "memory is the peak beyond the inputs, with the best peer's; error is the largest against "
         "fp64, on a sample of heads and rows, with its share of what the tolerance rule allows",
-        title_style="bold",
-        caption_style="dim",
     )
-    table.add_column("case", no_wrap=True)
-    names = ("fusedattn", "of limit", "x SDPA", "x best peer", "MiB (best peer's)", "error")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_table_line(row, unit))
+    return table
+
+
+def option_table(rows: Sequence[Row]) -> Table:
+    """One line per case of attention's options, as `attention_table` has them."""
+    unit, unit_name = flop_unit(rows)
+    table = _attention_table(
+        "attention's options, batch x heads x length x head dim",
+        f"rates in {unit_name} of the pairs that are seen, median \\[p20, p80]; SDPA has the mask "
+        "or bias as a tensor, a learned bias made in the call; error as for attention, that of "
+        "dropout is of the mean, relative, with its share of 6 standard errors",
+    )
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before and before["case"]["option"] != row["case"]["option"]:
+            table.add_section()
+        table.add_row(*_table_line(row, unit))
+    return table
+
+
+def _attention_table(title: str, caption: str) -> Table:
+    table = Table(title=title, caption=caption, title_style="bold", caption_style="dim")
+    table.add_column("case", no_wrap=True)
+    for name in ("fusedattn", "of limit", "x SDPA", "x best peer", "MiB (best peer's)", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -241,6 +259,15 @@ def print_skipped(rows: Iterable[Row], console: Console) -> None:
         if count:
             note = f"outside the tolerance rule, so no best peer: {name} in {_cases(count)}"
             console.print(f"  [dim]{note}[/]", highlight=False)
+
+
+def print_limits(limits: Row, console: Console) -> None:
+    """What the rates of attention are shares of."""
+    matmul = ", ".join(
+        f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops_per_second"].items()
+    )
+    copy = limits["bytes_per_second"] / 1e9
+    console.print(f"  [dim]limits measured here: matmul {matmul}; copy {copy:.1f} GB/s[/]")
 
 
 def _cases(count: int) -> str:

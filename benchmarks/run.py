@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from . import attention_cases, attention_peers, rowwise_cases, rowwise_peers
+from . import (
+    attention_cases,
+    attention_peers,
+    option_cases,
+    option_peers,
+    rowwise_cases,
+    rowwise_peers,
+)
 from .figures import figures_of, ratios, times_as_fast
 from .harness import Limits, measure
 from .versions import FLASH, Builder, Version, build_versions, ours_on
@@ -52,6 +59,12 @@ class Part:
         raise NotImplementedError
 
 
+def _score_bytes(device: torch.device, thorough: bool) -> float:
+    """Versions that store all scores stop at 128 MiB of them, on a GPU at 2 GiB."""
+    gpu = device.type == "cuda"
+    return (2**33 if gpu else 2**30) if thorough else 2**31 if gpu else 2**27
+
+
 class _Attention(Part):
     compiled = attention_peers.COMPILED
     compile_seconds, least_seconds = 60.0, 0.2
@@ -61,13 +74,25 @@ class _Attention(Part):
     worth_compiling = staticmethod(attention_peers.worth_compiling)
 
     def problem(self, case: Any, device: torch.device, seed: int, thorough: bool = False) -> Any:
-        """Versions that store all scores stop at 128 MiB of them, on a GPU at 2 GiB."""
-        gpu = device.type == "cuda"
-        score_bytes = (2**33 if gpu else 2**30) if thorough else 2**31 if gpu else 2**27
-        return attention_cases.make_problem(case, device, seed, score_bytes)
+        return attention_cases.make_problem(case, device, seed, _score_bytes(device, thorough))
 
     def peers(self, case: Any, device: torch.device) -> list[str]:
         return attention_peers.peers_on(device)
+
+
+class _Options(Part):
+    compiled = option_peers.COMPILED
+    compile_seconds, least_seconds = 60.0, 0.2
+    derived = ("label", "title", "passes", "flops")
+    builders = staticmethod(option_peers.builders)
+    expected = staticmethod(option_peers.expected_of)
+    worth_compiling = staticmethod(option_peers.worth_compiling)
+
+    def problem(self, case: Any, device: torch.device, seed: int, thorough: bool = False) -> Any:
+        return option_cases.make_problem(case, device, seed, _score_bytes(device, thorough))
+
+    def peers(self, case: Any, device: torch.device) -> list[str]:
+        return list(option_peers.PEERS)
 
 
 class _Rowwise(Part):
@@ -87,7 +112,7 @@ class _Rowwise(Part):
         return rowwise_peers.worth_compiling(case, device)
 
 
-ATTENTION, ROWWISE = _Attention(), _Rowwise()
+ATTENTION, ROWWISE, OPTIONS = _Attention(), _Rowwise(), _Options()
 
 
 def copy_of(case: Any, device: torch.device, sets: int = 2) -> Version:

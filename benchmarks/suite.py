@@ -22,13 +22,15 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import attention_cases, host, plots, report, rowwise_cases, transformer
-from .harness import measure_limits
+from . import attention_cases, host, option_cases, plots, report, rowwise_cases, transformer
+from .harness import Limits, measure_limits
 from .report import Row
-from .run import ATTENTION, ROWWISE, run_cases
+from .run import ATTENTION, OPTIONS, ROWWISE, run_cases
 
-PARTS = ("attention", "rowwise", "transformer", "host")
-ON_A_CPU = PARTS[:3]  # launches of Triton are not on a CPU user's way
+PARTS = ("attention", "rowwise", "options", "transformer", "host")
+ON_A_CPU = PARTS[:4]  # launches of Triton are not on a CPU user's way
+# Triton tunes a kernel of each option when it is first called, for which there is no time.
+ON_A_GPU = tuple(part for part in PARTS if part != "options")
 # On a GPU: so much that all of it, with four models, fits into four minutes.
 GPU_SECONDS, GPU_ROWWISE_SECONDS, GPU_MODEL_SECONDS = 130.0, 35.0, 6.0
 
@@ -42,10 +44,12 @@ class Plan:
     cases: Sequence[attention_cases.Case]
     size: transformer.Size
     rowwise_cases: Sequence[rowwise_cases.Case] = ()
+    option_cases: Sequence[option_cases.Case] = ()
     parts: tuple[str, ...] = ON_A_CPU
     seed: int = 0
     seconds: float = 100.0
     rowwise_seconds: float = 40.0
+    option_seconds: float = 40.0
     limit_seconds: float = 4.0
     limit_scale: float = 1.0
 
@@ -71,17 +75,20 @@ def make_plan(
     own = on_gpu and not quick
     grid = attention_cases.gpu_grid if own and not full else attention_cases.quick_grid
     rows = rowwise_cases.full_grid if full or own else rowwise_cases.quick_grid
+    options = option_cases.full_grid if full else option_cases.quick_grid
     size = transformer.GPU if on_gpu else transformer.FULL if full else transformer.QUICK
     return Plan(
         device=where,
         thorough=full,
         cases=(attention_cases.full_grid if full else grid)(where),
         rowwise_cases=rows(where),
+        option_cases=options(where),
         size=size if full or not on_gpu else replace(size, seconds=GPU_MODEL_SECONDS),
-        parts=(only,) if only else PARTS if full or on_gpu else ON_A_CPU,
+        parts=(only,) if only else PARTS if full else ON_A_GPU if on_gpu else ON_A_CPU,
         seed=seed,
         seconds=3600.0 if full else GPU_SECONDS if on_gpu else 100.0,
         rowwise_seconds=1200.0 if full else GPU_ROWWISE_SECONDS if on_gpu else 40.0,
+        option_seconds=1200.0 if full else 40.0,
     )
 
 
@@ -108,6 +115,7 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
         "limits": None,
         "attention": [],
         "rowwise": [],
+        "options": [],
         "training": [],
         "host": None,
     }
@@ -124,7 +132,7 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
 
 def _write(results: dict[str, Any], folder: Path, console: Console) -> None:
     files = [report.write_json(results, folder)]
-    for name in ("attention", "rowwise"):
+    for name in ("attention", "rowwise", "options"):
         if results[name]:
             files.append(report.write_csv(results[name], folder, name))
     files += plots.plot_all(results, folder)
@@ -151,8 +159,7 @@ def _measure_attention(
 ) -> None:
     bar = progress.add_task("the machine's limits", total=len(plan.cases))
     progress.refresh()
-    limits = measure_limits(plan.device, plan.limit_seconds, plan.limit_scale)
-    results["limits"] = asdict(limits)
+    limits = _limits(plan, results)
 
     def update(done: int, label: str) -> None:
         progress.update(bar, completed=done, description=f"attention {label}", refresh=True)
@@ -188,6 +195,35 @@ def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress
     _keep(rows, "rowwise", results, folder)
 
 
+def _measure_options(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
+    bar = progress.add_task("attention's options", total=len(plan.option_cases))
+    progress.refresh()
+    limits = _limits(plan, results)
+
+    def update(done: int, label: str) -> None:
+        progress.update(bar, completed=done, description=label, refresh=True)
+
+    rows = run_cases(
+        OPTIONS,
+        plan.option_cases,
+        plan.device,
+        limits=limits,
+        seconds=plan.option_seconds,
+        seed=plan.seed,
+        thorough=plan.thorough,
+        progress=update,
+    )
+    _keep(rows, "options", results, folder)
+
+
+def _limits(plan: Plan, results: dict[str, Any]) -> Limits:
+    """What the machine reaches: measured once in a run."""
+    if results["limits"] is None:
+        limits = measure_limits(plan.device, plan.limit_seconds, plan.limit_scale)
+        results["limits"] = asdict(limits)
+    return Limits(**results["limits"])
+
+
 def _keep(rows: Iterable[Row], part: str, results: dict[str, Any], folder: Path) -> None:
     for row in rows:
         results[part].append(row)
@@ -219,6 +255,7 @@ def _time_launches(plan: Plan, results: dict[str, Any], folder: Path, progress: 
 _MEASURE = {
     "attention": _measure_attention,
     "rowwise": _measure_rowwise,
+    "options": _measure_options,
     "transformer": _train,
     "host": _time_launches,
 }
@@ -227,22 +264,19 @@ _MEASURE = {
 def _show(results: dict[str, Any], console: Console) -> None:
     rows = results["attention"]
     if rows:
-        limits = results["limits"]
         console.print()
         console.print(report.attention_table(rows))
         if results["device"] == "cuda":
             console.print(report.flash_table(rows))
             report.print_goal(rows, console)
         report.print_skipped(rows, console)
-        matmul = ", ".join(
-            f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops_per_second"].items()
-        )
-        copy = limits["bytes_per_second"] / 1e9
-        console.print(f"  [dim]limits measured here: matmul {matmul}; copy {copy:.1f} GB/s[/]")
-    if results["rowwise"]:
-        console.print()
-        console.print(report.rowwise_table(results["rowwise"]))
-        report.print_skipped(results["rowwise"], console)
+    for name, table in (("rowwise", report.rowwise_table), ("options", report.option_table)):
+        if results[name]:
+            console.print()
+            console.print(table(results[name]))
+            report.print_skipped(results[name], console)
+    if results["limits"]:
+        report.print_limits(results["limits"], console)
     if results["host"]:
         console.print()
         report.print_host(results["host"], console)

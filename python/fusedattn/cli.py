@@ -35,15 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure every op against its peers, and train transformers side by side",
-        description="Measure attention, the norms, softmax and positional encodings against their "
-        "peers, then train the reference transformers plain and fused. Writes JSON, CSV and plots, "
-        "and prints tables.",
+        description="Measure attention, its options, the norms, softmax and positional encodings "
+        "against their peers, then train the reference transformers plain and fused. Writes JSON, "
+        "CSV and plots, and prints tables.",
     )
     size = bench.add_mutually_exclusive_group()
     size.add_argument(
         "--quick",
         action="store_true",
-        help="a subset with every regime in it, in about five minutes (the default on a CPU; a GPU "
+        help="a subset with every regime in it, in about six minutes (the default on a CPU; a GPU "
         "has a grid of its own: bf16, 16k tokens, lengths 512 to 16k, each pass by itself)",
     )
     size.add_argument(
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the whole grid, with torch.compile and FlexAttention for every shape; takes an hour "
         "or more",
     )
-    parts = ("attention", "rowwise", "transformer", "host")
+    parts = ("attention", "rowwise", "options", "transformer", "host")
     bench.add_argument("--only", choices=parts, help="run one part alone")
     bench.add_argument(
         "--output",

@@ -190,9 +190,10 @@ class Rules(NamedTuple):
 def shown(rules, batch, head, sequence, i, j):
     """Whether the masks let query i see key j; one of i and j is a column, the other a row."""
     rows, keys = sequence.seq_q, sequence.seq_k
-    seen = (i < rows) & (j < keys)
     if rules.mask is not None:
-        seen = seen & (load_pairs(matrix(rules.mask, batch, head), i, j, rows, keys) != 0)
+        seen = load_pairs(matrix(rules.mask, batch, head), i, j, rows, keys) != 0
+    else:
+        seen = (i < rows) & (j < keys)
     if rules.prefix is not None:
         seen = seen & ((j < tl.load(rules.prefix + sequence.number)) | (j <= i + sequence.offset))
     if rules.documents_q is not None:

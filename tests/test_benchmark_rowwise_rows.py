@@ -146,7 +146,9 @@ def shown(row, tmp_path):
     console = Console(file=printed, width=200)
     console.print(report.rowwise_table([row]))
     report.print_skipped([row], console)
-    drawn = plots.plot_all({"attention": [], "rowwise": [row], "training": []}, tmp_path)
+    drawn = plots.plot_all(
+        {"attention": [], "options": [], "rowwise": [row], "training": []}, tmp_path
+    )
     assert [path.name for path in drawn] == ["rowwise_of_copy.png"]
     return printed.getvalue()
 

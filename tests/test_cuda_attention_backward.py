@@ -30,7 +30,7 @@ def backward(made: dict, case: AttentionCase, deterministic: bool = False) -> di
     config = configure(q.shape[3], **case.options(), deterministic=deterministic)
     lengths = made["kv_lengths"]
     call = AttentionBackwardCall(dout, dlse, out, lse, q, k, v, kv_lengths=lengths, config=config)
-    emulated.attention_backward(call, dq, dk, dv, None, None)
+    emulated.attention_backward(call, dq, dk, dv, None, None, None)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 

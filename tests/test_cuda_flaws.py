@@ -74,7 +74,7 @@ class Run:
         )  # fmt: skip
         slopes = grads["dalibi_slopes"]
         views = grads | {"dalibi_slopes": None if slopes is None else slopes.view(1, -1, 1, 1)}
-        emulated.attention_backward(call, *views.values())
+        emulated.attention_backward(call, *views.values(), None)
         return {name: x for name, x in grads.items() if x is not None}
 
     def how_it_fails(self) -> str:

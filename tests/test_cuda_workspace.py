@@ -71,7 +71,7 @@ def test_attention_asks_once_for_what_it_needs(dtype, deterministic, size, alloc
     allocate_by(asked := Asked())
     case = AttentionCase(batch=1, heads=HEADS, seq_q=40, dim=DIM, dtype=dtype)
     call, grads = call_of(case, deterministic)
-    emulated.attention_backward(call, *grads, None, None, 12345)
+    emulated.attention_backward(call, *grads, None, None, None, 12345)
     assert asked == [(size, 0, 12345)]
     assert asked.given_back()
 
@@ -106,10 +106,10 @@ def test_without_memory_nothing_is_launched(dtype, deterministic, allocate_by) -
     before = emulated.switches()
     allocate_by(no_memory)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        emulated.attention_backward(call, *grads, None, None)
+        emulated.attention_backward(call, *grads, None, None, None)
     assert emulated.switches() == before
     allocate_by(_native.emulated_workspace)
-    emulated.attention_backward(call, *grads, None, None)  # nothing is left behind
+    emulated.attention_backward(call, *grads, None, None, None)  # nothing is left behind
 
 
 @needs_emulator

@@ -48,7 +48,8 @@ CASES = {
     "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
     "dropout": ("bfloat16", (64, 128), 2, "dropout", False),
     "packed, slopes": ("bfloat16", (64, 128), 2, "packed slopes", False),
-    "rules, distances": ("bfloat16", (64, 128), 0, "rules distances", False),
+    "documents": ("bfloat16", (64, 128), 2, "documents", False),
+    "distances": ("bfloat16", (128,), 0, "distances", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
     "fp16": ("float16", (64, 128), 2, "", False),
     "fp32": ("float32", (64, 128), 2, "", False),
@@ -108,11 +109,8 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
     slopes, sinks = (torch.empty(1, 4, 1, 1) if x in terms else None for x in ("slopes", "sinks"))
     config = AttentionConfig(causal, 0.1, window_left=99 if "window" in terms else -1)
     seed, rules = None, dict.fromkeys(Rules._fields)
-    if "rules" in terms:
-        rules["prefix_lengths"] = lengths
+    if "documents" in terms:
         rules["documents_q"] = rules["documents_k"] = torch.empty(2, seq, dtype=torch.int32)
-        rules["mask_blocks"] = torch.empty(2, 4, 4, 4, dtype=torch.bool)
-        config = config._replace(block_size=64)
     if "distances" in terms:
         rules["distance_bias"] = torch.empty(1, 4, 1, 2 * seq - 1)
     if "dropout" in terms:
@@ -223,13 +221,15 @@ class TestMachineCode:
                 "fp16": {"norms_kernel"},
                 "packed, slopes": {"slopes_kernel"},
                 "mask and bias": {"bounds_kernel"},
+                "documents": {"bounds_kernel"},
+                "distances": {"distance_grad_kernel", "distance_sum_kernel"},
             }
             assert found == expected | further.get(case, set())
 
     def test_tensor_cores_are_used(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
-            without = ("delta_kernel", "norms_kernel", "slopes_kernel", "bounds_kernel")
-            if record["kernel"] not in without:
+            without = ("delta", "norms", "slopes", "bounds", "distance_sum")
+            if record["kernel"].removesuffix("_kernel") not in without:
                 assert record[TENSOR_CORE[target]] > 0, record
 
     def test_no_registers_spill(self, compiled: dict, target: str) -> None:

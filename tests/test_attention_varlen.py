@@ -125,7 +125,7 @@ def test_wrong_offsets_stay_inside(offsets, backend):
     kernels = op.kernels(backend)
     kernels.forward(call, out, lse[1:2])
     backward = AttentionBackwardCall(dout, None, out, lse[1:2], *call[:-1], config=call.config)
-    kernels.backward(backward, dq, dk, dv, None, None)
+    kernels.backward(backward, dq, dk, dv, None, None, None)
     for x in spaces:
         assert (x[:20] == 7).all()
         assert (x[30:] == 7).all()

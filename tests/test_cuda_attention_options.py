@@ -202,7 +202,7 @@ def test_wrong_offsets_stay_inside(offsets: tuple[int, ...], deterministic: bool
         kernels.forward(call, out, lse)
     backward = AttentionBackwardCall(dout, None, out, lse, *call[:-1], config=call.config)
     with inside():
-        kernels.backward(backward, dq, dk, dv, None, torch.zeros_like(slopes))
+        kernels.backward(backward, dq, dk, dv, None, torch.zeros_like(slopes), None)
 
 
 def test_too_many_sequences_are_refused() -> None:

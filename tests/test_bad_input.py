@@ -102,6 +102,7 @@ SCORES = {"subclass", "no dimension"}
 MORE = {
     ("attention", "mask"): SCORES | {"flag", "bits", "rule"},
     ("attention", "bias"): SCORES | {"number", "leaf", "rule"},
+    ("attention", "scale"): ANY_NUMBER | {"leaf"},
     ("softmax", "mask"): SCORES | {"flag", "bits"},
     ("softmax", "bias"): SCORES | {"number", "leaf"},
     ("attention", "v"): {"subclass", "too long"},

@@ -30,6 +30,7 @@ from ._transforms import Folding
 from .attention_backends import BACKENDS, backward_formula, formula
 from .attention_checks import (
     autocast,
+    is_learned,
     replace_causal_bias,
     scaled,
     validate,
@@ -254,8 +255,8 @@ def attention(
     if return_lse is not False:
         return_lse = check_flag("attention", "return_lse", return_lse)
     number: Any = scale
-    if type(scale) is not float and isinstance(scale, Tensor):
-        q, number = scaled(q, scale)
+    if type(scale) is not float and is_learned(scale):
+        q, number = scaled(q, scale)  # type: ignore[arg-type]
     call = _prepare(
         q, k, v, mask, bias, causal, window, number, softcap, alibi_slopes, sinks, kv_lengths,
         dropout_p, deterministic, seed,

@@ -55,6 +55,18 @@ def _unless_single(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype) if floats else x  # type: ignore[union-attr]
 
 
+def is_learned(scale: Any) -> bool:
+    """A tensor of scales; one number without a gradient is a number like any other."""
+    return isinstance(scale, Tensor) and (scale.requires_grad or not _is_one(scale))
+
+
+def _is_one(x: Tensor) -> bool:
+    try:
+        return x.dim() == 0
+    except ValueError:  # not initialised yet
+        return False
+
+
 def scaled(
     q: Tensor, scale: Tensor, op: str = "attention", heads: int = -3
 ) -> tuple[Tensor, float]:
@@ -64,7 +76,9 @@ def scaled(
     """
     check_tensor(op, "q", q)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = check_tensor(op, "scale", scale, (q.dtype, wide), "; or a float or None")
+    of_heads = (wide,) if q.dtype == wide else (q.dtype, wide)
+    dtypes = FLOATS if _is_one(scale) else of_heads
+    shape = check_tensor(op, "scale", scale, dtypes, "; or a float or None")
     check_device(op, "scale", scale, "q", q)
     of_head = shape == (q.shape[heads],) if q.dim() >= -heads else False
     if len(shape) != 0 and not of_head:

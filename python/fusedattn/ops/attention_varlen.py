@@ -17,7 +17,14 @@ from ..masks import Mask
 from ._checks import check_flag, check_integer, check_seed, check_tensor, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from .attention import op
-from .attention_checks import autocast, scaled, validate, validate_heads, validate_offsets
+from .attention_checks import (
+    autocast,
+    is_learned,
+    scaled,
+    validate,
+    validate_heads,
+    validate_offsets,
+)
 from .attention_config import AttentionCall, configure
 from .attention_rules import packed_bias, packed_prefix
 
@@ -57,7 +64,7 @@ def _prepare(
     bias: DistanceBias | None,
     **options: Any,
 ) -> AttentionCall:
-    if isinstance(scale := options["scale"], Tensor):
+    if is_learned(scale := options["scale"]):
         q, options["scale"] = scaled(q, scale, _NAME, heads=-2)
     q, k, v = _view("q", q), _view("k", k), _view("v", v)
     if torch._C._is_any_autocast_enabled():

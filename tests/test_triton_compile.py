@@ -49,7 +49,6 @@ CASES = {
     "dropout": ("bfloat16", (64, 128), 2, "dropout", False),
     "packed, slopes": ("bfloat16", (64, 128), 2, "packed slopes", False),
     "documents": ("bfloat16", (64, 128), 2, "documents", False),
-    "distances": ("bfloat16", (128,), 0, "distances", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
     "fp16": ("float16", (64, 128), 2, "", False),
     "fp32": ("float32", (64, 128), 2, "", False),
@@ -222,7 +221,6 @@ class TestMachineCode:
                 "packed, slopes": {"slopes_kernel"},
                 "mask and bias": {"bounds_kernel"},
                 "documents": {"bounds_kernel"},
-                "distances": {"distance_grad_kernel", "distance_sum_kernel"},
             }
             assert found == expected | further.get(case, set())
 

@@ -162,8 +162,7 @@ struct Scores {
                       int64_t j0, int64_t n, S* row) const {
     const TensorView& x = p.distance_bias;
     const int64_t zero = p.longest_k() - 1 - sequence.offset;
-    load_row(x.at<const S>(b, h, 0, j0 - i + zero), x.stride[3], n, row,
-             round_up(n, width<S>));
+    load_row(x.at<const S>(b, h, 0, j0 - i + zero), x.stride[3], n, row, round_up(n, width<S>));
   }
 
   void load_bias(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* row) const {

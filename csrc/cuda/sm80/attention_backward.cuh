@@ -256,7 +256,6 @@ class KeysKernel {
   FUSEDATTN_DEVICE void begin(const At& at, int stage) const {
     if (!exists(at)) return;
     const auto [b, h] = Head(at.head, p.heads());
-    const int terms_of = p.first_tile<ruled>(sequence, number) * shape.queries + at.query();
     copy_tile<threads>(q_tile(stage), rows_of(p.q, b, h, sequence.first_q), at.query(),
                        sequence.seq_q, width_of(p.q));
     copy_tile<threads>(dout_tile(stage), rows_of(p.dout, b, h, sequence.first_q), at.query(),
@@ -266,8 +265,8 @@ class KeysKernel {
     const int rank = anew(thread());
     if (rank < 2 * each) {
       const float* from = rank < each ? p.shift : p.delta;
-      copy_async(terms(stage) + 4 * rank, from + at.head * p.rows + terms_of + rank % each * 4,
-                 true);
+      const int first = p.first_tile<ruled>(sequence, number) * shape.queries + at.query();
+      copy_async(terms(stage) + 4 * rank, from + at.head * p.rows + first + rank % each * 4, true);
     }
     commit_copies();
   }

@@ -153,7 +153,7 @@ struct BiasRow {
 
 // Tiles of the bias, for both sizes; a warp has the scores of all keys of a tile at once.
 constexpr BiasRow bias_rows[] = {
-    {64, {64, 64, 4, 64, 1, 2, 32768}},  {96, {64, 64, 4, 64, 1, 2, 49152}},
+    {64, {64, 32, 4, 32, 1, 2, 24576}},  {96, {64, 32, 4, 32, 1, 2, 36864}},
     {128, {64, 64, 4, 64, 1, 1, 65536}}, {192, {64, 64, 4, 64, 1, 1, 98304}},
     {256, {64, 32, 4, 32, 1, 1, 98304}},
 };

@@ -217,8 +217,7 @@ class TestMachineCode:
     def test_compiles_without_warnings(self, built: Built) -> None:
         assert "compiling csrc/cuda/norm.cu" in built.log
         kernels = built.log[built.log.index("compiling csrc/cuda") :]  # before it is a small _cpu
-        others = [x for x in kernels.splitlines() if "Registers are spilled" not in x]
-        assert not any("warning" in line for line in others), kernels
+        assert "warning" not in kernels, kernels
 
     def test_loads_without_gpu_and_driver(self, built: Built) -> None:
         code = (
@@ -237,16 +236,10 @@ class TestMachineCode:
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_no_local_memory(self, built: Built, target: str) -> None:
-        """But for two registers of attention's kernels that fill all of them: never on sm_80 and
-        sm_90 in bfloat16 at head dims up to 128."""
         for kernel in built.kernels:
-            if kernel.target != target:
-                continue
-            named = re.fullmatch(ATTENTION, kernel.name)
-            strict = target in ("sm_80", "sm_90a") and named and named[2] == "bf16"
-            full = named and kernel.registers == 255 and not (strict and int(named[3]) <= 128)
-            assert kernel.count(r"(LDL|STL)\b.*") <= (6 if full else 0), kernel
-            assert kernel.stack <= (8 if full else 0), kernel
+            if kernel.target == target:
+                assert not kernel.count(r"(LDL|STL)\b.*"), kernel
+                assert kernel.stack == 0, kernel
 
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("name", HOT_KERNELS)

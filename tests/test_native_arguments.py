@@ -42,7 +42,7 @@ class Arg(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ()
     strides: bool = True  # any
     broadcast: bool = False  # a size may be 1
-    copies: bool = False  # the first dimension may be 1
+    copies: int = 0  # so many of the first dimensions may be 1
 
 
 def freed(x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def spoilt(arg: Arg) -> Iterator[tuple[str, Any, bool]]:
     yield "freed behind others", freed_behind(x), False
     yield "zero", torch._efficientzerotensor(x.shape, dtype=x.dtype), False
     for dim, size in enumerate(x.shape):
-        single = arg.broadcast or (arg.copies and dim == 0)
+        single = arg.broadcast or dim < arg.copies
         for n in {0, 1, size - 1, size + 1, 10**7} - {size}:
             shape = [n if i == dim else m for i, m in enumerate(x.shape)]
             yield f"shape {shape}", x.new_zeros(()).expand(shape), n == 1 and single
@@ -98,28 +98,38 @@ def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
     out, lse = torch.randn(2, 4, 5, 16).to(dtype), torch.randn(2, 4, 5).to(stat)
     inputs = {name: Arg(x, strides=cpu) for name, x in (("q", q), ("k", k), ("v", v))}
     mask, bias = torch.ones(2, 4, 5, 6, dtype=torch.bool), torch.randn(2, 4, 5, 6)
+    distances, ids = torch.randn(2, 4, 1, 10), [torch.zeros(2, n).long() for n in (5, 6)]
+    blocks = torch.ones(2, 4, 2, 2, dtype=torch.bool)
     pairs = {
         "mask": Arg(mask if cpu else None, optional=True, broadcast=True),
-        "bias": Arg(bias if cpu else None, optional=True, dtypes=FLOATS, broadcast=True),
+        "bias": Arg(bias, optional=True, dtypes=FLOATS, broadcast=True),
         "kv_lengths": Arg(
             torch.tensor([3, 4], dtype=torch.int32),
             optional=True,
             dtypes=INTEGERS if cpu else (torch.int32,),
         ),
     }
-    slopes, sinks = (torch.randn(n, 4, 1, 1) if cpu else None for n in (2, 1))
+    slopes, sinks = (torch.randn(n, 4, 1, 1) for n in (2, 1))
     pairs["alibi_slopes"] = Arg(slopes, optional=True, broadcast=True)
     pairs["sinks"] = Arg(sinks, optional=True, broadcast=True)
     pairs["seed"] = Arg(torch.tensor([7]), optional=True)
+    rules = {
+        "distance_bias": Arg(distances, optional=True, copies=2),
+        "prefix_lengths": Arg(torch.tensor([3, 4]), optional=True, dtypes=INTEGERS),
+        "documents_q": Arg(ids[0], dtypes=INTEGERS, copies=1),
+        "documents_k": Arg(ids[1], dtypes=INTEGERS, copies=1),
+        "mask_blocks": Arg(blocks, optional=True, copies=2),
+    }
+    pairs |= rules if cpu else {}
     results = {"out": Arg(out, strides=cpu), "lse": Arg(lse)}
-    config = tuple(attention_config.AttentionConfig(2, 0.5))
+    config = tuple(attention_config.AttentionConfig(2, 0.5, block_size=4))
     grads = {
         "dout": Arg(out, optional=True, strides=cpu), "dlse": Arg(lse, optional=True), **inputs,
-        **results, **{f"d{n}": Arg(a.value.clone(), strides=cpu) for n, a in inputs.items()},
-        "dbias": Arg(bias.clone() if cpu else None, optional=True), **pairs,
-        "bias": Arg(bias if cpu else None),
-        "dalibi_slopes": Arg(None if slopes is None else slopes.clone(), optional=True),
-        "alibi_slopes": Arg(slopes),
+        **results, **{f"d{n}": Arg(a.value.clone(), True, strides=cpu) for n, a in inputs.items()},
+        "dbias": Arg(bias.clone(), optional=True), **pairs, "bias": Arg(bias),
+        "dalibi_slopes": Arg(slopes.clone(), optional=True), "alibi_slopes": Arg(slopes),
+        "ddistance_bias": Arg(distances.clone() if cpu else None, optional=True),
+        "distance_bias": Arg(distances if cpu else None),
     }  # fmt: skip
     return {**inputs, **pairs, **results}, grads, config
 
@@ -158,7 +168,7 @@ def _softmax(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
 
 def _rotary(native: Any) -> tuple[dict[str, Arg], tuple]:
     x, x2 = torch.randn(2, 4, 5, 8), torch.randn(2, 3, 5, 8)
-    positions = Arg(torch.zeros(2, 5, dtype=torch.int64), True, INTEGERS, copies=True)
+    positions = Arg(torch.zeros(2, 5, dtype=torch.int64), True, INTEGERS, copies=1)
     return {
         "x": Arg(x), "x2": Arg(x2),
         "cos": Arg(torch.randn(2, 7, 3)), "sin": Arg(torch.randn(2, 7, 3)),
@@ -169,7 +179,7 @@ def _rotary(native: Any) -> tuple[dict[str, Arg], tuple]:
 
 def _sinusoidal(native: Any) -> tuple[dict[str, Arg], tuple]:
     x = torch.randn(2, 5, 6)
-    positions = Arg(torch.zeros(2, 5, dtype=torch.int64), True, INTEGERS, copies=True)
+    positions = Arg(torch.zeros(2, 5, dtype=torch.int64), True, INTEGERS, copies=1)
     start = Arg(torch.tensor([1]), True, INTEGERS)
     return {"x": Arg(x), "positions": positions, "start": start, "out": Arg(x.clone())}, (
         1e4, 1.0, 0,
@@ -211,8 +221,12 @@ def _beyond_cuda(name: str, right: dict[str, Any]) -> Iterator[tuple[str, dict[s
         wide = {i: x.new_zeros(*x.shape[:-1], n) for i, x in tensors.items() if i in QUERIES}
         yield f"D {n}", wide
     yield "mask", {"mask": torch.ones(5, 6, dtype=torch.bool)[None, None]}
-    yield "bias", {"bias": torch.ones(1, 1, 5, 6)}
-    yield "dropout", {"config": _with_dropout(right["config"])}
+    yield "distance_bias", {"distance_bias": torch.ones(1, 1, 1, 10)}
+    yield "prefix_lengths", {"prefix_lengths": torch.ones(2, dtype=torch.int32)}
+    ids = {f"documents_{x}": torch.ones(1, n, dtype=torch.int32) for x, n in (("q", 5), ("k", 6))}
+    yield "documents", ids
+    blocks = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    yield "mask_blocks", {"mask_blocks": blocks}
 
 
 def hostile_calls(native: Any, name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:

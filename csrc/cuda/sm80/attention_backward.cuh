@@ -245,7 +245,7 @@ class KeysKernel {
   }
 
   FUSEDATTN_DEVICE bool exists(const At& at) const {
-    return at.tile < tiles().end && at.head < heads_end;
+    return at.tile < tiles().end && at.head < uint32_t(anew(int(heads_end)));
   }
 
   FUSEDATTN_DEVICE At after(const At& at) const {
@@ -311,7 +311,7 @@ class KeysKernel {
                                OperandB<Passes, Sum::along>(q_tile(stage), query));
     if constexpr (!ruled) p.rules.apply(s);
     multiply<T, head_dim / 16>(dp, OperandA<Stays, Sum::along>(v_tile(), row),
-                               OperandB<Passes, Sum::along>(dout_tile(stage), query));
+                               OperandB<Passes, Sum::along>(dout_tile(anew(stage)), query));
     const auto shift = [&](int j) {
       return load_shared<2>(terms(stage) + query + 8 * j + column_of(0));
     };

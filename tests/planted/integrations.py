@@ -1,6 +1,6 @@
 """The mutants of the adapters: file → (old, new, test, …), as in mutants.py."""
 
-INTEGRATION_MUTANTS = {
+MUTANTS = {
     "python/fusedattn/integrations/_sdpa_switch.py": (
         ("            _forget_resolved()\n        # Who", "        # Who",
          "integration_sdpa_reach.py::test_compiles_anew_after_it_was_on"),

@@ -3,7 +3,7 @@
 The emulator runs them, with kernels for bf16 and head dims up to 64 alone.
 """
 
-CUDA_MUTANTS = {
+MUTANTS = {
     "csrc/cuda/sm80/attention_scores.cuh": (
         ("j < sequence_.begin(i) || j >=", "j >=",
          "cuda_attention_options.py::test_option[cuda_emulated-window]"),

@@ -28,14 +28,14 @@ struct Call<AttentionForward> {
                                         {"mask_blocks", &P::mask_blocks, Read::broadcast},
                                         {"cu_seqlens_q", &P::cu_seqlens_q},
                                         {"cu_seqlens_k", &P::cu_seqlens_k},
-                                        {"block_table", nullptr, Read::refused}};
+                                        {"block_table", &P::block_table}};
   static constexpr Field<P> outputs[] = {{"out", &P::out}, {"lse", &P::lse}};
   static constexpr auto config =
       std::tuple(Option{"causal", &O::causal, Causal::bottom_right}, Option{"scale", &O::scale},
                  Option{"deterministic", &O::deterministic}, Option{"softcap", &O::softcap},
                  Option{"window_left", &O::window_left}, Option{"window_right", &O::window_right},
                  Option{"dropout_p", &O::dropout_p}, Unread{"max_seqlen_q"}, Unread{"max_seqlen_k"},
-                 Option{"block_size", &O::block_size});
+                 Option{"block_size", &O::block_size}, Option{"cached", &O::cached});
 };
 
 // AttentionBackwardCall.
@@ -63,7 +63,7 @@ struct Call<AttentionBackward> {
                                         {"mask_blocks", &P::mask_blocks, Read::broadcast},
                                         {"cu_seqlens_q", &P::cu_seqlens_q},
                                         {"cu_seqlens_k", &P::cu_seqlens_k},
-                                        {"block_table", nullptr, Read::refused},
+                                        {"block_table", &P::block_table},
                                         {"q_grad", nullptr, Read::unread},
                                         {"k_grad", nullptr, Read::unread},
                                         {"v_grad", nullptr, Read::unread},
@@ -86,9 +86,22 @@ inline void share_batch(const AttentionForward& p, std::initializer_list<TensorV
   for (TensorView* each : tensors) each->stride[0] = 0;
 }
 
+// Keys in pages are as many as a table has room for.
+inline void spread_pages(AttentionForward& p) {
+  if (!p.block_table) return;
+  p.pages = p.k.shape[0];
+  p.page_rows = p.k.shape[2];
+  for (TensorView* each : {&p.k, &p.v}) {
+    if (each->shape[0] != p.pages || each->shape[2] != p.page_rows) continue;  // is refused
+    each->shape[0] = p.batch();
+    each->shape[2] = p.block_table.shape[1] * p.page_rows;
+  }
+}
+
 template <>
 inline void settle(AttentionForward& p) {
   share_batch(p, {&p.q, &p.k, &p.v, &p.out, &p.lse});
+  spread_pages(p);
 }
 
 template <>
@@ -107,6 +120,16 @@ inline void check_packed(const AttentionForward& p) {
                           std::to_string(p.batch()) +
                           " batch entries, expected at least 2 and 1, and no mask, bias, "
                           "kv_lengths, documents or mask_blocks");
+}
+
+inline void check_cache(const AttentionForward& p) {
+  Argument("block_table", p.block_table).shape({p.batch(), p.block_table.shape[1]}).integer();
+  if ((p.options.cached || p.block_table) && p.cu_seqlens_q)
+    throw py::value_error("fusedattn: got cu_seqlens_q of a cache, expected none");
+  if (p.block_table && (!p.options.cached || p.pages < 1 || p.page_rows < 1))
+    throw py::value_error("fusedattn: got block_table with " + std::to_string(p.pages) +
+                          " pages of " + std::to_string(p.page_rows) +
+                          " rows, expected some, and `cached`");
 }
 
 inline void check_rules(const AttentionForward& p) {
@@ -154,6 +177,7 @@ inline void check(const AttentionForward& p) {
   Argument("mask", p.mask).broadcasts(scores).dtype(DType::boolean);
   Argument("bias", p.bias).broadcasts(scores).floating_beside(dtype, true);
   Argument("kv_lengths", p.kv_lengths).shape({batch}).integer();
+  check_cache(p);
   check_packed(p);
   check_rules(p);
   Argument("alibi_slopes", p.alibi_slopes).broadcasts({p.sequences(), heads}).dtype(wide(dtype));
@@ -167,6 +191,8 @@ inline void check(const AttentionForward& p) {
 template <>
 inline void check(const AttentionBackward& p) {
   check<AttentionForward>(p);
+  if (p.options.cached)
+    throw py::value_error("fusedattn: got `cached`, which has no gradient, expected false");
   const auto like = [](const char* name, const TensorView& view, const TensorView& other) {
     const int64_t* n = other.shape;
     return Argument(name, view).shape({n[0], n[1], n[2], n[3]}).dtype(other.dtype);

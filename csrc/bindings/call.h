@@ -18,7 +18,6 @@ enum class Read {
   broadcast_last,  // last; likewise
   matrix,          // (…, width) as (rows, width)
   table,           // (T, n) or (1 or B, T, n), as the latter
-  refused,         // a tensor that no kernel takes yet
   unread           // an option that is not for kernels
 };
 
@@ -65,10 +64,6 @@ inline TensorView read_field(Reader& reader, const char* name, Read how, py::han
       return reader.matrix(name, given);
     case Read::table:
       return reader.table(name, given);
-    case Read::refused:
-      if (given.is_none()) return {};
-      throw py::value_error(std::string("fusedattn: got ") + name +
-                            ", which no kernel of this module takes");
     case Read::unread:
       break;
   }

@@ -23,6 +23,19 @@ class Decode {
   static constexpr int held = 8;           // vectors of an output row kept in registers
   static constexpr int64_t ahead = 16;     // rows of K and V asked for before they are needed
 
+  // Rows of K or V, one after the other or wherever a page has them.
+  struct InStep {
+    const T* first;
+    int64_t step;
+    FUSEDATTN_MEMBER const T* operator[](int64_t j) const { return first + j * step; }
+    FUSEDATTN_MEMBER InStep from(int64_t j) const { return {first + j * step, step}; }
+  };
+  struct InPages {
+    const T* const* rows;
+    FUSEDATTN_MEMBER const T* operator[](int64_t j) const { return rows[j]; }
+    FUSEDATTN_MEMBER InPages from(int64_t j) const { return {rows + j}; }
+  };
+
   const AttentionForward& f;
   const Scores<S> scores;
   const int64_t d, dv, rows, pairs;  // rows: of the sequence with most, of one key head
@@ -52,6 +65,7 @@ class Decode {
     count.take<S>(rows * d);
     count.take<S>(2 * block);
     count.take<uint8_t>(block + dropout_step);
+    if (f.block_table) count.take<const T*>(2 * (block + ahead));
     const size_t own = count.used() - shared;
     const Workspace workspace(shared, own, threads);
     S* const partials = workspace.shared().template take<S>(pairs * splits * partial);
@@ -60,9 +74,10 @@ class Decode {
       S* const q = arena.take<S>(rows * d);
       S* const s = arena.take<S>(2 * block);
       uint8_t* const keep = arena.take<uint8_t>(block + dropout_step);
+      const T** const rows_at = f.block_table ? arena.take<const T*>(2 * (block + ahead)) : nullptr;
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < pairs * splits; ++task)
-        stream(task / splits, task % splits, q, s, keep, partials + task * partial);
+        stream(task / splits, task % splits, q, s, keep, rows_at, partials + task * partial);
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < pairs * rows; ++task)
         combine(task / rows, task % rows, partials + task / rows * splits * partial, partial);
@@ -98,7 +113,8 @@ class Decode {
   }
 
   // One split of the keys: m, l and the unnormalised output of every row, into `partial`.
-  void stream(int64_t pair, int64_t split, S* q, S* s, uint8_t* keep, S* partial) const {
+  void stream(int64_t pair, int64_t split, S* q, S* s, uint8_t* keep, const T** rows_at,
+              S* partial) const {
     const int64_t b = pair / f.heads_kv(), h = pair % f.heads_kv();
     const Sequence<int64_t> sequence = f.sequence(b);
     const int64_t own = rows_of(sequence), each = keys_each(visible(sequence));
@@ -116,42 +132,65 @@ class Decode {
     }
     for (int64_t j0 = first; j0 < end; j0 += block) {
       const int64_t past = smaller(j0 + block, end);
-      for (int64_t r = 0; r < own; ++r) {
-        const auto [head, i] = row_of(sequence, pair, r);
-        const int64_t j = larger(j0, sequence.begin(i));
-        const int64_t seen = smaller(sequence.end(i), past) - j;
-        if (seen <= 0) continue;
-        const T* k = f.k.at<const T>(b, h, sequence.key_row(j));
-        const T* v = f.v.at<const T>(b, h, sequence.key_row(j));
-        multiply_keys(q + r * d, k, seen, s);
-        if (scores.rewrite) scores.prepare(s, sequence, b, head, i, j, seen, s + block);
-        scores.mask.apply(s, b, head, i, j, seen);
-        S* row = o + r * dv;
-        const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
-        const Rows<S> p{s, block, block};
-        const int64_t wide = round_up(seen, 2 * w);
-        if (scores.dropout) {
-          const int64_t before = j % 4;  // keys that share a counter with the first one
-          scores.keep(b, head, i, j - before, before + seen, keep);
-          l[r] += probabilities<Fma<S>, true>(s, seen, wide, scores.factor, origin, p, 0,
-                                              keep + before);
-        } else {
-          l[r] += probabilities<Fma<S>, false>(s, seen, wide, scores.factor, origin, p, 0, nullptr);
+      const auto attend = [&](const auto& k, const auto& v) {
+        for (int64_t r = 0; r < own; ++r) {
+          const auto [head, i] = row_of(sequence, pair, r);
+          const int64_t j = larger(j0, sequence.begin(i));
+          const int64_t seen = smaller(sequence.end(i), past) - j;
+          if (seen <= 0) continue;
+          multiply_keys(q + r * d, k.from(j - j0), seen, s);
+          if (scores.rewrite) scores.prepare(s, sequence, b, head, i, j, seen, s + block);
+          scores.mask.apply(s, b, head, i, j, seen);
+          S* row = o + r * dv;
+          const S origin = raise_maximum<Fma<S>>(scores, s, seen, m[r], l[r], row, dv);
+          const Rows<S> p{s, block, block};
+          const int64_t wide = round_up(seen, 2 * w);
+          if (scores.dropout) {
+            const int64_t before = j % 4;  // keys that share a counter with the first one
+            scores.keep(b, head, i, j - before, before + seen, keep);
+            l[r] += probabilities<Fma<S>, true>(s, seen, wide, scores.factor, origin, p, 0,
+                                                keep + before);
+          } else {
+            l[r] +=
+                probabilities<Fma<S>, false>(s, seen, wide, scores.factor, origin, p, 0, nullptr);
+          }
+          add_values(s, v.from(j - j0), seen, row);
         }
-        add_values(s, v, seen, row);
+      };
+      if (rows_at != nullptr) {
+        const T **k = rows_at, **v = rows_at + block + ahead;
+        find_rows(f.k, b, h, j0, past, k);
+        find_rows(f.v, b, h, j0, past, v);
+        attend(InPages{k}, InPages{v});
+      } else {
+        const int64_t first_row = sequence.key_row(j0);
+        attend(InStep{f.k.at<const T>(b, h, first_row), f.k.stride[2]},
+               InStep{f.v.at<const T>(b, h, first_row), f.v.stride[2]});
       }
     }
   }
 
+  // Where keys [j0, past) lie, and the first ones after them again, for those who look ahead.
+  void find_rows(const TensorView& x, int64_t b, int64_t h, int64_t j0, int64_t past,
+                 const T** at) const {
+    for (int64_t j = j0; j < past;) {
+      const int64_t run = smaller(f.page_rows - j % f.page_rows, past - j);
+      const T* row = f.template paged_row<T>(x, b, h, j);
+      for (int64_t c = 0; c < run; ++c, ++j, row += x.stride[2]) at[j - j0] = row;
+    }
+    for (int64_t c = 0; c < ahead; ++c) at[past - j0 + c] = at[past - j0 - 1];
+  }
+
   // s[j] = q · k_j for n keys, one vector's width of them at a time: the sums of their lanes are
   // taken together by a transpose.
-  void multiply_keys(const S* q, const T* k, int64_t n, S* s) const {
+  template <class Keys>
+  FUSEDATTN_MEMBER void multiply_keys(const S* q, const Keys& k, int64_t n, S* s) const {
     alignas(64) S lanes[w * w];
     for (int64_t j = 0; j < n; j += w) {
       const int64_t here = smaller(w, n - j);
       for (int64_t c = 0; c < here; ++c) {
-        const T* key = k + (j + c) * f.k.stride[2];
-        prefetch(key + ahead * f.k.stride[2], d);
+        const T* key = k[j + c];
+        prefetch(k[j + c + ahead], d);
         vec<S> even{}, odd{};
         int64_t i = 0;
         for (; i + 2 * w <= d; i += 2 * w) {
@@ -169,24 +208,27 @@ class Decode {
   }
 
   // o += Σ p_j v_j, a few keys at a time, so that no chain of additions is long.
-  void add_values(const S* p, const T* v, int64_t n, S* o) const {
+  template <class Values>
+  FUSEDATTN_MEMBER void add_values(const S* p, const Values& v, int64_t n, S* o) const {
     for (int64_t j = 0; j < n; j += addends) {
       const int64_t here = smaller(addends, n - j);
-      const T* row = v + j * f.v.stride[2];
+      const Values rows_of_v = v.from(j);
       int64_t i = 0;
-      for (; i + held * w <= dv; i += held * w) add_columns<held>(p + j, row + i, here, o + i);
-      for (; i < dv; i += w) add_columns<1>(p + j, row + i, here, o + i);
+      for (; i + held * w <= dv; i += held * w) add_columns<held>(p + j, rows_of_v, i, here, o + i);
+      for (; i < dv; i += w) add_columns<1>(p + j, rows_of_v, i, here, o + i);
     }
   }
 
-  template <int N>
-  void add_columns(const S* p, const T* v, int64_t n, S* o) const {
+  // Columns i … i + N · w of them.
+  template <int N, class Values>
+  FUSEDATTN_MEMBER void add_columns(const S* p, const Values& v, int64_t i, int64_t n, S* o) const {
     vec<S> sum[N] = {};
-    for (int64_t j = 0; j < n; ++j, v += f.v.stride[2]) {
-      prefetch(v + ahead * f.v.stride[2], N * w);
+    for (int64_t j = 0; j < n; ++j) {
+      const T* row = v[j] + i;
+      prefetch(v[j + ahead] + i, N * w);
       const vec<S> weight = splat(p[j]);
 #pragma GCC unroll 8
-      for (int c = 0; c < N; ++c) sum[c] += weight * load_as(v + c * w);
+      for (int c = 0; c < N; ++c) sum[c] += weight * load_as(row + c * w);
     }
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) store(o + c * w, load(o + c * w) + sum[c]);

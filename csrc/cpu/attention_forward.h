@@ -40,15 +40,30 @@ struct PackedKeys {
 
   template <class T>
   bool pack(const AttentionForward& p, int64_t b, int64_t h, int64_t j, Unit* base,
-            Unit* scratch) const {
+            const ForwardScratch<E>& t) const {
     const Sequence<int64_t> sequence = p.sequence(b);
     const int64_t rows = smaller(sequence.seq_k - j * block, block);
     if (rows <= 0 || (j + 1) * block <= sequence.begin(0)) return true;
-    const int64_t first = sequence.key_row(j * block);
-    return pack_panels_transposed<E>(source<T>(p.k, b, h, first), rows, p.head_dim(),
-                                     round_up(rows, E::panel), k(base, j), scratch) &
-           pack_panels<E>(source<T>(p.v, b, h, first), rows, p.head_dim_v(),
-                          round_up(rows, 2 * width<stat_of<E>>), v(base, j));
+    const auto from = [&](const TensorView& x) {
+      return p.block_table ? gathered<T>(p, x, b, h, j * block, rows, static_cast<T*>(t.pages))
+                           : source<T>(x, b, h, sequence.key_row(j * block));
+    };
+    return pack_panels_transposed<E>(from(p.k), rows, p.head_dim(), round_up(rows, E::panel),
+                                     k(base, j), t.packing) &
+           pack_panels<E>(from(p.v), rows, p.head_dim_v(), round_up(rows, 2 * width<stat_of<E>>),
+                          v(base, j));
+  }
+
+  // Rows of pages, brought together.
+  template <class T>
+  static Source<T> gathered(const AttentionForward& p, const TensorView& x, int64_t b, int64_t h,
+                            int64_t first, int64_t rows, T* to) {
+    const int64_t n = x.shape[3];
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = p.paged_row<T>(x, b, h, first + r);
+      for (int64_t c = 0; c < n; ++c) to[r * n + c] = row[c * x.stride[3]];
+    }
+    return {to, n, 1};
   }
 };
 
@@ -221,7 +236,7 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
     };
     const auto pack = [&](int64_t pair, int64_t block) {
       return keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), block, packed,
-                                   scratch.packing);
+                                   scratch);
     };
     // Under a causal mask the last queries have most to do: they start first.
     const auto attend = [&](int64_t pair, int64_t task) {

@@ -36,6 +36,7 @@ struct ForwardScratch {
   Rows<Unit> q;
   S *s, *o, *m, *l, *row;
   Unit *p, *packing;
+  void* pages = nullptr;  // K or V of a block, where a cache has pages
   int64_t ld_o;
 
   ForwardScratch(const AttentionForward& f, Arena& arena) {
@@ -49,6 +50,7 @@ struct ForwardScratch {
     l = arena.take<S>(rows);
     row = arena.take<S>(keys);
     packing = arena.take<Unit>(E::planes * units_q * (vector_bytes / sizeof(Unit)));
+    if (f.block_table) pages = arena.take<double>(keys * larger(f.head_dim(), f.head_dim_v()));
   }
 
   S* scores(const Strip<E>& x) const { return s + x.buffer % buffers * Blocks::strip * keys; }

@@ -22,6 +22,7 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
   bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask &&
               !p.distance_bias && !p.prefix_lengths && !p.documents_q && !p.mask_blocks &&
+              !p.options.cached &&
               packs(p.head_dim()) && packs(p.head_dim_v()) && p.longest_q() <= most_rows &&
               p.longest_k() <= most_rows && (!p.cu_seqlens_q || p.sequences() <= most_sequences) &&
               p.batch() * p.heads() <= most_rows &&
@@ -30,7 +31,7 @@ void check(const AttentionForward& p, std::initializer_list<const TensorView*> t
   if (!fits)
     throw std::invalid_argument(
         "fusedattn: CUDA attention takes float16 and bfloat16, rows of aligned 16 bytes, D and Dv "
-        "up to 256, int32 kv_lengths, and no mask or rule; got " +
+        "up to 256, int32 kv_lengths, and no mask, rule or cache; got " +
         text(p));
 }
 

@@ -20,6 +20,8 @@ struct AttentionOptions {
   int64_t window_right = -1;
   double dropout_p = 0.0;
   int64_t block_size = 0;  // queries and keys of an element of mask_blocks
+  // A cache: the diagonal is that of the keys that exist, not of all that k has room for.
+  bool cached = false;
 };
 
 // One sequence of the batch, and what its queries see of its keys. Queries and keys are counted
@@ -70,6 +72,11 @@ struct AttentionForward {
   // diagonal; keys of its own id, of documents_q (B or 1, Sq) and documents_k (B or 1, Sk); and
   // blocks of block_size queries and keys, (B or 1, Hq or 1, …) bool. Any integers, of any value.
   TensorView prefix_lengths, documents_q, documents_k, mask_blocks;
+  // (B, n) int32 or int64, of any value: which pages hold the keys of a sequence, one after the
+  // other; may be absent. k and v are then such pages, (pages, Hkv, page_rows, …), though their
+  // shapes are those of what the tables can hold: (B, Hkv, n · page_rows, …).
+  TensorView block_table;
+  int64_t pages = 0, page_rows = 0;
   TensorView out, lse;
   AttentionOptions options;
 
@@ -89,6 +96,14 @@ struct AttentionForward {
   FUSEDATTN_MEMBER int64_t longest_q() const { return q.shape[2]; }
   FUSEDATTN_MEMBER int64_t longest_k() const { return k.shape[2]; }
 
+  // Row j of x, which is k or v, of a cache in pages; never outside of it.
+  template <class T>
+  FUSEDATTN_MEMBER const T* paged_row(const TensorView& x, int64_t b, int64_t h, int64_t j) const {
+    const int64_t given = block_table.integer(block_table.offset(b, j / page_rows));
+    const int64_t number = given < 0 ? 0 : given < pages ? given : pages - 1;
+    return x.at<const T>(number, h, j % page_rows);
+  }
+
   FUSEDATTN_MEMBER int64_t sequences() const {
     return cu_seqlens_q ? cu_seqlens_q.shape[0] - 1 : q.shape[0];
   }
@@ -104,7 +119,7 @@ struct AttentionForward {
       const int64_t n = kv_lengths.integer(b * kv_lengths.stride[0]);
       keys = n < 0 ? 0 : n < keys ? n : keys;
     }
-    return with_keys(keys);
+    return options.cached ? bounded<int64_t>(0, longest_q(), 0, keys, keys) : with_keys(keys);
   }
 
   // Where packed sequence b begins, and the one before it ends; never outside the tensors.

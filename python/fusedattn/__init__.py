@@ -16,6 +16,7 @@ from .ops._explain import explain
 from .ops._registry import UnsupportedError, strict
 from .ops._warmup import warmup
 from .ops.attention import attention
+from .ops.attention_decode import attention_decode
 from .ops.attention_varlen import attention_varlen
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
@@ -33,6 +34,7 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_qk",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "autograd",
     "biases",

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..reference import cache, rules, varlen
 from ..reference import functional as reference
-from ..reference import rules, varlen
 from ._backends import (
     architecture_of,
     capability_of,
@@ -41,18 +41,15 @@ from .attention_config import AttentionBackwardCall, AttentionCall
 # --- backends ------------------------------------------------------------------------------------
 
 
-def _refuse_pending(call: Any) -> Refusal | None:
-    """What no kernel takes yet."""
-    if call.block_table is not None:
-        return Refusal("block_table is not supported yet", "leave block_table out")
-    return None
+def _refuse_cache(call: Any) -> Refusal | None:
+    return Refusal("a cache is not supported", "use attention") if call.config.cached else None
 
 
 # --- cpu: csrc/cpu -------------------------------------------------------------------------------
 
 
 def _cpu_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
-    return cpu_refuses(call.q, "q, k and v") or _refuse_pending(call)
+    return cpu_refuses(call.q, "q, k and v")
 
 
 # --- cuda: csrc/cuda/attention.cu ----------------------------------------------------------------
@@ -99,7 +96,7 @@ def _cuda_takes(call: AttentionCall) -> Refusal | None:
             )
         if x.shape[2] > _LONGEST:
             return Refusal(f"{name} has {x.shape[2]} rows", f"use at most {_LONGEST}")
-    return _refuse_pending(call)
+    return _refuse_cache(call)
 
 
 def _outrun(call: Any) -> Refusal | None:
@@ -173,7 +170,7 @@ def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     widest = max(call.q.shape[3], call.v.shape[3])
     if widest > 512:
         return Refusal(f"head dim {widest} is above 512", "use at most 512")
-    return _refuse_pending(call)
+    return _refuse_cache(call)
 
 
 def _triton_kernels() -> Any:
@@ -187,7 +184,7 @@ def _triton_kernels() -> Any:
 
 
 def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
-    return _refuse_pending(call)
+    return None
 
 
 def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -196,6 +193,8 @@ def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         if call.cu_seqlens_q is not None:
             out, lse = varlen.attention(q, k, v, **_packed_options(call))
+        elif call.config.cached:
+            out, lse = cache.attention(q, k, v, block_table=call.block_table, **_options(call))
         else:
             out, lse = reference.attention(q, k, v, **_options(call), bias=_bias(call))
     return out.to(call.q.dtype), lse

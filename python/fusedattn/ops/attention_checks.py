@@ -44,12 +44,12 @@ def autocast(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
         if q.dtype == dtype:
-            bias = _unless_single(bias, dtype)
-            alibi_slopes, sinks = (_unless_single(x, torch.float32) for x in (alibi_slopes, sinks))
+            bias = unless_single(bias, dtype)
+            alibi_slopes, sinks = (unless_single(x, torch.float32) for x in (alibi_slopes, sinks))
     return q, k, v, bias, alibi_slopes, sinks
 
 
-def _unless_single(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def unless_single(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`x` in `dtype`: one in float32 is more exact, and one that is no float is an error."""
     floats = isinstance(x, Tensor) and x.dtype in (torch.float64, *HALVES)
     return x.to(dtype) if floats else x  # type: ignore[union-attr]
@@ -278,10 +278,48 @@ def validate_offsets(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
     return cu_seqlens_q.shape[0] - 1
 
 
+def in_tables(q: Tensor, x: Tensor, block_table: Tensor | None) -> Tensor:
+    """k or v as large as what its pages have room for, of no memory: its shape is what counts."""
+    if block_table is None or x.dim() != 4:
+        return x
+    check_tensor("attention", "block_table", block_table, INDICES)
+    check_device("attention", "block_table", block_table, "q", q)
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"attention: got block_table of shape {tuple(block_table.shape)}, expected (B, n) with "
+            f"B = {q.shape[0]}"
+        )
+    _, heads, size, dim = x.shape
+    return x.new_empty(()).expand(q.shape[0], heads, block_table.shape[1] * size, dim)
+
+
+def _check_cache(call: AttentionCall) -> None:
+    if not call.config.cached:
+        if call.block_table is not None:
+            raise ValueError("attention: got block_table without a cache, expected cached=True")
+        return
+    given = {x: getattr(call, x) for x in ("cu_seqlens_q", "cu_seqlens_k", "bias", "seed", *_RULES)}
+    wrong = [name for name, x in given.items() if x is not None]
+    if call.kv_lengths is None or wrong:
+        raise ValueError(
+            f"attention: got a cache {'with ' + wrong[0] if wrong else 'without kv_lengths'}, "
+            "expected kv_lengths and no packed sequences, bias, dropout or rule"
+        )
+    if call.k.shape[0] != call.v.shape[0]:
+        raise ValueError(
+            f"attention: got {call.k.shape[0]} pages of keys and {call.v.shape[0]} of values, "
+            "expected one number"
+        )
+
+
+_RULES = Rules._fields
+
+
 def _sequences(call: AttentionCall) -> int:
     """How many a checked call has: packed in one batch entry, or one for each."""
-    q, k, v = call[:3]
+    q, k, v = (call.q, *(in_tables(call.q, x, call.block_table) for x in call[1:3]))
     validate(q, k, v)
+    _check_cache(call)
     if call.cu_seqlens_q is None and call.cu_seqlens_k is None:
         return q.shape[0]
     for name in ("mask", "bias", "kv_lengths", "documents_q", "documents_k", "mask_blocks"):
@@ -296,6 +334,7 @@ def check_call(call: AttentionCall) -> AttentionCall:
     """A call from a traced or exported program, checked as the public function checks its own."""
     q, k, _, mask, bias, kv_lengths, slopes, sinks = call[:8]
     sequences = _sequences(call)
+    k = in_tables(q, k, call.block_table)
     validate_rules(Rules(*call[9:14]), call.config.block_size, q, k, sequences)
     mask, bias, kv_lengths = validate_extras(q, k, mask, bias, kv_lengths)
     if slopes is not None:
@@ -320,6 +359,8 @@ def check_call(call: AttentionCall) -> AttentionCall:
 def check_backward_call(call: AttentionBackwardCall) -> AttentionBackwardCall:
     """The same for a call of the backward."""
     checked = check_call(call.forward)
+    if call.config.cached:
+        raise ValueError("attention_bwd: got a cache, which has no gradient, expected none")
     for name in ("bias", "alibi_slopes", "sinks", "distance_bias"):
         if getattr(call, f"{name}_grad") and getattr(call, name) is None:
             raise ValueError(f"attention_bwd: got {name}_grad=True without {name}, expected it")

@@ -24,7 +24,8 @@ class AttentionConfig(NamedTuple):
     of the diagonal, −1 for unbounded.
 
     max_seqlen_q, max_seqlen_k: of packed sequences, 0 where nobody knows. block_size: queries and
-    keys of an entry of `mask_blocks`.
+    keys of an entry of `mask_blocks`. cached: k and v are a cache, of which kv_lengths tells what
+    exists; the diagonal of each sequence is that of its own length.
     """
 
     causal: int = 0
@@ -37,6 +38,7 @@ class AttentionConfig(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     block_size: int = 0
+    cached: bool = False
 
     @property
     def window(self) -> tuple[int | None, int | None] | None:
@@ -64,8 +66,11 @@ class AttentionCall(NamedTuple):
 
     Masks by rule (attention_rules.py): prefix_lengths (B,), of keys that all queries see, the
     others being causal; documents_q (B or 1, Sq) and documents_k (B or 1, Sk), which must agree;
-    mask_blocks (B or 1, Hq or 1, ⌈Sq/size⌉, ⌈Sk/size⌉), bool. No backend takes block_table, the
-    pages of a cache, yet: the schema is in exported programs and has its place already.
+    mask_blocks (B or 1, Hq or 1, ⌈Sq/size⌉, ⌈Sk/size⌉), bool.
+
+    block_table (B, n): the pages of a cache that hold a sequence's keys, one after the other; k and
+    v are then (pages, Hkv, rows of a page, D), and Sk is n times those rows. A call on a cache
+    (`config.cached`) has kv_lengths and no gradient.
     """
 
     q: Tensor

@@ -89,12 +89,15 @@ def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
 
 
 # Among the arguments of the library ops, counted from q on; torch leaves out the last defaults.
+_BLOCK_TABLE = AttentionCall._fields.index("block_table")
 _MAX_SEQLEN_K = len(AttentionCall._fields) + AttentionConfig._fields.index("max_seqlen_k")
 
 
 def _scores(q: Any, k: Any, given: tuple[Any, ...]) -> int:
     """How many there are; of packed sequences, whose offsets nobody reads here, at most."""
     longest = given[_MAX_SEQLEN_K] if len(given) > _MAX_SEQLEN_K else 0
+    if len(given) > _BLOCK_TABLE and given[_BLOCK_TABLE] is not None:
+        return q[0] * q[1] * q[2] * given[_BLOCK_TABLE][1] * k[2]
     return q[0] * q[1] * q[2] * (min(k[2], longest) if longest else k[2])
 
 

@@ -170,14 +170,18 @@ def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     widest = max(call.q.shape[3], call.v.shape[3])
     if widest > 512:
         return Refusal(f"head dim {widest} is above 512", "use at most 512")
-    return _refuse_cache(call)
+    return None
 
 
 def _triton_kernels() -> Any:
     from ..kernels.attention_bwd import attention_backward
+    from ..kernels.attention_decode import attention_decode
     from ..kernels.attention_fwd import attention_forward
 
-    return SimpleNamespace(forward=attention_forward, backward=attention_backward)
+    def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        (attention_decode if call.config.cached else attention_forward)(call, out, lse)
+
+    return SimpleNamespace(forward=forward, backward=attention_backward)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------

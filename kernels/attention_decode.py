@@ -218,7 +218,7 @@ def _tile(rows: int, widths: tuple[int, int], dtype: torch.dtype) -> dict[str, i
     """Two tiles of 32 KB of K and V are under way during the products of a third, where one has not
     to be larger. IEEE products in fp32 take registers."""
     of_key = sum(widths) * dtype.itemsize
-    keys = max(16, min(64, (32 << 10) // of_key))
+    keys = max(16, min(64, triton.next_power_of_2((32 << 10) // of_key + 1) // 2))
     block = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
     wide = dtype == torch.float32 and max(widths) > 64
     return {

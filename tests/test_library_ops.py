@@ -191,10 +191,13 @@ def test_the_raw_op_in_place_has_no_gradient():
         torch.ops.fusedattn.rotary_(x, *args[1:])
 
 
-def test_what_no_kernel_takes_yet_is_refused():
+def test_pages_are_of_a_cache():
     (_, args), *_ = raw_calls()
-    with pytest.raises(fusedattn.UnsupportedError, match="block_table is not supported yet"):
-        torch.ops.fusedattn.attention_fwd(*args[:3], block_table=torch.ones(2))
+    table = torch.zeros(len(args[0]), 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="got block_table without a cache"):
+        torch.ops.fusedattn.attention_fwd(*args[:3], block_table=table)
+    with pytest.raises(ValueError, match="got a cache without kv_lengths"):
+        torch.ops.fusedattn.attention_fwd(*args[:3], cached=True)
 
 
 class EveryOp(torch.nn.Module):

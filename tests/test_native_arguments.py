@@ -303,12 +303,35 @@ def test_the_fields_of_a_call_have_the_same_names_on_both_sides(native):
     assert native.fields == want
 
 
-def test_an_option_that_no_kernel_takes_is_refused(native):
-    for name in ("attention_forward", "attention_backward"):
-        right = {n: arg.value for n, arg in FUNCTIONS[name](native)[0].items()}
-        right["config"] = FUNCTIONS[name](native)[1]
-        with pytest.raises(ValueError, match="got block_table, which no kernel"):
-            _call(native, name, right | {"block_table": torch.ones(4)})
+def test_a_cache_is_checked(native):
+    """Pages of a call that says it is on a cache, in modules that take one; and forward alone."""
+    args, config = FUNCTIONS["attention_forward"](native)
+    right = {n: arg.value for n, arg in args.items()}
+    for name in ("bias", "mask", "distance_bias", "prefix_lengths", "documents_q", "documents_k"):
+        right[name] = None
+    cached = attention_config.AttentionConfig(*config)._replace(cached=True, block_size=0)
+    right |= {"config": tuple(cached), "mask_blocks": None}
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
+    if native is not _native.cpu:
+        with pytest.raises(ValueError, match="no mask, rule or cache"):
+            _call(native, "attention_forward", right)
+        return
+    _call(native, "attention_forward", right)
+    _call(native, "attention_forward", right | {"block_table": table})
+    wrong = {
+        "shape": table[0], "number of rows": table[:1], "floats": table.float(),
+        "freed": freed(table.clone()), "no cache": table,
+    }  # fmt: skip
+    for how, given in wrong.items():
+        changed = {"block_table": given}
+        if how == "no cache":
+            changed["config"] = tuple(cached._replace(cached=False))
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            _call(native, "attention_forward", right | changed)
+    args, _ = FUNCTIONS["attention_backward"](native)
+    right |= {n: arg.value for n, arg in args.items() if n not in right}
+    with pytest.raises(ValueError, match="no gradient"):
+        _call(native, "attention_backward", right | {"dbias": None, "ddistance_bias": None})
 
 
 def test_dropout_needs_a_seed(native):

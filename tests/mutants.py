@@ -170,6 +170,23 @@ MUTANTS = [
          "nn_multihead_attention_contract.py::test_encoder_calls_the_fused_op"),
     ),
     *mutants(
+        "python/fusedattn/nn/transformer_layers.py",
+        ("residual=x, dropout_p=p", "residual=x", "nn_transformer.py::test_dropout"),
+        ("block.to(dtype) if keep_dtype else block", "block",
+         "nn_transformer.py::test_autocast"),
+        ("not (module._forward_hooks or module._forward_pre_hooks)", "True",
+         "nn_transformer_contract.py::test_who_watches_or_stands_in_is_called"),
+        ("is getattr(of, name)", "is not None",
+         "nn_transformer_contract.py::test_blocks_of_a_subclass_are_called"),
+    ),
+    *mutants(
+        "python/fusedattn/nn/transformer.py",
+        ("output.masked_fill(dropped[..., None], 0.0)", "output",
+         "nn_transformer.py::test_padding_is_dropped_where_torch_drops_it"),
+        ("mask.requires_grad or mask.is_meta", "mask.is_meta",
+         "nn_transformer_contract.py::test_causal_masks_are_found"),
+    ),
+    *mutants(
         "python/fusedattn/nn/rotary_scaling.py",
         ("(self.dim / (self.dim - 2))", "(self.dim / self.dim)",
          "positional_modules.py::test_frequencies_are_those_of_hugging_face"),

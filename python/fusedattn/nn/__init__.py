@@ -8,17 +8,27 @@ from .positional import (
     SinusoidalPositionalEncoding,
     alibi_slopes,
 )
+from .replacement import Replacement, replace
 from .softmax import Softmax
 from .swiglu import SwiGLU
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "LayerNorm",
     "LearnedPositionalEncoding",
     "MultiheadAttention",
     "RMSNorm",
+    "Replacement",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",
     "SwiGLU",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "alibi_slopes",
+    "replace",
 ]

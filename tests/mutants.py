@@ -120,6 +120,9 @@ MUTANTS = [
     ),
     *mutants(
         "python/fusedattn/ops/attention_checks.py",
+        ("tuple(given) == (batch, keys)", "False", "attention_inputs.py::test_bad_argument"),
+        ("seq_k != 0 and q.shape[2] % seq_k == 0", "False",
+         "attention_inputs.py::test_bad_argument"),
         ("values[-1] > rows", "values[-1] > rows + 1",
          "attention_varlen.py::test_export_with_dynamic_shapes"),
     ),

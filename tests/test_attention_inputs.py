@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import fusedattn
 import pytest
 import torch
 from compare import device_for
-from fusedattn.ops import attention_backends
+from fusedattn.ops import _spellings, attention_backends
 from fusedattn.ops.attention_config import AttentionCall, configure
 from processes import in_a_new_process
 
@@ -72,6 +73,26 @@ BAD = {
         {"mask": of(torch.bool, 3, 1, 6, 10)},
         ValueError,
         ["mask of shape (3, 1, 6, 10)", "(2, 4, 6, 10)"],
+    ),
+    "mask of keys": (
+        {"mask": of(torch.bool, 2, 10)},
+        ValueError,
+        ["mask of shape (2, 10)", "(2, 4, 6, 10); one of keys, (B, Sk), is passed as its [:, None"],
+    ),
+    "mask of each batch entry": (
+        {"mask": of(torch.bool, 2, 6, 10)},
+        ValueError,
+        ["mask of shape (2, 6, 10)", "; one for all heads, (B, Sq, Sk), is passed as its [:, Non"],
+    ),
+    "bias for (B, S, H, D)": (
+        {"q": (2, 6, 4, 8), "k": (2, 6, 2, 8), "v": (2, 6, 2, 8), "bias": of(FLOAT, 2, 1, 6, 6)},
+        ValueError,
+        ["(2, 6, 4, 2); q, k and v that lie (B, S, H, D) are passed as their .transpose(1, 2)"],
+    ),
+    "keys (B, S, H, D)": (
+        {"q": (2, 6, 4, 8), "k": (2, 10, 2, 8), "v": (2, 10, 2, 5)},
+        ValueError,
+        ["6 query heads and 10 key heads", "multiple (grouped queries); q, k and v that lie (B, S"],
     ),
     "mask of rank 5": ({"mask": of(torch.bool, 1, 1, 1, 6, 10)}, ValueError, ["mask", "(B, Hq"]),
     "float mask": ({"mask": of(torch.float32, 6, 10)}, TypeError, ["mask", "float32", "as bias"]),
@@ -149,6 +170,31 @@ def test_bad_argument(options, error, parts):
         call(**options)
     for part in parts:
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("name", _spellings.SPELLINGS)
+def test_what_others_call_it(name):
+    """The error says what stands here for it, and that is an argument."""
+    with pytest.raises(TypeError, match=rf"^attention: got {name}, expected ") as raised:
+        call(**{name: True})
+    known = inspect.signature(fusedattn.attention).parameters
+    words = set(re.findall(r"\w+", str(raised.value))) - {name}
+    assert name not in known
+    assert words & known.keys() or name == "enable_gqa"
+    with pytest.raises(TypeError, match="attention: got an unknown keyword argument 'masks'"):
+        call(masks=None)
+
+
+def test_what_others_mean_by_it():
+    """The advice computes what torch does."""
+    q, k, v = torch.randn(Q), torch.randn(K), torch.randn(K)
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    expected = theirs(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(fusedattn.attention(q, k, v, causal="top_left"), expected)
+    blocked = torch.arange(10) >= torch.tensor([[10], [7]])
+    expected = theirs(q, k, v, ~blocked[:, None, None, :], enable_gqa=True)
+    for options in ({"mask": ~blocked[:, None, None, :]}, {"kv_lengths": torch.tensor([10, 7])}):
+        torch.testing.assert_close(fusedattn.attention(q, k, v, **options), expected)
 
 
 def test_option_that_a_backend_does_not_take():

@@ -118,7 +118,8 @@ FUNCTIONS = {name: getattr(fusedattn, name) for name in CALLS}
 ARGUMENTS = [
     (function, parameter)
     for function, call in FUNCTIONS.items()
-    for parameter in inspect.signature(call).parameters
+    for parameter, about in inspect.signature(call).parameters.items()
+    if about.kind is not inspect.Parameter.VAR_KEYWORD
 ]
 
 

@@ -32,6 +32,11 @@ MODULES: dict[str, Callable[[], torch.nn.Module]] = {
     "sinusoidal": lambda: nn.SinusoidalPositionalEncoding(),
     "learned": lambda: nn.LearnedPositionalEncoding(9, 16),
     "swiglu": lambda: nn.SwiGLU(16, 8),
+    "encoder-layer": lambda: nn.TransformerEncoderLayer(16, 4, 8, batch_first=True),
+    "decoder-layer": lambda: nn.TransformerDecoderLayer(16, 4, 8, norm_first=True),
+    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 8), 1),
+    "decoder": lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 8), 1),
+    "transformer": lambda: nn.Transformer(16, 4, 1, 1, 8, batch_first=True),
 }
 NAMED = r"^\w+: got \w+( and \w+)? (of|on) .*, expected "
 
@@ -43,6 +48,7 @@ def test_inputs(name: str, what: str) -> None:
     calls = {
         "attention": [(x, X, X), (X, x, X), (X, X, x), (x, x, x)],
         "rotary": [(x, X), (X, x)],
+        **{each: [(x, X), (X, x), (x, x)] for each in ("decoder-layer", "decoder", "transformer")},
     }.get(name, [(x,)])
     taken = {("scalar", "softmax"), ("scalar", "softmax-no-dim")}  # as torch's does
     on_meta = ("softmax", "softmax-no-dim", "sinusoidal", "rotary", "swiglu")
@@ -106,6 +112,23 @@ MADE: list[tuple[type, dict[str, Any], str]] = [
     (nn.LearnedPositionalEncoding, {"max_length": 9, "width": 8, "dtype": torch.int8}, "dtype=to"),
     (nn.SwiGLU, {"dim": 8, "hidden_dim": 0}, "hidden_dim=0"),
     (nn.SwiGLU, {"dim": 8, "hidden_dim": 8, "activation": "tanh"}, "activation='tanh'"),
+    (nn.TransformerEncoderLayer, {"d_model": 8, "nhead": 3}, "d_model=8 and nhead=3"),
+    (nn.TransformerEncoderLayer, {"d_model": 8, "nhead": 0}, "nhead=0"),
+    (nn.TransformerEncoderLayer, {"d_model": 8, "nhead": 2, "dropout": 2}, "dropout=2"),
+    (nn.TransformerDecoderLayer, {"d_model": 8.0, "nhead": 2}, "d_model of type float"),
+    (nn.TransformerDecoderLayer, {"d_model": 8, "nhead": 2, "activation": "silu"}, "activation='"),
+    (nn.TransformerDecoderLayer, {"d_model": 8, "nhead": 2, "activation": 3}, "activation of type"),
+    (nn.TransformerDecoderLayer, {"d_model": 8, "nhead": 2, "norm_first": 1}, "norm_first of type"),
+    (nn.TransformerEncoder, {"encoder_layer": None, "num_layers": 1}, "encoder_layer of type None"),
+    (nn.TransformerEncoder, {"encoder_layer": nn.Softmax(-1), "num_layers": 0}, "num_layers=0"),
+    (
+        nn.TransformerDecoder,
+        {"decoder_layer": nn.Softmax(-1), "num_layers": 1, "norm": 1},
+        "norm of type int",
+    ),
+    (nn.Transformer, {"num_decoder_layers": -1}, "num_decoder_layers=-1"),
+    (nn.Transformer, {"d_model": 8, "nhead": 3}, "d_model=8 and nhead=3"),
+    (nn.Transformer, {"layer_norm_eps": "a"}, "layer_norm_eps of type str"),
 ]
 
 

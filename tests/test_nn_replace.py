@@ -39,6 +39,7 @@ class Mixed(nn.Module):
 
 
 SWAPPED = {
+    "encoder": "TransformerEncoderLayer",
     "encoder.self_attn": "MultiheadAttention",
     "encoder.norm1": "LayerNorm",
     "encoder.norm2": "LayerNorm",
@@ -57,8 +58,11 @@ def test_swaps_in_place_and_computes_the_same(training):
     done = fusedattn.replace(model)
     assert {name: new.__name__ for name, (_, new) in done.items()} == SWAPPED
     assert dict(done)[next(iter(done))] == done[next(iter(done))]
-    assert len(done) == 6
+    assert len(done) == 7
     assert all(modules[name] is module for name, module in model.named_modules())
+    assert done.left.keys() == {"unclear", "subclass"}
+    assert "\n  unclear: left, for it has no dim\n  subclass: left, for test_nn_rep" in repr(done)
+    assert "Scaled is a subclass of torch.nn.LayerNorm, and may" in done.left["subclass"]
     for name in SWAPPED:
         assert type(modules[name]).__module__.startswith("fusedattn.nn")
     for name in ("unclear", "other", "subclass"):
@@ -98,7 +102,7 @@ def test_undo_restores_classes_and_flags():
         assert vars(module) == attributes
     done.undo()  # twice does no harm
     with fusedattn.replace(model) as done:
-        assert len(done) == 6
+        assert len(done) == 7
     assert type(model.softmax) is nn.Softmax
 
 
@@ -106,6 +110,30 @@ def test_twice_changes_nothing_more():
     model = Mixed()
     fusedattn.replace(model)
     assert len(fusedattn.replace(model)) == 0
+
+
+def test_transformers_and_their_subclasses():
+    """A class that overrides is reported and keeps its ways; what it consists of is replaced."""
+
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src, *args, **kwargs):
+            return super().forward(2 * src, *args, **kwargs)
+
+    own = nn.TransformerEncoder(Own(32, 4, 64, 0.0, batch_first=True), 1)
+    model = nn.Transformer(32, 4, 1, 1, 64, 0.0, custom_encoder=own, batch_first=True).eval()
+    x = torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = model(x, x)
+        done = fusedattn.replace(model)
+        torch.testing.assert_close(model(x, x), expected)
+    assert done.left.keys() == {"encoder.layers.0"}
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["encoder.layers.0"] == "Own"
+    assert done["encoder.layers.0.self_attn"][1] is fusedattn.nn.MultiheadAttention
+    for name in ("", "encoder", "decoder", "decoder.layers.0"):
+        assert done[name][1] is getattr(fusedattn.nn, kinds[name])
+    done.undo()
+    assert type(model.decoder.layers[0]) is nn.TransformerDecoderLayer
 
 
 def test_the_model_itself_and_its_optimizer():

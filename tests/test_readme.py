@@ -1,4 +1,4 @@
-"""Every Python block of the README and every example in a docstring runs, each by itself."""
+"""Every Python block of the README and docs/ and every example in a docstring runs by itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import pytest
 import torch
 from processes import ROOT, SHIPPED
 
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+}
 BLOCKS = {
-    README[: found.start(1)].count("\n"): found[1]
-    for found in re.finditer(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (page, text[: found.start(1)].count("\n")): found[1]
+    for page, text in PAGES.items()
+    for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 }
 
 
@@ -25,10 +28,11 @@ def as_a_user_has_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("line", BLOCKS, ids=lambda line: f"line {line + 1}")
-def test_readme(line: int) -> None:
-    code = "\n" * line + BLOCKS[line]  # so that an error names the README's line
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize("place", BLOCKS, ids=lambda place: f"{place[0]} line {place[1] + 1}")
+def test_readme(place: tuple[str, int]) -> None:
+    page, line = place
+    code = "\n" * line + BLOCKS[place]  # so that an error names the page's line
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
 
 def modules_with_examples() -> list[str]:
@@ -45,7 +49,7 @@ def modules_with_examples() -> list[str]:
 
 def test_there_are_examples() -> None:
     assert "fusedattn" in modules_with_examples()
-    assert len(BLOCKS) == README.count("```python")
+    assert len(BLOCKS) == sum(text.count("```python") for text in PAGES.values())
 
 
 @pytest.mark.parametrize("name", modules_with_examples())

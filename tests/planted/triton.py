@@ -42,6 +42,12 @@ MUTANTS = {
         ("place - (seq_k - rows_k)", "place",
          "attention_rules.py::test_packed_rules_are_those_of_each_sequence"),
     ),
+    "kernels/attention_decode.py": (
+        ("begin += split * each", "begin += split * BLOCK_N",
+         "attention_decode.py::test_keys_are_split"),
+        ("j = j % pages.rows", "j = j", "attention_decode.py::test_triton"),
+        ("l += tl.where(m == ", "l += 0 * tl.where(m == ", "attention_decode.py::test_triton"),
+    ),
     "kernels/dropout.py": (
         ("tl.interleave(tl.interleave(a > most, c > most), tl.interleave(b > most, d > most))",
          "tl.interleave(tl.interleave(a > most, b > most), tl.interleave(c > most, d > most))",

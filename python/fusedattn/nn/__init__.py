@@ -9,8 +9,11 @@ from .positional import (
     SinusoidalPositionalEncoding,
     alibi_slopes,
 )
+from .replacement import Replacement, replace
 from .softmax import Softmax
 from .swiglu import SwiGLU
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "KVCache",
@@ -19,9 +22,16 @@ __all__ = [
     "MultiheadAttention",
     "PagedKVCache",
     "RMSNorm",
+    "Replacement",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",
     "SwiGLU",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "alibi_slopes",
+    "replace",
 ]

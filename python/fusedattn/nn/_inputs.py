@@ -28,6 +28,45 @@ def check_dtype(module: str, dtype: Any) -> None:
         raise TypeError(f"{module}: got dtype={dtype}, expected one of floating point")
 
 
+def check_input(owner: str, name: str, x: Any, weight: Tensor | None, nested: str = "") -> None:
+    """x is a dense tensor where `weight` is and, unless autocast sees to it, of its dtype.
+
+    `nested` says what is expected of a nested one, which x is not; without it no nested one is.
+    """
+    if not isinstance(x, Tensor):
+        raise wrong(owner, TypeError, name, f"of type {type(x).__name__}", "a Tensor")
+    if x.is_nested:
+        raise wrong(owner, ValueError, name, "that is nested", nested or "a dense tensor")
+    if weight is None:
+        return
+    if x.dtype != weight.dtype and not (x.is_floating_point() and _autocast(x.device)):
+        wanted = f"{weight.dtype}, that of the weights"
+        raise wrong(owner, TypeError, name, f"of dtype {x.dtype}", wanted)
+    if x.device != weight.device or x.layout is not torch.strided:
+        wanted = f"a dense tensor on {weight.device}, where the weights are"
+        raise wrong(owner, ValueError, name, f"on {x.device}, {x.layout}", wanted)
+
+
+def check_mask(owner: str, name: str, mask: Any, *shapes: tuple[int, ...]) -> None:
+    """mask is one as torch's modules take it, of one of the shapes."""
+    got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+    if got != torch.bool and not (isinstance(mask, Tensor) and mask.is_floating_point()):
+        wanted = "a bool (True = blocked) or float Tensor"
+        raise wrong(owner, TypeError, name, f"of type {got}", wanted)
+    if tuple(mask.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise wrong(owner, ValueError, name, f"of shape {tuple(mask.shape)}", wanted)
+
+
+def _autocast(device: torch.device) -> bool:
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
+
+
+def wrong(owner: str, error: type[Exception], name: str, got: str, expected: str) -> Exception:
+    return error(f"{owner}: got {name} {got}, expected {expected}")
+
+
 def recorded(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A call of `module` by torch.fx as one node of its graph, as torch's own modules are recorded.
 

@@ -24,7 +24,16 @@ from ..ops.attention import attention
 from ..ops.attention_config import configure
 from ..ops.attention_varlen import attention_varlen
 from ..reference import functional as reference
-from ._inputs import check_dtype, check_sizes, is_nested, recorded, rows
+from ._inputs import (
+    check_dtype,
+    check_input,
+    check_mask,
+    check_sizes,
+    is_nested,
+    recorded,
+    rows,
+    wrong,
+)
 from .positional import alibi_slopes
 
 
@@ -445,41 +454,18 @@ def _check(
     batch = query.shape[1 - dim] if batched else 1
     padding_shape: tuple[int, ...] = (batch, length_k) if batched else (length_k,)
     mask_shapes = ((length, length_k), (batch * module.num_heads, length, length_k))
-    for name, mask, shapes in (
-        ("key_padding_mask", key_padding_mask, (padding_shape,)),
-        ("attn_mask", attn_mask, mask_shapes),
-    ):
-        if mask is None:
-            continue
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        if got != torch.bool and not (isinstance(mask, Tensor) and mask.is_floating_point()):
-            wanted = "a bool (True = blocked) or float Tensor"
-            raise _wrong(TypeError, name, f"of type {got}", wanted)
-        if tuple(mask.shape) not in shapes:
-            wanted = " or ".join(str(shape) for shape in shapes)
-            raise _wrong(ValueError, name, f"of shape {tuple(mask.shape)}", wanted)
+    if key_padding_mask is not None:
+        check_mask("MultiheadAttention", "key_padding_mask", key_padding_mask, padding_shape)
+    if attn_mask is not None:
+        check_mask("MultiheadAttention", "attn_mask", attn_mask, *mask_shapes)
 
 
 def _check_tensor(module: MultiheadAttention, name: str, x: Tensor) -> None:
     """Check x against the weights."""
-    if not isinstance(x, Tensor):
-        raise _wrong(TypeError, name, f"of type {type(x).__name__}", "a Tensor")
-    if x.is_nested:
-        raise _wrong(ValueError, name, "that is nested", _NESTED)
     weight = module.in_proj_weight
     weight = module.q_proj_weight if weight is None else weight
-    if x.dtype != weight.dtype and not (x.is_floating_point() and _autocast(x.device)):
-        wanted = f"{weight.dtype}, that of the weights"
-        raise _wrong(TypeError, name, f"of dtype {x.dtype}", wanted)
-    if x.device != weight.device or x.layout is not torch.strided:
-        wanted = f"a dense tensor on {weight.device}, where the weights are"
-        raise _wrong(ValueError, name, f"on {x.device}, {x.layout}", wanted)
-
-
-def _autocast(device: torch.device) -> bool:
-    known = torch.amp.is_autocast_available(device.type)
-    return known and torch.is_autocast_enabled(device.type)
+    check_input("MultiheadAttention", name, x, weight, _NESTED)
 
 
 def _wrong(error: type[Exception], name: str, got: str, expected: str) -> Exception:
-    return error(f"MultiheadAttention: got {name} {got}, expected {expected}")
+    return wrong("MultiheadAttention", error, name, got, expected)

@@ -11,12 +11,19 @@ from ..ops._registry import _stacklevel_of_the_caller
 from .attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .softmax import Softmax
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: LayerNorm,
     torch.nn.RMSNorm: RMSNorm,
     torch.nn.Softmax: Softmax,
     torch.nn.MultiheadAttention: MultiheadAttention,
+    torch.nn.Transformer: Transformer,
+    torch.nn.TransformerEncoder: TransformerEncoder,
+    torch.nn.TransformerDecoder: TransformerDecoder,
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
 }
 
 
@@ -30,9 +37,13 @@ class Replacement(Mapping[str, tuple[type, type]]):
     `undo()` gives every module its old class back; as a context manager it does so on exit. The
     modules themselves know what they were, so that a deep copy of the model, or one that was
     unpickled, has a replacement of its own: `Replacement.of(copy).undo()`.
+
+    Attributes:
+        left: by name, why `replace` left a module alone that is like those it swaps.
     """
 
     def __init__(self) -> None:
+        self.left: dict[str, str] = {}
         self._changed: dict[str, tuple[type, type]] = {}
         self._modules: dict[str, torch.nn.Module] = {}
 
@@ -109,28 +120,40 @@ class Replacement(Mapping[str, tuple[type, type]]):
             f"fusedattn.nn.{new.__name__}"
             for name, (old, new) in self._changed.items()
         ]
-        return "\n".join([f"Replacement of {len(lines)} modules", *lines])
+        left = [f"  {name or '(the model itself)'}: left, {why}" for name, why in self.left.items()]
+        return "\n".join([f"Replacement of {len(lines)} modules", *lines, *left])
 
 
 def replace(model: torch.nn.Module) -> Replacement:
-    """Make the norms, softmaxes and attentions of `model` fused ones, in place.
+    """Make the norms, softmaxes, attentions and transformers of `model` fused ones, in place.
 
-    Swaps `torch.nn.LayerNorm`, `RMSNorm`, `Softmax` and `MultiheadAttention`, wherever they stand
-    in the model, for those of `fusedattn.nn`. A module stays the same object, with its parameters,
-    hooks and place in the `state_dict`: optimizers and checkpoints do not notice. Subclasses, which
-    may compute something else, and a `Softmax` without a `dim` are left alone.
+    Swaps `torch.nn.LayerNorm`, `RMSNorm`, `Softmax`, `MultiheadAttention`, `Transformer`, its
+    encoder, its decoder and their layers, wherever they stand in the model, for those of
+    `fusedattn.nn`. A module stays the same object, with its parameters, hooks and place in the
+    `state_dict`: optimizers and checkpoints do not notice. Subclasses, which may compute something
+    else, and a `Softmax` without a `dim` are left alone, but for what they consist of.
 
     Returns:
-        What was changed, by module name; its `undo()` takes it back. For a copy of the model, or
-        where this was not kept, `Replacement.of(model)` finds it again.
+        What was changed, by module name; its `left` says what was not and why, its `undo()` takes
+        it back. For a copy of the model, or where this was not kept, `Replacement.of(model)` finds
+        it again.
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
     """
     done = Replacement()
     for name, module in _modules_of(model, "replace"):
-        new = FUSED.get(type(module))
-        if new is not None and getattr(module, "dim", 0) is not None:
+        new, kind = FUSED.get(type(module)), type(module)
+        if new is None:
+            base = next((base for base in kind.__mro__ if base in FUSED), None)
+            if base is not None and not issubclass(kind, tuple(FUSED.values())):
+                done.left[name] = (
+                    f"for {kind.__module__}.{kind.__qualname__} is a subclass of "
+                    f"torch.nn.{base.__name__}, and may compute something else"
+                )
+        elif getattr(module, "dim", 0) is None:
+            done.left[name] = "for it has no dim"
+        else:
             done._swap(name, module, new)
     return done
 

@@ -92,8 +92,13 @@ def check_like(
         )
 
 
-def check_broadcast(op: str, name: str, x: Tensor, shape: Sequence[int], of: str) -> None:
-    """Check that x broadcasts to `shape`, which is that of `of`."""
+def check_broadcast(
+    op: str, name: str, x: Tensor, shape: Sequence[int], of: str, hint: Any = None
+) -> None:
+    """Check that x broadcasts to `shape`, which is that of `of`.
+
+    hint(x.shape, shape): what more there is to say of one that does not.
+    """
     given = x.shape
     missing = len(shape) - len(given)
     if missing >= 0:
@@ -104,7 +109,7 @@ def check_broadcast(op: str, name: str, x: Tensor, shape: Sequence[int], of: str
             return
     raise ValueError(
         f"{op}: got {name} of shape {tuple(given)}, expected one that broadcasts to {of} "
-        f"{tuple(shape)}"
+        f"{tuple(shape)}{hint(given, shape) if hint else ''}"
     )
 
 

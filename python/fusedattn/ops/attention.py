@@ -16,7 +16,7 @@ et al. 2022).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ..masks import Mask
 from ._checks import check_flag, check_seed, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
+from ._spellings import refuse_unknown
 from ._transforms import Folding
 from .attention_backends import BACKENDS, backward_formula, formula
 from .attention_checks import (
@@ -46,6 +47,9 @@ from .attention_config import (
 from .attention_kernels import attention_bwd, attention_fwd
 from .attention_rules import NONE, unfold, validate_rules
 from .attention_shapes import over_leading
+
+if TYPE_CHECKING:
+    from ._typing import AttentionOptions, Unpack
 
 # Looked up once: what follows runs on every call.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -161,6 +165,20 @@ def _prepare(
     )
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[AttentionOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -180,6 +198,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(scale · qkᵀ + bias)) v over the keys that each query may attend to.
 
@@ -244,8 +263,11 @@ def attention(
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
+    if unknown:
+        refuse_unknown("attention", unknown)
     if has_override(q, k, v, mask, bias, kv_lengths, alibi_slopes, sinks, scale):
         given = locals()
+        del given["unknown"]
         if is_overridden(given):
             return hand_over(attention, given)
         if isinstance(q, Tensor) and q.is_nested:

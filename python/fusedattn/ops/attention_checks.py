@@ -24,6 +24,8 @@ from ._registry import is_strict
 from .attention_config import AttentionBackwardCall, AttentionCall
 from .attention_rules import Rules, validate_rules
 
+TRANSPOSE = "; q, k and v that lie (B, S, H, D) are passed as their .transpose(1, 2)"
+
 
 def autocast(
     q: Tensor,
@@ -144,9 +146,10 @@ def validate(q: Tensor, k: Tensor, v: Tensor, leading: bool = False) -> int:
             "expected one head dim of at least 1"
         )
     if heads != heads_kv and (heads_kv == 0 or heads % heads_kv != 0):
+        swapped = seq_k != 0 and q.shape[2] % seq_k == 0
         raise ValueError(
             f"attention: got {heads} query heads and {heads_kv} key heads, "
-            "expected a multiple (grouped queries)"
+            f"expected a multiple (grouped queries){TRANSPOSE if swapped else ''}"
         )
     return head_dim
 
@@ -161,10 +164,21 @@ def _check_rank(name: str, x: Tensor, leading: bool) -> None:
         )
 
 
+def _of_another_layout(given: Any, shape: Any) -> str:
+    """What a mask that does not fit is likely to be meant for."""
+    batch, heads, queries, keys = shape
+    if tuple(given) == (batch, keys):
+        return "; one of keys, (B, Sk), is passed as its [:, None, None, :]"
+    if tuple(given) == (batch, queries, keys):
+        return "; one for all heads, (B, Sq, Sk), is passed as its [:, None]"
+    return TRANSPOSE if len(given) > 1 and given[-1] == heads else ""
+
+
 def _broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """`x` as a view of 4 dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
     check_device("attention", name, x, "q", q)
-    check_broadcast("attention", name, x, (*q.shape[:3], k.shape[2]), "(B, Hq, Sq, Sk) =")
+    shape = (*q.shape[:3], k.shape[2])
+    check_broadcast("attention", name, x, shape, "(B, Hq, Sq, Sk) =", _of_another_layout)
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 

@@ -7,7 +7,7 @@ whose `flash_attn_varlen_func` has the same arguments).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .attention_checks import (
 )
 from .attention_config import AttentionCall, configure
 from .attention_rules import packed_bias, packed_prefix
+
+if TYPE_CHECKING:
+    from ._typing import Unpack, VarlenOptions
 
 _NAME = "attention_varlen"
 
@@ -92,6 +95,21 @@ def _prepare(
     )  # fmt: skip
 
 
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    return_lse: Literal[False] = False, **options: Unpack[VarlenOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    return_lse: Literal[True], **options: Unpack[VarlenOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    return_lse: bool, **options: Unpack[VarlenOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_varlen(
     q: Tensor,
     k: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +11,28 @@ from torch import Tensor
 from ._library import hand_over, has_override, is_overridden
 from .norm import normalise
 
+if TYPE_CHECKING:
+    from ._typing import NormOptions, Unpack
 
+
+@overload
+def layer_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, *, residual: None = None,
+    **options: Unpack[NormOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor,
+    **options: Unpack[NormOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None,
+    **options: Unpack[NormOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     normalized_shape: int | Sequence[int],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -10,9 +11,27 @@ from torch import Tensor
 from ._library import hand_over, has_override, is_overridden
 from .norm import normalise
 
+if TYPE_CHECKING:
+    from ._typing import RMSNormOptions, Unpack
+
 _EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
 
+@overload
+def rms_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
+    eps: float | None = None, *, residual: None = None, **options: Unpack[RMSNormOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
+    eps: float | None = None, *, residual: Tensor, **options: Unpack[RMSNormOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
+    eps: float | None = None, *, residual: Tensor | None, **options: Unpack[RMSNormOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
     normalized_shape: int | Sequence[int],

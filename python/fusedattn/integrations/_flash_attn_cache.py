@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops._library import plain
 from ..ops._registry import is_strict
-from ..ops.attention import attention
+from ..ops.attention_decode import attention_decode
 from ..ops.rotary import apply_rotary
 
 _OP = "flash_attn_with_kvcache"
@@ -87,8 +87,8 @@ def flash_attn_with_kvcache(
 ) -> Any:
     """Attention of new queries on a cache, which new keys and values are appended to in place.
 
-    No gradient is recorded. Masks and distances are those of each sequence's own length. A paged
-    cache, and one that is picked by cache_batch_idx, is copied together first.
+    No gradient is recorded. Masks and distances are those of each sequence's own length, and the
+    cache is read where it lies.
 
     Args:
         q: (B, Sq, Hq, D).
@@ -111,7 +111,7 @@ def flash_attn_with_kvcache(
             is out of range; nothing was written. On a GPU values are checked within `strict()`.
     """
     with torch.no_grad():
-        batch, seq_q = q.shape[:2]
+        batch = q.shape[0]
         size = k_cache.shape[1]
         room = size if block_table is None else size * block_table.shape[1]
         before = _lengths(cache_seqlens, batch, room, k, q.device)
@@ -126,14 +126,18 @@ def flash_attn_with_kvcache(
         if k is not None:
             place = before[:, None] + torch.arange(new, device=q.device)
             _append(((k_cache, k), (v_cache, v)), place, cache_batch_idx, block_table)
-        keys, values = (_gather(x, batch, cache_batch_idx, block_table) for x in (k_cache, v_cache))
+        table = block_table
+        if cache_batch_idx is not None:  # a page is then all that an entry has
+            table = cache_batch_idx[:, None]
+        keys, values = (x[:batch] if table is None else x for x in (k_cache, v_cache))
         length = before + new
-        seen = _seen(options, length, seq_q, room, cache_leftpad)
-        bias = None if alibi_slopes is None else _alibi(alibi_slopes, length, seq_q, room)
-        own = {name: options[name] for name in ("scale", "softcap")}
-        out, lse = attention(
-            *(x.transpose(1, 2) for x in (q, keys, values)), mask=seen, bias=bias,
-            kv_lengths=length.to(torch.int32), return_lse=True, **own,
+        begun = None
+        if cache_leftpad is not None:
+            begun = torch.arange(room, device=q.device) >= cache_leftpad[:, None, None, None]
+        slopes = None if alibi_slopes is None else alibi_slopes.float()
+        out, lse = attention_decode(
+            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), length, mask=begun,
+            block_table=table, alibi_slopes=slopes, return_lse=True, **options,
         )  # fmt: skip
     out = out.transpose(1, 2)
     return (out, positive(lse)) if return_softmax_lse else out
@@ -221,44 +225,3 @@ def _append(
         else:
             entry = number if cache_batch_idx is None else cache_batch_idx.long()[:, None]
             cache[entry, place] = new.to(cache.dtype)
-
-
-def _gather(
-    cache: Tensor, batch: int, cache_batch_idx: Tensor | None, block_table: Tensor | None
-) -> Tensor:
-    """(B, Sk, Hkv, D); pages that nobody has filled may be any, and are not looked at."""
-    if block_table is not None:
-        pages = block_table.long().clamp(0, cache.shape[0] - 1)
-        return cache[pages].flatten(1, 2)
-    return cache[:batch] if cache_batch_idx is None else cache[cache_batch_idx.long()]
-
-
-def _steps(length: Tensor, seq_q: int, seq_k: int) -> Tensor:
-    """(B, 1, Sq, Sk): keys to the right of each sequence's own diagonal."""
-    i = torch.arange(seq_q, device=length.device)[:, None]
-    j = torch.arange(seq_k, device=length.device)
-    return (j - i) - (length[:, None, None, None] - seq_q)
-
-
-def _seen(
-    options: dict[str, Any], length: Tensor, seq_q: int, seq_k: int, leftpad: Tensor | None
-) -> Tensor | None:
-    left, right = options["window"] or (None, None)
-    right = 0 if options["causal"] else right
-    found = None
-    if left is not None or (right is not None and seq_q > 1) or right not in (None, 0):
-        step = _steps(length, seq_q, seq_k)
-        found = torch.ones_like(step, dtype=torch.bool)
-        if left is not None:
-            found &= step >= -left
-        if right is not None:
-            found &= step <= right
-    if leftpad is not None:
-        begun = torch.arange(seq_k, device=length.device) >= leftpad[:, None, None, None]
-        found = begun if found is None else found & begun
-    return found
-
-
-def _alibi(slopes: Tensor, length: Tensor, seq_q: int, seq_k: int) -> Tensor:
-    of_heads = slopes[..., None, None] if slopes.dim() == 2 else slopes[None, :, None, None]
-    return -of_heads.float() * _steps(length, seq_q, seq_k).abs()

@@ -18,7 +18,7 @@ import fusedattn
 import torch
 import torch.nn.functional as F
 from fusedattn.reference import transformer
-from fusedattn.reference.generation import generate
+from fusedattn.reference.generation import Remembering, generate
 from fusedattn.reference.transformer import BEGIN, END, MASK, PAD, Ops, TransformerConfig
 from torch import Tensor, nn
 
@@ -188,9 +188,12 @@ def continue_text(model: Any, text: Text, device: torch.device) -> dict[str, str
     prompt = "The value of "
     start = torch.tensor([list(prompt.encode())], device=device)
     rng = torch.Generator(device).manual_seed(0)
+    whole = start.shape[1] + 200 <= text.size.length
+    context = {} if whole else {"context": text.size.length}
     tokens = generate(
-        model, start, 200, temperature=0.7, top_p=0.9, context=text.size.length, generator=rng
-    )
+        Remembering(model) if whole else model, start, 200, temperature=0.7, top_p=0.9,
+        generator=rng, **context,
+    )  # fmt: skip
     return {"prompt": prompt, "text": readable(tokens[0, start.shape[1] :])}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import fusedattn
 import pytest
 import torch
 from ops import OPS, arguments, outputs, raw_calls

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fusedattn.reference import transformer
+from fusedattn.reference import model_ops
 from fusedattn.reference.transformer import (
     BEGIN,
     MASK,
@@ -224,7 +224,7 @@ def test_ties_embeddings_and_drops_out() -> None:
 def test_sinusoidal_positions() -> None:
     """Against the formula of Vaswani et al. (2017), §3.5, term by term."""
     x = torch.randn(2, 5, 6, dtype=torch.float64)
-    out = transformer.add_sinusoidal(x, scale=3.0)
+    out = model_ops.add_sinusoidal(x, scale=3.0)
     for position in range(5):
         for i in range(6):
             phase = torch.tensor(position / 10000 ** ((i - i % 2) / 6), dtype=torch.float64)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
-from fusedattn.reference.generation import generate
+from fusedattn.reference.generation import Remembering, generate
 from fusedattn.reference.transformer import (
     BEGIN,
     END,
@@ -14,6 +15,7 @@ from fusedattn.reference.transformer import (
     VOCABULARY,
     Decoder,
     EncoderDecoder,
+    Llama,
     Ops,
     TransformerConfig,
 )
@@ -42,6 +44,29 @@ def test_greedy_takes_the_likeliest() -> None:
     assert greedy.shape == (2, 15)
     assert len(greedy[:, 3:].unique()) > 6
     assert torch.equal(random_decoder()(greedy)[:, 2:-1].argmax(-1), greedy[:, 3:])
+
+
+@pytest.mark.parametrize("ops", [Ops.plain(), Ops.fused()], ids=["plain", "fused"])
+@pytest.mark.parametrize("kind", [Decoder, Llama])
+def test_remembering_what_was_computed_changes_nothing(kind: type, ops: Ops) -> None:
+    torch.manual_seed(0)
+    net = kind(dataclasses.replace(CONFIG, kv_heads=2), ops).eval()
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    prompt = torch.tensor([[BEGIN, 1, 2], [BEGIN, 3, 4]])
+    want = generate(net, prompt, 30, temperature=0, end_token=None)
+    remembering = Remembering(net)
+    assert torch.equal(generate(remembering, prompt, 30, temperature=0, end_token=None), want)
+    assert remembering.seen == 32
+    with torch.no_grad():
+        torch.testing.assert_close(net(want)[:, 20:], _from(net, want, 20))
+
+
+def _from(net: nn.Module, tokens: Tensor, first: int) -> Tensor:
+    caches: list = []
+    net(tokens[:, :first], 0, caches)
+    return net(tokens[:, first:], first, caches)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}])

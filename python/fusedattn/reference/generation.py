@@ -7,7 +7,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .transformer import END, PAD
+from .transformer import END, PAD, Decoder, Llama
+
+
+class Remembering:
+    """A model for `generate` that computes each token once, and keeps its keys and values.
+
+    >>> generate(Remembering(model), prompt, 100)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Decoder | Llama) -> None:
+        self.model, self.seen = model, 0
+        self.caches: list = []
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (B, S), of which those of the last call are the first → logits of the others."""
+        new, first = tokens[:, self.seen :], self.seen
+        self.seen = tokens.shape[1]
+        return self.model(new, first, self.caches)
 
 
 def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -42,7 +59,8 @@ def generate(
 
     Args:
         model: maps tokens (B, S) to logits (B, S, V): a `Decoder`, or `EncoderDecoder.given(…)`;
-            put it in evaluation mode first.
+            put it in evaluation mode first. `Remembering(decoder)` is much faster, but knows no
+            `context`.
         prompt: (B, S) with S at least 1, not padded; BEGIN for an encoder-decoder.
         max_new_tokens: how many tokens to add at most.
         temperature: divides the logits; 0 takes the likeliest token each time (greedy).

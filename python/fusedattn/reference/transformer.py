@@ -25,110 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention as _attention
-from ..ops import layer_norm as _layer_norm
-from ..ops import rms_norm as _rms_norm
-from ..ops import rotary as _rotary
-from ..ops import sinusoidal as _sinusoidal
-from . import functional
+from .model_ops import Ops as Ops
+from .model_ops import rotary_tables
 
 PAD, BEGIN, END, MASK = 256, 257, 258, 259
 VOCABULARY = 260
 
 Activation = Callable[[Tensor], Tensor]
 Tables = tuple[Tensor, Tensor]  # of rotary: cos, sin
-
-
-# --- the pluggable ops ---------------------------------------------------------------------------
-
-
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kv_lengths: Tensor | None = None
-) -> Tensor:
-    """softmax(q kᵀ / √D) v as plain PyTorch spells it, building the whole (Sq, Sk) matrix."""
-    k, v = (functional.expand_heads(x, q.shape[1]) for x in (k, v))
-    seen = functional.visible_keys(q, k, causal=causal, kv_lengths=kv_lengths)
-    scores = functional.scores(q, k, q.shape[-1] ** -0.5, None, seen)
-    return torch.matmul(torch.softmax(scores, dim=-1), v)
-
-
-def residual_norm(norm: Callable[..., Tensor]) -> Callable[..., Any]:
-    """`norm(x, …)`, and given a residual (norm(x + residual, …), x + residual)."""
-
-    def normed(x: Tensor, *args: Any, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            return norm(x, *args)
-        total = x + residual
-        return norm(total, *args), total
-
-    return normed
-
-
-layer_norm = residual_norm(F.layer_norm)
-rms_norm = residual_norm(F.rms_norm)
-
-
-def add_sinusoidal(x: Tensor, *, base: float = 10000.0, scale: float = 1.0) -> Tensor:
-    """x · scale plus sin(p / baseⁱ) in the even and cos(p / baseⁱ) in the odd features, i = 2j/W.
-
-    x (B, S, W), W even; the phases are fp64 (Vaswani et al. 2017, §3.5).
-    """
-    length, width = x.shape[-2:]
-    cos, sin = rotary_tables(length, width, base, device=x.device)
-    return x * scale + torch.stack((sin, cos), -1).flatten(-2).to(x.dtype)
-
-
-def rotary_tables(
-    length: int, dim: int, base: float = 10000.0, device: Any = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of p / baseⁱ, i = 2j/dim: (length, dim / 2), fp32 from fp64 phases."""
-    position = torch.arange(length, dtype=torch.float64, device=device)
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
-    phase = position[:, None] / base**exponent
-    return phase.cos().float(), phase.sin().float()
-
-
-def rotate_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary positions as models spell them: feature j pairs with j + D/2 (Su et al. 2021)."""
-    cos, sin = (torch.cat((t, t), -1)[: q.shape[-2]].to(q.dtype) for t in (cos, sin))
-
-    def rotate(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat((-second, first), -1) * sin
-
-    return rotate(q), rotate(k)
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The ops a model is built on; each has the signature of its plain version here or in torch.
-
-    attention(q, k, v, *, causal, kv_lengths), layer_norm(x, shape, weight, bias, eps, *, residual),
-    rms_norm(x, shape, weight, eps, *, residual), add_sinusoidal(x, *, scale),
-    apply_rotary_qk(q, k, cos, sin).
-    """
-
-    attention: Callable[..., Any]
-    layer_norm: Callable[..., Any] = layer_norm
-    rms_norm: Callable[..., Any] = rms_norm
-    add_sinusoidal: Callable[..., Tensor] = add_sinusoidal
-    apply_rotary_qk: Callable[..., tuple[Tensor, Tensor]] = rotate_half
-
-    @classmethod
-    def plain(cls) -> Ops:
-        """Everything in plain PyTorch."""
-        return cls(attention=softmax_attention)
-
-    @classmethod
-    def fused(cls) -> Ops:
-        """Everything that this library has a kernel for."""
-        return cls(
-            attention=_attention.attention,
-            layer_norm=_layer_norm.layer_norm,
-            rms_norm=_rms_norm.rms_norm,
-            add_sinusoidal=_sinusoidal.add_sinusoidal,
-            apply_rotary_qk=_rotary.apply_rotary_qk,
-        )
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -188,7 +92,8 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Multi-head attention from x (B, Sq, W) to `source` (B, Sk, W).
 
-    `rotary` (cos, sin), each (S, D / 2), turns the queries and keys by their positions.
+    `rotary` (cos, sin), each (S, D / 2), turns the queries and keys by their positions. With a
+    cache x are the last tokens, which see those in it as well.
     """
 
     def __init__(
@@ -203,16 +108,26 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(config.width, 2 * kv_width, bias)
         self.out = nn.Linear(config.width, config.width, bias)
 
+    def new_cache(self, x: Tensor) -> Any:
+        """For the sequences of x (B, S, W)."""
+        dim = x.shape[2] // self.heads
+        return self.ops.cache(x.shape[0], self.kv_heads, dim, device=x.device, dtype=x.dtype)
+
     def forward(
-        self, x: Tensor, source: Tensor, lengths: Tensor | None, rotary: Tables | None = None
-    ) -> Tensor:
+        self, x: Tensor, source: Tensor, lengths: Tensor | None, rotary: Tables | None = None,
+        cache: Any = None,
+    ) -> Tensor:  # fmt: skip
         q = torch.unflatten(self.query(x), -1, (self.heads, -1))
         kv = torch.unflatten(self.key_value(source), -1, (2, self.kv_heads, -1))
         k, v = kv.unbind(-3)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, D), views
-        if rotary is not None:
-            q, k = self.ops.apply_rotary_qk(q, k, *rotary)
-        out = self.ops.attention(q, k, v, causal=self.causal, kv_lengths=lengths)
+        if cache is not None:
+            tables = {} if rotary is None else {"cos": rotary[0], "sin": rotary[1]}
+            out = cache.attend(q, k, v, **tables)
+        else:
+            if rotary is not None:
+                q, k = self.ops.apply_rotary_qk(q, k, *rotary)
+            out = self.ops.attention(q, k, v, causal=self.causal, kv_lengths=lengths)
         return self.out(out.transpose(1, 2).flatten(-2))
 
 
@@ -262,10 +177,10 @@ class Block(nn.Module):
 
     def layers(
         self, lengths: Tensor | None, memory: Tensor | None, memory_lengths: Tensor | None,
-        rotary: Tables | None,
+        rotary: Tables | None, cache: Any,
     ) -> list[tuple[nn.Module, Activation]]:  # fmt: skip
         """(norm, layer) in the order in which x passes them."""
-        attend = partial(self.attention, lengths=lengths, rotary=rotary)
+        attend = partial(self.attention, lengths=lengths, rotary=rotary, cache=cache)
         found = [(self.norms[0], lambda y: attend(y, y))]
         if (cross := self.cross) is not None:
             found.append((self.norms[2], lambda y: cross(y, memory, memory_lengths)))
@@ -273,9 +188,9 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, memory: Tensor | None = None,
-        memory_lengths: Tensor | None = None, rotary: Tables | None = None,
+        memory_lengths: Tensor | None = None, rotary: Tables | None = None, cache: Any = None,
     ) -> Tensor:  # fmt: skip
-        layers = self.layers(lengths, memory, memory_lengths, rotary)
+        layers = self.layers(lengths, memory, memory_lengths, rotary, cache)
         if not self.norm_first:
             for norm, layer in layers:
                 x, _ = norm(self.dropout(layer(x)), residual=x)
@@ -298,13 +213,15 @@ class Embeddings(nn.Module):
         self.positions = nn.Embedding(config.max_length, config.width)
         self.segments = nn.Embedding(segments, config.width) if segments else None
 
-    def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
-        if tokens.shape[1] > self.positions.num_embeddings:
+    def forward(
+        self, tokens: Tensor, segments: Tensor | None = None, first: int = 0
+    ) -> Tensor:  # fmt: skip
+        past = first + tokens.shape[1]
+        if past > self.positions.num_embeddings:
             raise ValueError(
-                f"got {tokens.shape[1]} tokens, expected at most max_length="
-                f"{self.positions.num_embeddings}"
+                f"got {past} tokens, expected at most max_length={self.positions.num_embeddings}"
             )
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.tokens(tokens) + self.positions.weight[first:past]
         if self.segments is None or segments is None:
             return x
         return x + self.segments(segments)
@@ -328,6 +245,15 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 # --- the models ----------------------------------------------------------------------------------
 
 
+def _caches(blocks: Any, x: Tensor, caches: list | None) -> list:
+    """One of each block, or None."""
+    if caches is None:
+        return [None] * len(blocks)
+    if not caches:
+        caches += [block.attention.new_cache(x) for block in blocks]
+    return caches
+
+
 class Decoder(nn.Module):
     """GPT: a causal, pre-norm stack that predicts each next token; output tied to the embedding."""
 
@@ -342,11 +268,15 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(config.width, ops)
         self.apply(initialise)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, S) → logits (B, S, V). Padding needs no mask: it comes last."""
-        x = self.dropout(self.embedding(tokens))
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, tokens: Tensor, first: int = 0, caches: Any = None) -> Tensor:
+        """tokens (B, S) → logits (B, S, V). Padding needs no mask: it comes last.
+
+        caches: a list, one of each block, of the `first` tokens before these; an empty one is
+        filled.
+        """
+        x = self.dropout(self.embedding(tokens, first=first))
+        for block, cache in zip(self.blocks, _caches(self.blocks, x, caches), strict=True):
+            x = block(x, cache=cache)
         return F.linear(self.norm(x), self.embedding.tokens.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -377,11 +307,11 @@ class Llama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.apply(initialise)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, S) → logits (B, S, V). Padding needs no mask: it comes last."""
+    def forward(self, tokens: Tensor, first: int = 0, caches: Any = None) -> Tensor:
+        """As `Decoder`; the caches know how many tokens are before these."""
         x = self.dropout(self.tokens(tokens))
-        for block in self.blocks:
-            x = block(x, rotary=(self.cos, self.sin))
+        for block, cache in zip(self.blocks, _caches(self.blocks, x, caches), strict=True):
+            x = block(x, rotary=(self.cos, self.sin), cache=cache)
         return F.linear(self.norm(x), self.tokens.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:

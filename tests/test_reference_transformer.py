@@ -14,6 +14,7 @@ from fusedattn.reference.transformer import (
     MASK,
     PAD,
     VOCABULARY,
+    Block,
     Decoder,
     Encoder,
     EncoderDecoder,
@@ -106,7 +107,7 @@ def test_padding_changes_nothing(model: type[nn.Module], ops: Ops) -> None:
         torch.testing.assert_close(net.loss(short), net.loss(padded), atol=1e-5, rtol=0)
 
 
-def as_torch(block: transformer.Block, config: TransformerConfig) -> nn.Module:
+def as_torch(block: Block, config: TransformerConfig) -> nn.Module:
     """torch's own layer with the weights of `block`, without dropout."""
     kind = nn.TransformerEncoderLayer if block.cross is None else nn.TransformerDecoderLayer
     layer = kind(
@@ -247,6 +248,7 @@ def test_every_op_is_pluggable() -> None:
     for model in (EncoderDecoder, Llama):
         loss = build(model, ops).loss(*batch(model))
         assert torch.equal(loss, build(model, plain).loss(*batch(model)))
+    build(Llama, ops)(batch(Llama)[0], 0, [])
     assert called == set(vars(plain))
 
 

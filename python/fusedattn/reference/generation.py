@@ -13,7 +13,11 @@ from .transformer import END, PAD, Decoder, Llama
 class Remembering:
     """A model for `generate` that computes each token once, and keeps its keys and values.
 
-    >>> generate(Remembering(model), prompt, 100)  # doctest: +SKIP
+    >>> import torch
+    >>> from fusedattn.reference.transformer import BEGIN, Decoder, Ops, TransformerConfig
+    >>> model = Decoder(TransformerConfig(), Ops.fused()).eval()
+    >>> generate(Remembering(model), torch.tensor([[BEGIN]]), 5, end_token=None).shape
+    torch.Size([1, 6])
     """
 
     def __init__(self, model: Decoder | Llama) -> None:

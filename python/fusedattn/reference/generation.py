@@ -14,6 +14,7 @@ class Remembering:
     """A model for `generate` that computes each token once, and keeps its keys and values.
 
     >>> import torch
+    >>> from fusedattn.reference.generation import Remembering, generate
     >>> from fusedattn.reference.transformer import BEGIN, Decoder, Ops, TransformerConfig
     >>> model = Decoder(TransformerConfig(), Ops.fused()).eval()
     >>> generate(Remembering(model), torch.tensor([[BEGIN]]), 5, end_token=None).shape

@@ -3,14 +3,17 @@
     ds = p ∘ (z ∘ dout vᵀ − Δ), p = exp(s − lse)       (attention_bwd.py)
     dbias[b, h, i, j] = Σ ds over every index along which bias has size 1
 
-One program owns one tile of dbias and walks over all tiles of ds that add to it, recomputing each
-from q, k, v and dout: two more matrix products, but no atomics, and so the same bits each time.
-Where dbias has too few tiles to fill the GPU the walk is split, and the parts summed afterwards.
+It is summed where ds is at hand: over keys in dq_kernel, over queries in dkdv_kernel, whose rows
+are keys, and what several heads or batch entries share, there too, by fp32 atomics. Only where such
+a sum has to be deterministic has it a kernel of its own: one program owns one tile of dbias and
+walks over all tiles of ds that add to it, recomputing each from q, k, v and dout: two more matrix
+products, but the same bits each time. Where dbias has too few tiles to fill the GPU the walk is
+split, and the parts summed afterwards.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +31,38 @@ from .attention_scores import (
 from .attention_tiles import bias_grad_tile
 from .common import dot, load_tile, rows_from
 from .plans import Launches
+
+
+class BiasSum(NamedTuple):
+    """How the gradient of a bias of some shape is summed."""
+
+    rows: bool  # over queries
+    cols: bool  # over keys
+    added: bool  # several programs of the kernel that computes it add to one element
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether that kernel is `dkdv_kernel`."""
+        return self.rows and not self.cols
+
+
+def bias_sum(bias: Tensor | None, q: Tensor, k: Tensor) -> BiasSum:
+    if bias is None:
+        return BiasSum(False, False, False)
+    batch, heads, rows, cols = bias.shape
+    over_rows, over_cols = rows < q.shape[2], cols < k.shape[2]
+    shared = batch < q.shape[0] or heads < q.shape[1]
+    return BiasSum(over_rows, over_cols, shared or (over_rows and over_cols))
+
+
+@triton.jit
+def add_or_store(pointers, x, mask, ADDED: tl.constexpr):
+    """x to what is there if ADDED, else in its place."""
+    if ADDED:
+        tl.atomic_add(pointers, x, mask=mask, sem="relaxed")
+    else:
+        tl.store(pointers, x, mask=mask)
+
 
 _LENGTHS = ["seq_q", "seq_k", "lower", "upper", "tiles_m", "tiles_n", "splits", "summed"]
 
@@ -160,7 +195,7 @@ def broadcast_bias_gradient(
     about: tuple,
     q: Tensor,
 ) -> None:
-    """Write the gradient of a bias that has size 1 where the scores do not.
+    """Write the gradient of a bias that has size 1 where the scores do not, in an order.
 
     dbias: fp32, of the bias's four dimensions. views, arguments: what `bias_grad_kernel` shares
     with the other kernels of the backward; about: what its tile is chosen by, the device first.

@@ -1,14 +1,14 @@
-"""Attention backward: dq, dk, dv and, where nothing was broadcast, dbias.
+"""Attention backward: dq, dk, dv and dbias.
 
 With p = exp(s − lse), recomputed tile by tile, and Δ = rowsum(dout ∘ out) − dlse, one number per
 query, and z which weights dropout keeps, times 1 / (1 − dropout_p):
 
     ds = p ∘ (z ∘ dout vᵀ − Δ)   dv = (p ∘ z)ᵀ dout   dq = scale · ds k   dk = scale · dsᵀ q
-    dbias = ds
+    dbias = ds, summed over what shares an element of bias
 
 (Dao et al. 2022, appendix B.2; the gradient of lse only shifts Δ.) In float16 ds is kept times a
-power of two, e: attention_ds_scale.py. Three kernels, none with sums by atomics, so that gradients
-are bitwise repeatable:
+power of two, e: attention_ds_scale.py. Three kernels, with no sums by atomics but those of a shared
+bias, so that all other gradients are bitwise repeatable, and with `deterministic` that too:
 
     delta_kernel   Δ and e · Δ: attention_delta.py
     dkdv_kernel    one tile of keys of one key head; over the queries of all heads of its group
@@ -16,7 +16,8 @@ are bitwise repeatable:
 
 dkdv works on transposed scores (keys × queries): pᵀ and dsᵀ come out of one product in the layout
 of the next one's first operand, and stay in registers.
-The gradient of a broadcast bias is a sum over programs: attention_bias_grad.py.
+A bias of one row for all queries gets its gradient in dkdv, any other in dq; which of these sums
+are of several programs, and how they are done in an order: attention_bias_grad.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_bias_grad import broadcast_bias_gradient
+from .attention_bias_grad import add_or_store, bias_sum, broadcast_bias_gradient
 from .attention_delta import row_terms
 from .attention_distance_grad import distance_bias_gradient
 from .attention_dq import dq_kernel, sum_slopes
@@ -41,6 +42,7 @@ from .attention_launch import (
     pair_bytes,
     rules_of,
     sequences_of,
+    special_tiles,
     tiles,
     tuning,
 )
@@ -61,11 +63,13 @@ from .attention_scores import (
 from .attention_tiles import dkdv_tiles, dq_tiles
 from .common import (
     View,
+    broadcast_view,
     describable,
     described,
     device_of,
     dot,
     load_tile,
+    matrix,
     optional_view,
     row_view,
     rows_from,
@@ -95,6 +99,7 @@ def dkdv_kernel(
     norms,  # of `load_ds_scale`, or None
     dk,  # View (B, Hkv, Sk, D), or None
     dv,  # View (B, Hkv, Sk, Dv), or None
+    dbias,  # View (B, Hq, 1, Sk) of fp32 zeros, a stride 0 where it is broadcast, or None
     scale,
     dropout,  # Dropped, or None
     heads_total,  # B·Hkv
@@ -118,6 +123,7 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     MASKED_APART: tl.constexpr = False,
     TMA: tl.constexpr = False,
+    ADDED: tl.constexpr = False,  # of dbias: `BiasSum`
 ):
     tiles = tiles_of(seq_k, sequences, BLOCK_N)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, None)
@@ -134,7 +140,8 @@ def dkdv_kernel(
         dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat, dropout) if norms is not None else None
     PAIRS: tl.constexpr = MASKED or rules.bias is not None
-    # Two loops as in the forward, for tiles of which the registers suffice: attention_tiles.py.
+    DS: tl.constexpr = dk is not None or dbias is not None
+    # Two loops as in the forward, for tiles of which the registers suffice.
     DENSE: tl.constexpr = rules.bounds is not None
     SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART and not DENSE
     bounds = (begin, whole, end) if SPLIT else (begin, end)
@@ -153,6 +160,7 @@ def dkdv_kernel(
             q_head = described(q_head, sequence.seq_q, BLOCK_M, D, BLOCK_D)
             dout_head = described(dout_head, sequence.seq_q, BLOCK_M, DV, BLOCK_DV)
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
+        bias_row = tl.zeros([BLOCK_N], tl.float32)
         span = bounds
         if DENSE:
             span = within(rules.bounds, batch, head, j, seq_k, begin, end, BLOCK_M)
@@ -166,7 +174,7 @@ def dkdv_kernel(
                 delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
                 raw = dot(k_tile, tl.trans(q_tile), None, PRECISION)
                 # The exponentials run while the tensor cores work at this.
-                if dk is not None and not PAIRS:
+                if DS and not PAIRS:
                     dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
                 s = scores(
                     raw,
@@ -186,6 +194,8 @@ def dkdv_kernel(
                 if upper is not None or lower is not None:  # noqa: SIM102
                     if masked:
                         s = hide(s, i[None, :], j[:, None], sequence, lower, upper)
+                if rules.alibi_slopes is not None:  # past the last query one below 0 overflows
+                    s = tl.minimum(s, shift_row[None, :], tl.PropagateNan.ALL)
                 p = weights(s, shift_row[None, :], scale, NATURAL)
                 kept_p = p
                 if dropout is not None:
@@ -194,14 +204,22 @@ def dkdv_kernel(
                     kept_p = tl.where(keep, p, 0.0)
                 if dv is not None:
                     dv_tile = dot(kept_p.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
-                if dk is not None:
+                if DS:
                     if PAIRS:  # later: no registers are left for it
                         dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)
                     if dropout is not None:
                         dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                     ds = p * less_delta(dp, delta_row[None, :], ds_scale)
+                if dbias is not None:
+                    bias_row += tl.sum(ds, 1)
+                if dk is not None:
                     ds = chain(ds, raw, rules, scale)
                     dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+
+        if dbias is not None:
+            of_head = matrix(dbias, batch, head)
+            at = of_head.data + j.to(tl.int64) * of_head.col
+            add_or_store(at, unscaled(bias_row, ds_scale), j < keys, ADDED)
 
     exists = (j < keys)[:, None]
     if dk is not None:
@@ -237,7 +255,7 @@ def attention_backward(
     dalibi_slopes: Tensor | None = None,
     ddistance_bias: Tensor | None = None,
 ) -> None:
-    """Write those that are not None: dq, dk and dv of any strides, the others contiguous.
+    """Write those that are not None: dq, dk, dv and dbias of any strides, the others contiguous.
 
     dout (B, Hq, Sq, Dv) may be expanded, dout or dlse (B, Hq, Sq) None (zero).
     """
@@ -245,8 +263,7 @@ def attention_backward(
     device = device_of(q)
     arguments = common_arguments(call, call.dout, out, dq, dk, dv)
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    about = (device, q.dtype, widths, pair_bytes(call), arguments["dropout"] is not None)
-    padded = widths != (arguments["D"], arguments["DV"])
+    about = (device, q.dtype, widths, pair_bytes(call), special_tiles(call))
     walked = call.dout is not None and describable(q, call.dout)
     heads_q, heads_k = (x.shape[0] * x.shape[1] for x in (q, k))
     lse, lengths = launches.vector(call.lse), launches.vector(call.kv_lengths)
@@ -265,36 +282,44 @@ def attention_backward(
     def dq_grid(tile: dict[str, int]) -> tuple[int]:
         return (heads_q * tiles(call, q, tile["BLOCK_M"]),)
 
-    if dk is not None or dv is not None:
+    # In fp32, and zero where no tile comes by.
+    sums = bias_sum(dbias, q, k)
+    total = dbias
+    if dbias is not None and dbias.dtype != torch.float32:
+        total = launches.empty(dbias.shape)
+    in_order = sums.added and call.config.deterministic
+    of_dkdv = total if sums.of_keys and not in_order else None
+    of_dq = None if sums.of_keys or in_order else total
+    if dk is not None or dv is not None or of_dkdv is not None:
         of_keys = rules_of(launches, call, of_keys=True)
         found = dkdv_tiles(*about, walked)
         launches.tuned(
             _dkdv_tuner, tuning(call, arguments, found, products=4), dkdv_kernel, dkdv_grid,
             *inputs, of_keys, *views[4:], scaled, norms, optional_view(dk), optional_view(dv),
-            heads_total=heads_k, section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
+            broadcast_view(of_dkdv), heads_total=heads_k, zeroed=of_dkdv,
+            section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
+            **({} if of_dkdv is None else {"ADDED": sums.added}),
         )  # fmt: skip
-    # In fp32, and zero where no tile comes by.
-    ds = None if dbias is None else launches.zeros(dbias.shape)
-    whole = ds is not None and ds.shape == (*q.shape[:3], k.shape[2])
     slopes = None if dalibi_slopes is None else launches.empty(lse.shape)
-    if dq is not None or whole or slopes is not None:
-        found = dq_tiles(*about, padded, describable(k, v))
+    if dq is not None or of_dq is not None or slopes is not None:
+        found = dq_tiles(*about, describable(k, v))
+        summed = {"SUM_ROWS": sums.rows, "SUM_COLS": sums.cols, "ADDED": sums.added}
         launches.tuned(
             _dq_tuner, tuning(call, arguments, found, products=3), dq_kernel, dq_grid, *views,
-            scaled, norms, optional_view(dq), view(ds) if whole else None, slopes,
-            heads_total=heads_q,
-            section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
+            scaled, norms, optional_view(dq), broadcast_view(of_dq), slopes, heads_total=heads_q,
+            zeroed=of_dq, section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])),
+            **arguments, **({} if of_dq is None else summed),
         )  # fmt: skip
     if dalibi_slopes is not None:
         sum_slopes(launches, slopes, packed, sequences_of(call), dalibi_slopes)
-    if dbias is not None:
-        if not whole:
-            given = (*inputs, rules, lengths, dout, shift, delta)
-            unpacked = {x: y for x, y in arguments.items() if x != "sequences"}
-            broadcast_bias_gradient(launches, ds, given, unpacked, about, q)
-        launches.apply(Tensor.copy_, dbias, ds)
+    if in_order and total is not None:
+        given = (*inputs, rules, lengths, dout, shift, delta)
+        unpacked = {x: y for x, y in arguments.items() if x != "sequences"}
+        broadcast_bias_gradient(launches, total, given, unpacked, about, q)
+    if dbias is not None and total is not None and total is not dbias:
+        launches.apply(Tensor.copy_, dbias, total)
     if ddistance_bias is not None:
-        given = (*inputs, rules, lengths, packed, dout, shift, delta)
+        views = (*inputs, rules, lengths, packed, dout, shift, delta)
         distance_bias_gradient(
-            launches, ddistance_bias, given, packed, arguments, about, q.shape[0]
+            launches, ddistance_bias, views, packed, arguments, about, q.shape[0]
         )

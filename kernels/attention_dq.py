@@ -1,7 +1,8 @@
-"""Attention backward: dq and, of a bias that was not broadcast, dbias: see attention_bwd.py.
+"""Attention backward: dq and, of a bias with a row for each query, dbias: see attention_bwd.py.
 
-Likewise the gradient of ALiBi's slopes, −Σ ds · distance, one number for each query, which
-`slopes_kernel` adds up.
+A bias of one column, or of one element, gets its sum over the keys of each query. Likewise the
+gradient of ALiBi's slopes, −Σ ds · distance, one number for each query, which `slopes_kernel` adds
+up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
+from .attention_bias_grad import add_or_store
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
 from .attention_mask import within
 from .attention_scores import (
@@ -47,7 +49,7 @@ def dq_kernel(
     delta,  # fp32 (B, Hq, Sq), contiguous: e · Δ
     norms,  # of `load_ds_scale`, or None
     dq,  # View (B, Hq, Sq, D), or None
-    dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, or None
+    dbias,  # View (B, Hq, Sq, Sk) of fp32 zeros, a stride 0 where it is broadcast, or None
     dslopes,  # fp32 (B, Hq, Sq), contiguous: of those of ALiBi, what a query adds; or None
     scale,
     dropout,  # Dropped, or None
@@ -71,6 +73,9 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr = False,
+    SUM_ROWS: tl.constexpr = False,  # of dbias: `BiasSum`
+    SUM_COLS: tl.constexpr = False,
+    ADDED: tl.constexpr = False,
 ):
     tiles = tiles_of(seq_q, sequences, BLOCK_M)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
@@ -102,6 +107,7 @@ def dq_kernel(
     delta_row = tl.load(delta + rows + i, mask=inside, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slopes_row = tl.zeros([BLOCK_M], tl.float32)
+    bias_row = tl.zeros([BLOCK_M], tl.float32)
     # Two loops, on sm_90 never skipped, as in the forward.
     SPLIT: tl.constexpr = not MASKED and rules.bias is None
     UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
@@ -137,17 +143,28 @@ def dq_kernel(
                     keep = kept_weights(dropout, sequence, head, first, start, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                 ds = p * less_delta(dp, delta_row[:, None], ds_scale)
-                if dbias is not None:
+                if SUM_COLS:
+                    bias_row += tl.sum(ds, 1)
+                elif dbias is not None:
                     of_head = matrix(dbias, batch, head)
                     at = i.to(tl.int64)[:, None] * of_head.row
                     at += j.to(tl.int64)[None, :] * of_head.col
                     exists = inside[:, None] & (j < sequence.seq_k)[None, :]
-                    tl.store(of_head.data + at, unscaled(ds, ds_scale), mask=exists)
+                    add_or_store(of_head.data + at, unscaled(ds, ds_scale), exists, ADDED)
                 if dslopes is not None:
                     slopes_row -= tl.sum(ds * distance(sequence, i[:, None], j[None, :]), 1)
                 if dq is not None:
                     ds = chain(ds, raw, rules, scale)
                     dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+    if SUM_COLS:
+        of_head = matrix(dbias, batch, head)
+        bias_row = unscaled(bias_row, ds_scale)
+        if SUM_ROWS:
+            total = tl.sum(tl.where(inside, bias_row, 0.0), 0)
+            add_or_store(of_head.data, total, None, ADDED)
+        else:
+            at = of_head.data + i.to(tl.int64) * of_head.row
+            add_or_store(at, bias_row, inside, ADDED)
     if dslopes is not None:
         tl.store(dslopes + rows + i, unscaled(slopes_row, ds_scale), mask=inside)
     if dq is not None:

@@ -33,6 +33,7 @@ from .attention_launch import (
     packed_of,
     pair_bytes,
     rules_of,
+    special_tiles,
     tiles,
     tuning,
 )
@@ -229,9 +230,7 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
         return (heads_total * tiles(call, q, tile["BLOCK_M"]),)
 
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    padded = widths != (arguments["D"], arguments["DV"])
-    dropped = arguments["dropout"] is not None
-    kind = (device, q.dtype, widths, pair_bytes(call), dropped, padded)
+    kind = (device, q.dtype, widths, pair_bytes(call), special_tiles(call))
     found = forward_tiles(*kind, describable(k, v))
     about = tuning(call, arguments, found, products=2)
     launches.tuned(_tuner, about, forward_kernel, grid, *views, **arguments)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention_mask import mask_bounds
 from .attention_scores import Dropped, Packed, Rules
-from .attention_tiles import TMA
+from .attention_tile_lists import TMA
 from .common import (
     Device,
     View,
@@ -213,6 +213,20 @@ def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
     read = sum(x.element_size() for x in (call.mask, call.bias) if x is not None)
     read += any(x is not None for x in rules) + (0 if call.distance_bias is None else 4)
     return read + (call.config.dropout_p > 0.0)
+
+
+def special_tiles(call: AttentionCall | AttentionBackwardCall) -> tuple[str, ...]:
+    """What a call has tiles of its own for, where a kernel does: attention_tile_lists.py."""
+    head_dims = call.q.shape[3], call.v.shape[3]
+    kinds = {
+        "blocks": call.mask_blocks is not None,
+        "distances": call.distance_bias is not None,
+        "dropout": call.config.dropout_p > 0.0,
+        "pairs": pair_bytes(call) > 0,
+    }
+    found = tuple(name for name, has in kinds.items() if has)
+    padded = any(block_width(n) != n for n in head_dims)
+    return found or ("padded",) * padded
 
 
 def heads_in_l2(device: Device, x: Tensor, y: Tensor, share: int) -> int:

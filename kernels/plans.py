@@ -110,15 +110,21 @@ class Launches:
         kernel: Any,
         grid: Callable[[dict[str, int]], tuple[int, ...]],
         *args: Any,
+        zeroed: Tensor | None = None,
         **arguments: Any,
     ) -> None:
-        """`launch` with what the tuner picks; about: what it asks, grid: from the tile."""
+        """`launch` with what the tuner picks; about: what it asks, grid: from the tile.
+
+        zeroed: an output that has to be zero before, which launches that are timed leave it not.
+        """
 
         def trial(config: triton.Config) -> None:
             run = kernel[grid(config.kwargs)]
             _with_scratch(run, *args, **FMA, **arguments, **config.all_kwargs())
 
         config = tuner.pick(launch=trial, **about)
+        if zeroed is not None:
+            self.apply(Tensor.zero_, zeroed)
         self.launch(kernel, grid(config.kwargs), *args, **arguments, **config.all_kwargs())
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -110,17 +110,6 @@ def test_regimes(case: AttentionCase) -> None:
     check_attention(case, "triton")
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["one row", "each row"])
-@pytest.mark.parametrize("cols", [False, True], ids=["one column", "each column"])
-@pytest.mark.parametrize(
-    ("batch", "heads"), [(1, 1), (1, 2), (2, 1), (2, 2)], ids=["all", "heads", "batches", "both"]
-)
-def test_bias_gradient(batch: int, heads: int, rows: bool, cols: bool) -> None:
-    shape = (batch, heads, 37 if rows else 1, 21 if cols else 1)
-    case = case_of(batch=2, seq_q=37, seq_k=21, bias=shape, causal=True)
-    check_attention(case, "triton")
-
-
 def test_a_bias_in_fp32_on_inputs_in_bf16() -> None:
     case = case_of(dtype=BF16, seq_q=37, bias=(1, 1, 37, 37), bias_dtype=torch.float32)
     assert check_attention(case, "triton")["dbias"].dtype == torch.float32

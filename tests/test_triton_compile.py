@@ -24,7 +24,7 @@ from fusedattn.benchmarks.host import Nothing
 from kept import KEPT, imported_sources, load, store, triton_and_its_tools
 from processes import PATIENCE, in_a_new_process, wanted
 
-# Which tiles spill depends on the compiler: attention_tiles.py was made with this one.
+# Which tiles spill depends on the compiler: attention_tile_lists.py was made with this one.
 pytest.importorskip("triton", minversion="3.9")
 
 # Compute capability and shared memory per block.
@@ -46,9 +46,14 @@ CASES = {
     "mask and bias": ("bfloat16", (64, 128), 2, "mask bias", False),
     "window, slopes, sinks": ("bfloat16", (64, 128), 2, "window slopes sinks", False),
     "shared bias": ("bfloat16", (64, 128), 0, "shared", False),
+    "shared bias, in order": ("bfloat16", (64, 128), 0, "shared, in order", False),
+    "bias of keys": ("bfloat16", (64, 128), 0, "bias of keys", False),
     "dropout": ("bfloat16", (64, 128), 2, "dropout", False),
     "packed, slopes": ("bfloat16", (64, 128), 2, "packed slopes", False),
     "documents": ("bfloat16", (64, 128), 2, "documents", False),
+    "prefix": ("bfloat16", (64, 128), 2, "prefix", False),
+    "blocks": ("bfloat16", (64, 128), 2, "blocks", False),
+    "distances": ("bfloat16", (64, 128), 2, "distances", False),
     "wide": ("bfloat16", (256, 512), 2, "", False),
     "fp16": ("float16", (64, 128), 2, "", False),
     "fp32": ("float32", (64, 128), 2, "", False),
@@ -105,13 +110,22 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
         bias = torch.empty(2, 4, seq, seq, dtype=dtype)
     if "shared" in terms:
         bias = torch.empty(1, 4, seq, seq, dtype=dtype)
+    if "of keys" in terms:
+        bias = torch.empty(2, 1, 1, seq, dtype=dtype)
     slopes, sinks = (torch.empty(1, 4, 1, 1) if x in terms else None for x in ("slopes", "sinks"))
     config = AttentionConfig(causal, 0.1, window_left=99 if "window" in terms else -1)
+    if "in order" in terms:
+        config = config._replace(deterministic=True)
     seed, rules = None, dict.fromkeys(Rules._fields)
     if "documents" in terms:
         rules["documents_q"] = rules["documents_k"] = torch.empty(2, seq, dtype=torch.int32)
     if "distances" in terms:
         rules["distance_bias"] = torch.empty(1, 4, 1, 2 * seq - 1)
+    if "prefix" in terms:
+        rules["prefix_lengths"] = torch.empty(2, dtype=torch.int32)
+    if "blocks" in terms:
+        rules["mask_blocks"] = torch.empty(1, 1, 2, 2, dtype=torch.bool)
+        config = config._replace(block_size=128)
     if "dropout" in terms:
         seed, config = torch.empty(1, dtype=torch.int64), config._replace(dropout_p=0.1)
     call = AttentionCall(
@@ -119,7 +133,7 @@ def compile_case(dtype: torch.dtype, dim: int, causal: int, terms: str) -> None:
         cu_seqlens_k=offsets, config=config,
     )  # fmt: skip
     attention_forward(call, out, lse)
-    dbias = None if bias is None else bias.float()
+    dbias = None if bias is None else torch.empty_like(bias)
     backward = AttentionBackwardCall(dout, dlse, out, lse, *call[:-1], config=config)
     dslopes = slopes if offsets is not None else None
     attention_backward(backward, dq, dk, dv, dbias, dslopes, rules["distance_bias"])
@@ -216,11 +230,14 @@ class TestMachineCode:
         for case in {x["case"] for x in compiled[target]}:
             found = {x["kernel"] for x in compiled[target] if x["case"] == case}
             further = {
-                "shared bias": {"bias_grad_kernel"},
+                "shared bias, in order": {"bias_grad_kernel"},
                 "fp16": {"norms_kernel"},
                 "packed, slopes": {"slopes_kernel"},
                 "mask and bias": {"bounds_kernel"},
                 "documents": {"bounds_kernel"},
+                "prefix": {"bounds_kernel"},
+                "blocks": {"bounds_kernel"},
+                "distances": {"distance_grad_kernel", "distance_sum_kernel"},
             }
             assert found == expected | further.get(case, set())
 
@@ -269,9 +286,10 @@ class TestMachineCode:
     def test_tiles_are_copied_in_16_bytes(self, compiled: dict, target: str) -> None:
         for record in half(compiled[target]):
             if record["case"] in PLAIN_CASES and record["kernel"] in MATRIX_KERNELS:
-                rows = 0  # of lse and Δ: 4 bytes of each stage, and of one that is peeled off
+                rows = 0  # of lse and Δ: 4 bytes of each stage, and of one that sm_100 peels off
                 if record["kernel"] == "dkdv_kernel":
-                    rows = 2 * (record["tile"][3] + 1) * len(record["loops"])
+                    stages = record["tile"][3] + (target == "sm_100")
+                    rows = 2 * stages * len(record["loops"])
                 assert record["narrow copies"] <= rows, record
                 if (
                     record["tile"][3] > 1 and not record["tma"]

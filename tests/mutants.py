@@ -111,7 +111,7 @@ MUTANTS = [
     ),
     *mutants(
         "python/fusedattn/ops/attention_backends.py",
-        ("dout, call.dlse, q, k, v, **_options", "dout, None, q, k, v, **_options",
+        ("dout, call.dlse, q, k, v, **options", "dout, None, q, k, v, **options",
          "second_order.py::test_inputs_that_share_a_history"),
     ),
     *mutants(
@@ -345,6 +345,15 @@ MUTANTS = [
          "attention.py::test_decode"),
         ("keep + before);", "keep);",
          "attention.py::test_kind[cpu-dropout_+_decoding-float32]"),
+    ),
+    *mutants(
+        "csrc/cpu/attention_jvp.h",
+        ("if (t.slope != nullptr) x *= load(t.slope + j);", "",
+         "attention_jvp.py::test_options[cpu-softcap]"),
+        ("load(t_o + c) - load(o + c) * t_lse", "load(t_o + c)",
+         "attention_jvp.py::test_options[cpu-plain]"),
+        ("select_bytes<S>(keep + j + c * v, y[c], zero)", "y[c]",
+         "attention_jvp.py::test_options[cpu-dropout]"),
     ),
     *mutants(
         "csrc/cpu/attention_backward.h",

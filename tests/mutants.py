@@ -347,6 +347,21 @@ MUTANTS = [
          "attention.py::test_kind[cpu-dropout_+_decoding-float32]"),
     ),
     *mutants(
+        "python/fusedattn/ops/_transforms.py",
+        ("with forward_ad._set_fwd_grad_enabled(True):",
+         "with forward_ad._set_fwd_grad_enabled(False):",
+         "attention_jvp_transforms.py::test_transforms"),
+        ("return None if found is None else tuple(map(forward_ad.make_dual, *found))",
+         "return found[0]", "attention_jvp_transforms.py::test_transforms"),
+    ),
+    *mutants(
+        "kernels/attention_jvp.py",
+        ("t_acc - acc * d[:, None]", "t_acc",
+         "attention_jvp.py::test_options_together[triton-plain]"),
+        ("t_s = tl.where(keep, t_s, 0.0)", "pass",
+         "attention_jvp.py::test_options_together[triton-causal,_bias,_sinks,_dropout]"),
+    ),
+    *mutants(
         "csrc/cpu/attention_jvp.h",
         ("if (t.slope != nullptr) x *= load(t.slope + j);", "",
          "attention_jvp.py::test_options[cpu-softcap]"),

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import fusedattn
+import pytest
 import torch
 from compare import LSE_FLOORS, check, device_for, once
+from fusedattn.ops.attention import op
 from fusedattn.reference import functional as reference
 from torch import Tensor
 
@@ -17,6 +19,21 @@ from cases.attention import AttentionCase, lse_dtype
 
 MOVED = ("q", "k", "v", "bias")
 OUTPUTS = ("out", "lse")
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Which of attention's ops run from now on, and on how many batch entries."""
+    found: list[tuple[str, int]] = []
+    for each in (op, op.backward, op.forward_mode.op):
+
+        def run(
+            call: Any, kernels: Any, own: Any = each.library._run, name: str = each.name
+        ) -> Any:
+            found.append((name, call.q.shape[0]))
+            return own(call, kernels)
+
+        monkeypatch.setattr(each.library, "_run", run)
+    return found
 
 
 def with_tangents(made: dict, names: Iterable[str]) -> dict:

@@ -150,7 +150,7 @@ def _cuda_kernels(native: Any) -> Any:
     )
 
 
-# --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
+# --- triton: kernels/attention_fwd.py, attention_bwd.py, attention_jvp.py -------------------------
 
 
 def _lacks_tensor_cores(q: Tensor) -> str | None:
@@ -168,8 +168,6 @@ def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
     refusal = triton_refuses(call.q, requested, "q, k and v")
     if refusal is not None:
         return refusal
-    if isinstance(call, AttentionJvpCall):
-        return Refusal("forward mode is not supported", "leave it to the reference")
     if (lacking := _lacks_tensor_cores(call.q)) is not None:
         return Refusal(
             f"{lacking} multiplies {call.q.dtype} without tensor cores",
@@ -184,8 +182,11 @@ def _triton_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 def _triton_kernels() -> Any:
     from ..kernels.attention_bwd import attention_backward
     from ..kernels.attention_fwd import attention_forward
+    from ..kernels.attention_jvp import attention_jvp
 
-    return SimpleNamespace(forward=attention_forward, backward=attention_backward)
+    return SimpleNamespace(
+        forward=attention_forward, backward=attention_backward, jvp=attention_jvp
+    )
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------

@@ -190,6 +190,7 @@ def raw_calls(backend: str = "cpu") -> Iterator[tuple[str, tuple]]:
     yield "attention_fwd", (*inputs, backend, *config)
     grads = (dout, lse.clone(), dout.clone(), lse)
     yield "attention_bwd", (*grads, *inputs, backend, *config, *(True,) * 7)
+    yield "attention_jvp", (*inputs, q.clone(), None, k.clone(), R(1, 2, 5, 6), backend, *config)
     seed, f32, bf16 = torch.tensor([7]), torch.float32, torch.bfloat16
     dropped = AttentionCall(q, k, k.clone(), seed=seed, config=config._replace(dropout_p=0.3))
     *inputs, config = dropped

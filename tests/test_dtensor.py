@@ -19,7 +19,7 @@ import fusedattn
 import pytest
 import torch
 import torch.distributed as dist
-from cases.dtensor import S0, S1, S2, Case, P, R, cases, normal
+from cases.dtensor import S0, S1, S2, Case, P, R, cases, inputs, normal
 from ops import OPS, arguments, outputs
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
@@ -109,6 +109,22 @@ def statistics_in_one_dimension() -> None:
         spread(dout, S1), None, spread(x, S1), None, None, spread(rstd, S0), *options
     )[0]
     assert torch.equal(whole(found), want)
+
+
+def forward_mode() -> None:
+    """Along the batch, and along heads, where tangents lie as what they belong to."""
+    for at, bias in ((S0, R), (S1, S1)):
+        made = {name: x for name, (x, *_) in inputs(at, 2).items()}
+        made |= {f"t_{name}": x.cos() for name, x in made.items()}
+        parts = {name: spread(x, at) for name, x in made.items()}
+        for name in ("bias", "t_bias"):
+            made[name] = normal(1, 4, 5, 6)
+            parts[name] = spread(made[name], bias)
+        options = {"causal": 1, "scale": 0.3}
+        want = torch.ops.fusedattn.attention_jvp(**made, **options)
+        for x, y in zip(torch.ops.fusedattn.attention_jvp(**parts, **options), want, strict=True):
+            assert x.placements == (at,)
+            assert torch.equal(whole(x), y)
 
 
 def mixed(op: str, name: str) -> None:
@@ -220,6 +236,7 @@ def checks() -> dict[str, Callable[[], None]]:
         "inference mode": inference_mode,  # of the first DTensor
         "gradient placed elsewhere": gradient_elsewhere,
         "statistics in one dimension": statistics_in_one_dimension,
+        "forward mode": forward_mode,
         "refused": refused,
         **{name: lambda case=case: check_case(case) for name, case in cases().items()},
         **{f"mixed {op} {name}": lambda a=(op, name): mixed(*a) for op, name in MIXED},

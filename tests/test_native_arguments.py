@@ -16,6 +16,7 @@ import torch
 from fusedattn import _native
 from fusedattn.ops import (
     attention_config,
+    attention_jvp,
     attention_kernels,
     norm_kernels,
     rotary_kernels,
@@ -134,6 +135,15 @@ def _attention(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
     return {**inputs, **pairs, **results}, grads, config
 
 
+def _attention_jvp(native: Any) -> tuple[dict[str, Arg], tuple]:
+    forward, _, config = _attention(native)
+    tangents = {f"t_{n}": Arg(forward[n].value.clone(), optional=True) for n in "qkv"}
+    tangents["t_bias"] = Arg(torch.randn(2, 4, 5, 6), optional=True, broadcast=True)
+    results = {f"t_{n}": Arg(forward[n].value.clone()) for n in ("out", "lse")}
+    forward["bias"] = forward["bias"]._replace(optional=False, dtypes=())
+    return {**forward, **tangents, **results}, config
+
+
 def _norm(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
     every = DTYPES[:4] if native is _native.cpu else FLOATS
     rows = [torch.randn(3, 16) for _ in range(8)]
@@ -196,6 +206,7 @@ def _swiglu(native: Any) -> tuple[dict[str, Arg], dict[str, Arg], tuple]:
 FUNCTIONS: dict[str, Callable[[Any], tuple[dict[str, Arg], tuple]]] = {
     "attention_forward": lambda native: _attention(native)[::2],
     "attention_backward": lambda native: _attention(native)[1:],
+    "attention_jvp": _attention_jvp,
     "norm_forward": lambda native: _norm(native)[::2],
     "norm_backward": lambda native: _norm(native)[1:],
     "softmax_forward": lambda native: _softmax(native)[::2],
@@ -205,6 +216,9 @@ FUNCTIONS: dict[str, Callable[[Any], tuple[dict[str, Arg], tuple]]] = {
     "swiglu_forward": lambda native: _swiglu(native)[::2],
     "swiglu_backward": lambda native: _swiglu(native)[1:],
 }
+
+
+CPU_ALONE = {"attention_jvp"}
 
 
 def _with_dropout(config: tuple) -> tuple:
@@ -269,6 +283,9 @@ def _call(native: Any, name: str, arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_does_not_fit_is_refused(native, name):
+    if name in CPU_ALONE and native is not _native.cpu:
+        pytest.skip("the CPU alone has it")
+
     def calls() -> Iterator[Call]:
         for how, arguments, taken in hostile_calls(native, name):
             yield how, functools.partial(_call, native, name, arguments), taken
@@ -279,6 +296,7 @@ def test_what_does_not_fit_is_refused(native, name):
 CALLS = {
     "attention_forward": attention_kernels.attention_fwd,
     "attention_backward": attention_kernels.attention_bwd,
+    "attention_jvp": attention_jvp.attention_jvp,
     "norm_forward": norm_kernels.norm_fwd,
     "norm_backward": norm_kernels.norm_bwd,
     "softmax_forward": softmax_kernels.softmax_fwd,
@@ -294,6 +312,8 @@ def test_the_fields_of_a_call_have_the_same_names_on_both_sides(native):
     """C++ reads them by place: another order there would be another meaning."""
     want = {}
     for name, library in CALLS.items():
+        if name in CPU_ALONE and native is not _native.cpu:
+            continue
         *fields, _ = library.call._fields
         outputs = [output.name for output in library.packet.default._schema.returns]
         if name == "attention_backward":

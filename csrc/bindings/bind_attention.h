@@ -80,6 +80,37 @@ struct Call<AttentionBackward> {
   static constexpr auto config = Call<AttentionForward>::config;
 };
 
+// AttentionJvpCall.
+template <>
+struct Call<AttentionJvp> {
+  using P = AttentionJvp;
+  static constexpr const char* name = "attention_jvp";
+  static constexpr Field<P> fields[] = {{"q", &P::q},
+                                        {"k", &P::k},
+                                        {"v", &P::v},
+                                        {"mask", &P::mask, Read::broadcast},
+                                        {"bias", &P::bias, Read::broadcast},
+                                        {"kv_lengths", &P::kv_lengths},
+                                        {"alibi_slopes", &P::alibi_slopes, Read::broadcast},
+                                        {"sinks", &P::sinks, Read::broadcast},
+                                        {"seed", &P::seed},
+                                        {"distance_bias", &P::distance_bias, Read::broadcast},
+                                        {"prefix_lengths", &P::prefix_lengths},
+                                        {"documents_q", &P::documents_q, Read::broadcast},
+                                        {"documents_k", &P::documents_k, Read::broadcast},
+                                        {"mask_blocks", &P::mask_blocks, Read::broadcast},
+                                        {"cu_seqlens_q", &P::cu_seqlens_q},
+                                        {"cu_seqlens_k", &P::cu_seqlens_k},
+                                        {"block_table", &P::block_table},
+                                        {"t_q", &P::t_q},
+                                        {"t_k", &P::t_k},
+                                        {"t_v", &P::t_v},
+                                        {"t_bias", &P::t_bias, Read::broadcast}};
+  static constexpr Field<P> outputs[] = {
+      {"out", &P::out}, {"lse", &P::lse}, {"t_out", &P::t_out}, {"t_lse", &P::t_lse}};
+  static constexpr auto config = Call<AttentionForward>::config;
+};
+
 // The sequences of a packed call share the one batch entry of its tensors.
 inline void share_batch(const AttentionForward& p, std::initializer_list<TensorView*> tensors) {
   if (!p.cu_seqlens_q) return;
@@ -107,6 +138,11 @@ inline void settle(AttentionForward& p) {
 template <>
 inline void settle(AttentionBackward& p) {
   share_batch(p, {&p.q, &p.k, &p.v, &p.out, &p.lse, &p.dout, &p.dlse, &p.dq, &p.dk, &p.dv});
+}
+
+template <>
+inline void settle(AttentionJvp& p) {
+  share_batch(p, {&p.q, &p.k, &p.v, &p.out, &p.lse, &p.t_q, &p.t_k, &p.t_v, &p.t_out, &p.t_lse});
 }
 
 // Offsets have the sequences that the call has, and do without what is of a padded batch.
@@ -188,15 +224,16 @@ inline void check(const AttentionForward& p) {
   Argument("lse", p.lse).given().shape({batch, heads, p.longest_q()}).dtype(wide(dtype));
 }
 
+inline Argument like(const char* name, const TensorView& view, const TensorView& other) {
+  const int64_t* n = other.shape;
+  return Argument(name, view).shape({n[0], n[1], n[2], n[3]}).dtype(other.dtype);
+}
+
 template <>
 inline void check(const AttentionBackward& p) {
   check<AttentionForward>(p);
   if (p.options.cached)
     throw py::value_error("fusedattn: got `cached`, which has no gradient, expected false");
-  const auto like = [](const char* name, const TensorView& view, const TensorView& other) {
-    const int64_t* n = other.shape;
-    return Argument(name, view).shape({n[0], n[1], n[2], n[3]}).dtype(other.dtype);
-  };
   like("dout", p.dout, p.out);
   like("dlse", p.dlse, p.lse);
   like("dq", p.dq, p.q);
@@ -208,6 +245,22 @@ inline void check(const AttentionBackward& p) {
   like("dalibi_slopes", p.dalibi_slopes, p.alibi_slopes);
   if (p.ddistance_bias) Argument("distance_bias", p.distance_bias).given();
   like("ddistance_bias", p.ddistance_bias, p.distance_bias);
+}
+
+template <>
+inline void check(const AttentionJvp& p) {
+  check<AttentionForward>(p);
+  if (p.options.cached)
+    throw py::value_error("fusedattn: got `cached`, which has no tangents, expected false");
+  like("t_q", p.t_q, p.q);
+  like("t_k", p.t_k, p.k);
+  like("t_v", p.t_v, p.v);
+  if (p.t_bias) Argument("bias", p.bias).given();
+  Argument("t_bias", p.t_bias)
+      .broadcasts({p.batch(), p.heads(), p.longest_q(), p.longest_k()})
+      .dtype(p.bias.dtype);
+  like("t_out", p.t_out, p.out).given();
+  like("t_lse", p.t_lse, p.lse).given();
 }
 
 }  // namespace fusedattn::bindings

@@ -21,13 +21,19 @@ template <class E>
 struct PackedKeys {
   typedef unit_of<E> Unit;
   static constexpr int64_t block = ForwardBlocks<E>::keys;
+  const TensorView &keys, &values;  // either absent: it has no units
   int64_t depth, columns_v, k_units, v_units, blocks;
 
   PackedKeys(const AttentionForward& p, const Lengths& lengths)
-      : depth(panel_depth<E>(p.head_dim())),
+      : PackedKeys(p, lengths, p.k, p.v) {}
+  PackedKeys(const AttentionForward& p, const Lengths& lengths, const TensorView& keys,
+             const TensorView& values)
+      : keys(keys),
+        values(values),
+        depth(panel_depth<E>(p.head_dim())),
         columns_v(panel_columns<E>(p.head_dim_v())),
-        k_units(depth * block),
-        v_units(block / E::per_unit * columns_v),
+        k_units(keys ? depth * block : 0),
+        v_units(values ? block / E::per_unit * columns_v : 0),
         blocks((lengths.k + block - 1) / block) {}
 
   int64_t units() const { return E::planes * blocks * (k_units + v_units); }
@@ -48,10 +54,14 @@ struct PackedKeys {
       return p.block_table ? gathered<T>(p, x, b, h, j * block, rows, static_cast<T*>(t.pages))
                            : source<T>(x, b, h, sequence.key_row(j * block));
     };
-    return pack_panels_transposed<E>(from(p.k), rows, p.head_dim(), round_up(rows, E::panel),
-                                     k(base, j), t.packing) &
-           pack_panels<E>(from(p.v), rows, p.head_dim_v(), round_up(rows, 2 * width<stat_of<E>>),
-                          v(base, j));
+    bool good = true;
+    if (keys)
+      good &= pack_panels_transposed<E>(from(keys), rows, p.head_dim(), round_up(rows, E::panel),
+                                        k(base, j), t.packing);
+    if (values)
+      good &= pack_panels<E>(from(values), rows, p.head_dim_v(),
+                             round_up(rows, 2 * width<stat_of<E>>), v(base, j));
+    return good;
   }
 
   // Rows of pages, brought together.
@@ -79,7 +89,7 @@ class ForwardTask {
   const ForwardScratch<E>& t;
   const Sequence<int64_t> sequence;
   const int64_t b, h, i0, rows, depth, columns_v;
-  uint64_t begun = 0;  // strips of rows, a bit each
+  Strips<E> strips;
 
  public:
   ForwardTask(const Scores<S>& scores, const PackedKeys<E>& keys, unit_of<E>* packed, int64_t b,
@@ -95,7 +105,8 @@ class ForwardTask {
         i0(i0),
         rows(rows),
         depth(round_up(f.head_dim(), E::depth_step)),
-        columns_v(round_up(f.head_dim_v(), width<S>)) {}
+        columns_v(round_up(f.head_dim_v(), width<S>)),
+        strips(scores.mask, sequence, b, h, i0, rows) {}
 
   // False where the engine cannot take the numbers.
   bool run() {
@@ -110,7 +121,7 @@ class ForwardTask {
     if constexpr (E::overlaps) {
       overlapped();
     } else {
-      for (Strip<E> strip = first(); strip.rows > 0; strip = next(strip)) {
+      for (Strip<E> strip = strips.first(); strip.rows > 0; strip = strips.next(strip)) {
         multiply_scores(strip, [](auto&&... x) { E::multiply(x...); });
         SoftmaxWork<E> softmax(scores, t, strip, sequence, b, h, i0);
         while (softmax.step()) {
@@ -126,10 +137,10 @@ class ForwardTask {
  private:
   // The softmax of a strip runs in the shadow of the scores of the next and the values of the last.
   void overlapped() {
-    Strip<E> strip = first(), last{};
+    Strip<E> strip = strips.first(), last{};
     if (strip.rows > 0) multiply_scores(strip, [](auto&&... x) { E::multiply(x...); });
     while (strip.rows > 0) {
-      const Strip<E> following = next(strip);
+      const Strip<E> following = strips.next(strip);
       // Rows whose sums may shrink must not be summed at the same time.
       if (last.rows > 0 && last.row == strip.row) {
         multiply_values(last, [](auto&&... x) { E::multiply(x...); });
@@ -153,36 +164,6 @@ class ForwardTask {
     if (last.rows > 0) multiply_values(last, [](auto&&... x) { E::multiply(x...); });
   }
 
-  Strip<E> first() {
-    return next({sequence.begin(i0) / keys.block * keys.block, -Blocks::strip, 0, 0, 0, 1, true});
-  }
-
-  // The next strip of this block of keys, else the first of the next block; only those that see a
-  // key.
-  Strip<E> next(Strip<E> x) {
-    const int64_t end = sequence.end(i0 + rows - 1);
-    while (x.key < end) {
-      x.row += Blocks::strip;
-      if (x.row >= rows) {
-        x.row = 0;
-        x.key += keys.block;
-      }
-      x.rows = smaller(Blocks::strip, rows - x.row);
-      x.columns = smaller(keys.block, sequence.end(i0 + x.row + x.rows - 1) - x.key);
-      if (x.key >= end || x.key + keys.block <= sequence.begin(i0 + x.row)) continue;
-      x.columns = scores.mask.cut(b, h, i0 + x.row, x.rows, x.key, x.columns);
-      if (x.columns > 0) {
-        const uint64_t strip = uint64_t{1} << x.row / Blocks::strip;
-        x.first = !(begun & strip);
-        begun |= strip;
-        x.wide = round_up(x.columns, 2 * width<S>);
-        x.buffer ^= 1;
-        return x;
-      }
-    }
-    return {};
-  }
-
   template <class Multiply>
   void multiply_scores(const Strip<E>& x, Multiply multiply) const {
     multiply(round_up(x.rows, E::row_step), x.wide, depth, t.q.from(x.row),
@@ -196,13 +177,25 @@ class ForwardTask {
   }
 };
 
-// The sequences that `Decode` does not take, of which `lengths` are.
+// The forward pass of the sequences that `Decode` does not take.
 template <class E, class T>
-static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
+struct ForwardPass {
+  typedef AttentionForward Params;
+  typedef PackedKeys<E> Keys;
+  typedef ForwardScratch<E> Scratch;
+  typedef ForwardTask<E, T> Task;
+  static bool takes(const Params& f, int64_t queries) { return !Decode<T>::takes(f, queries); }
+};
+
+// A pass over the sequences that it takes, of which `lengths` are: keys are packed, and tasks have
+// some queries of one head each.
+template <class E, class T, template <class, class> class Pass>
+static bool attention_tiles(const typename Pass<E, T>::Params& f, const Lengths& lengths) {
+  typedef typename Pass<E, T>::Scratch Scratch;
   typedef unit_of<E> Unit;
   typedef ForwardBlocks<E> Blocks;
   Scores<stat_of<E>> scores(f);
-  const PackedKeys<E> keys(f, lengths);
+  const typename Pass<E, T>::Keys keys(f, lengths);
   const int64_t pairs = f.sequences() * f.heads_kv(), group = f.group();
   const int threads = threads_for(f, lengths);
   // Rows of a task: many, but not so many that threads stay without one.
@@ -216,7 +209,7 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
   scores.mask.take(count);
   if (!apart) count.take<Unit>(pair_units);
   const size_t shared = count.used();
-  (void)ForwardScratch<E>(f, count);
+  (void)Scratch(f, count);
   if (apart) count.take<Unit>(pair_units);
   const size_t own = count.used() - shared;
   const Workspace workspace(shared, own, threads);
@@ -229,10 +222,10 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
   {
     [[maybe_unused]] const typename E::Scope scope;
     Arena arena = workspace.own(omp_get_thread_num());
-    const ForwardScratch<E> scratch(f, arena);
+    const Scratch scratch(f, arena);
     Unit* const packed = apart ? arena.take<Unit>(pair_units) : packed_by_all;
     const auto mine = [&](int64_t pair) {
-      return !Decode<T>::takes(f, f.sequence(pair / f.heads_kv()).seq_q);
+      return Pass<E, T>::takes(f, f.sequence(pair / f.heads_kv()).seq_q);
     };
     const auto pack = [&](int64_t pair, int64_t block) {
       return keys.template pack<T>(f, pair / f.heads_kv(), pair % f.heads_kv(), block, packed,
@@ -244,7 +237,7 @@ static bool attention_tiles(const AttentionForward& f, const Lengths& lengths) {
       const int64_t i0 = (blocks_q - 1 - task % blocks_q) * queries, b = pair / f.heads_kv();
       const int64_t rows = smaller(queries, f.sequence(b).seq_q - i0);
       if (rows <= 0) return true;
-      return ForwardTask<E, T>(scores, keys, packed, b, head, i0, rows, scratch).run();
+      return typename Pass<E, T>::Task(scores, keys, packed, b, head, i0, rows, scratch).run();
     };
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < scores.mask.tasks(); ++i) scores.mask.run(i);
@@ -273,12 +266,8 @@ static bool attention_forward(const AttentionForward& f) {
   const auto few = [&](int64_t queries) { return Decode<T>::takes(f, queries); };
   const Lengths short_ones(f, few), others(f, [&](int64_t queries) { return !few(queries); });
   if (short_ones.q > 0) Decode<T>(f, short_ones).run(threads_for(f, short_ones));
-  if (f.cu_seqlens_q) {
-    const int64_t end = f.packed_q(f.sequences());
-    fill_rows<T>(f.out, end, 0);
-    fill_rows<compute_t<T>>(f.lse, end, -infinity<float>);
-  }
-  return others.q == 0 || attention_tiles<E, T>(f, others);
+  fill_rest<T>(f, f.out, f.lse, -infinity<float>);
+  return others.q == 0 || attention_tiles<E, T, ForwardPass>(f, others);
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

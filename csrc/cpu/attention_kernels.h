@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_bias_grad.h"
 #include "attention_forward.h"
+#include "attention_jvp.h"
 #include "dtypes.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
@@ -24,10 +25,15 @@ static void add(AttentionKernels& kernels, DType dtype, int64_t least_forward = 
   kernel_for<AttentionBackward>(kernels, dtype) = {attention_gradients<E, T>, least_backward};
 }
 
-static inline AttentionKernels fma_kernels() {
-  return by_dtype<AttentionKernels>([]<class T>(AttentionKernels& kernels, DType dtype) {
-    add<Fma<compute_t<T>>, T>(kernels, dtype);
-  });
+template <class E, class T>
+static void add(AttentionJvpKernels& kernels, DType dtype, int64_t least = 0) {
+  kernel_for<AttentionJvp>(kernels, dtype) = {attention_jvp<E, T>, least};
+}
+
+template <class Kernels>
+static inline Kernels fma_kernels() {
+  return by_dtype<Kernels>(
+      []<class T>(Kernels& kernels, DType dtype) { add<Fma<compute_t<T>>, T>(kernels, dtype); });
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

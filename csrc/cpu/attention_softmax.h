@@ -110,10 +110,11 @@ static RowSum<S> with_sink(RowSum<S> x, S sink) {
   return {sink, x.l * factor + own, factor};
 }
 
-// out = o / l and lse = m + log l, in row i; 0 and −inf for a query that saw nothing.
+// out = o / l and lse = m + log l, in row i; 0 and −inf for a query that saw nothing. Returns what
+// o was multiplied by, but for dropout.
 template <class T>
-static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, int64_t i,
-                      compute_t<T> m, compute_t<T> l, const compute_t<T>* o) {
+static compute_t<T> write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, int64_t i,
+                              compute_t<T> m, compute_t<T> l, const compute_t<T>* o) {
   typedef compute_t<T> S;
   const AttentionForward& f = scores.p;
   const int64_t dv = f.head_dim_v(), stride = f.out.stride[3];
@@ -122,12 +123,14 @@ static void write_row(const Scores<compute_t<T>>& scores, int64_t b, int64_t h, 
   if (l == 0) {
     for (int64_t c = 0; c < dv; ++c) put(out + c * stride, 0);
     lse = -infinity<S>;
-  } else {
-    RowSum<S> sum{scores.is_near(m) ? S(ln2) * scores.shift(m) : m, l};
-    if (f.sinks) sum = with_sink(sum, *f.sinks.at<const S>(0, h));
-    store_row(out, stride, dv, o, sum.factor / sum.l * S(scores.dropout.factor));
-    lse = sum.base + logarithm(sum.l);
+    return 0;
   }
+  RowSum<S> sum{scores.is_near(m) ? S(ln2) * scores.shift(m) : m, l};
+  if (f.sinks) sum = with_sink(sum, *f.sinks.at<const S>(0, h));
+  const S weight = sum.factor / sum.l;
+  store_row(out, stride, dv, o, weight * S(scores.dropout.factor));
+  lse = sum.base + logarithm(sum.l);
+  return weight;
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

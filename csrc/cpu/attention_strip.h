@@ -22,6 +22,66 @@ struct Strip {
   bool first;                   // of its rows: nothing has been summed yet
 };
 
+// The strips of queries [i0, i0 + rows) of head h of batch entry b, block of keys by block.
+template <class E>
+class Strips {
+  typedef ForwardBlocks<E> Blocks;
+  const MaskMap& mask;
+  const Sequence<int64_t>& sequence;
+  const int64_t b, h, i0, rows;
+  uint64_t begun = 0;  // strips of rows, a bit each
+
+ public:
+  Strips(const MaskMap& mask, const Sequence<int64_t>& sequence, int64_t b, int64_t h, int64_t i0,
+         int64_t rows)
+      : mask(mask), sequence(sequence), b(b), h(h), i0(i0), rows(rows) {}
+
+  Strip<E> first() {
+    return next(
+        {sequence.begin(i0) / Blocks::keys * Blocks::keys, -Blocks::strip, 0, 0, 0, 1, true});
+  }
+
+  // The next strip of this block of keys, else the first of the next block; only those that see a
+  // key. Without rows where there is none.
+  Strip<E> next(Strip<E> x) {
+    const int64_t end = sequence.end(i0 + rows - 1);
+    while (x.key < end) {
+      x.row += Blocks::strip;
+      if (x.row >= rows) {
+        x.row = 0;
+        x.key += Blocks::keys;
+      }
+      x.rows = smaller(Blocks::strip, rows - x.row);
+      x.columns = smaller(Blocks::keys, sequence.end(i0 + x.row + x.rows - 1) - x.key);
+      if (x.key >= end || x.key + Blocks::keys <= sequence.begin(i0 + x.row)) continue;
+      x.columns = mask.cut(b, h, i0 + x.row, x.rows, x.key, x.columns);
+      if (x.columns > 0) {
+        const uint64_t strip = uint64_t{1} << x.row / Blocks::strip;
+        x.first = !(begun & strip);
+        begun |= strip;
+        x.wide = round_up(x.columns, 2 * width<stat_of<E>>);
+        x.buffer ^= 1;
+        return x;
+      }
+    }
+    return {};
+  }
+};
+
+// Raw scores of query i in a strip become scores, of which the first so many are seen: what it
+// returns. `slope` as in `prepare`.
+template <class E>
+static int64_t score_row(const Scores<stat_of<E>>& scores, const Strip<E>& x,
+                         const Sequence<int64_t>& sequence, int64_t b, int64_t h, int64_t i,
+                         stat_of<E>* s, stat_of<E>* row, stat_of<E>* slope = nullptr) {
+  int64_t seen = larger(smaller(sequence.end(i) - x.key, x.columns), 0);
+  seen = scores.mask.cut(b, h, i, 1, x.key, seen);
+  if (scores.rewrite) scores.prepare(s, sequence, b, h, i, x.key, seen, row, slope);
+  scores.mask.apply(s, b, h, i, x.key, seen);
+  scores.hide(s, smaller(sequence.begin(i) - x.key, seen));
+  return seen;
+}
+
 // A thread's buffers for the forward pass.
 template <class E>
 struct ForwardScratch {
@@ -39,9 +99,10 @@ struct ForwardScratch {
   void* pages = nullptr;  // K or V of a block, where a cache has pages
   int64_t ld_o;
 
-  ForwardScratch(const AttentionForward& f, Arena& arena) {
+  // With room for so many rows of sums as wide as Dv, and further numbers, in a row of o.
+  ForwardScratch(const AttentionForward& f, Arena& arena, int64_t sums = 1, int64_t further = 0) {
     const int64_t units_q = row_units<E>(f.head_dim());
-    ld_o = panel_columns<E>(f.head_dim_v());
+    ld_o = sums * panel_columns<E>(f.head_dim_v()) + further;
     q = {arena.take<Unit>(E::planes * rows * units_q), units_q, rows * units_q};
     s = arena.take<S>(buffers * Blocks::strip * keys);
     p = in_place ? (Unit*)s : arena.take<Unit>(buffers * E::planes * Blocks::strip * units);
@@ -86,11 +147,7 @@ class SoftmaxWork {
     S* const s = t.scores(x) + row * ForwardBlocks<E>::keys;
     const int64_t local = x.row + row, i = i0 + local;
     if (column < 0) {
-      seen = larger(smaller(sequence.end(i) - x.key, x.columns), 0);
-      seen = scores.mask.cut(b, h, i, 1, x.key, seen);
-      if (scores.rewrite) scores.prepare(s, sequence, b, h, i, x.key, seen, t.row);
-      scores.mask.apply(s, b, h, i, x.key, seen);
-      scores.hide(s, smaller(sequence.begin(i) - x.key, seen));
+      seen = score_row<E>(scores, x, sequence, b, h, i, s, t.row);
       origin = raise_maximum<E>(scores, s, seen, t.m[local], t.l[local], t.o + local * t.ld_o,
                                 x.first ? 0 : t.ld_o);
       column = 0;

@@ -110,7 +110,7 @@ struct Scores {
                int64_t n, S* scratch, S* slope = nullptr) const {
     constexpr int w = width<S>;
     const S scale = S(p.options.scale), cap = S(p.options.softcap), steep = steepness(b, h);
-    if (p.bias) load_bias(b, h, i, j0, n, scratch);
+    if (p.bias) load_pairs(p.bias, b, h, i, j0, n, scratch);
     for (int64_t j = 0; j < n; j += w) {
       vec<S> x = load(s + j) * scale;
       if (cap > 0) {
@@ -125,6 +125,14 @@ struct Scores {
     if (!p.distance_bias) return;
     load_distances(sequence, b, h, i, j0, n, scratch);
     for (int64_t j = 0; j < n; j += w) store(s + j, load(s + j) + load(scratch + j));
+  }
+
+  // n elements of a bias, or of its tangent, from key j0 on in the row of query i.
+  static void load_pairs(const TensorView& x, int64_t b, int64_t h, int64_t i, int64_t j0,
+                         int64_t n, S* row) {
+    const int64_t stride = x.stride[3], wide = round_up(n, width<S>);
+    with_float_type<S>(
+        x.dtype, [&]<class B>(B) { load_row(x.at<const B>(b, h, i, j0), stride, n, row, wide); });
   }
 
   // keep[j − j0] = whether the weight of query i and key j survives dropout, for n keys from j0 on,
@@ -163,13 +171,6 @@ struct Scores {
     const TensorView& x = p.distance_bias;
     const int64_t zero = p.longest_k() - 1 - sequence.offset;
     load_row(x.at<const S>(b, h, 0, j0 - i + zero), x.stride[3], n, row, round_up(n, width<S>));
-  }
-
-  void load_bias(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, S* row) const {
-    const int64_t stride = p.bias.stride[3], wide = round_up(n, width<S>);
-    with_float_type<S>(p.bias.dtype, [&]<class B>(B) {
-      load_row(p.bias.at<const B>(b, h, i, j0), stride, n, row, wide);
-    });
   }
 };
 
@@ -220,12 +221,22 @@ FUSEDATTN_INLINE bool pairs_apart(const AttentionForward& f, const Lengths& leng
   return (even || whole >= 8.0 * threads * lengths.most) && threads * bytes_of_pair <= most_bytes;
 }
 
-// Rows from `first` on, which no packed sequence has.
+// Rows from `first` on.
 template <class T>
 static void fill_rows(const TensorView& x, int64_t first, float value) {
   for (int64_t h = 0; h < x.shape[1]; ++h)
     for (int64_t i = first; i < x.shape[2]; ++i)
       for (int64_t c = 0; c < x.shape[3]; ++c) put(x.at<T>(0, h, i, c), value);
+}
+
+// Rows past the last packed sequence: out 0 and lse, or tangents of these.
+template <class T>
+static void fill_rest(const AttentionForward& f, const TensorView& out, const TensorView& lse,
+                      float of_lse) {
+  if (!f.cu_seqlens_q) return;
+  const int64_t end = f.packed_q(f.sequences());
+  fill_rows<T>(out, end, 0);
+  fill_rows<compute_t<T>>(lse, end, of_lse);
 }
 
 }  // namespace fusedattn::FUSEDATTN_ISA

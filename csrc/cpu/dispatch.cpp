@@ -12,20 +12,21 @@ namespace fusedattn {
 // <isa>::<op>_kernels(), of each op.
 #define FUSEDATTN_DECLARE(op, ...) KernelTable<__VA_ARGS__> op##_kernels();
 namespace generic {
-FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+FUSEDATTN_CPU_OPS(FUSEDATTN_DECLARE)
 }
 namespace avx2 {
-FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+FUSEDATTN_CPU_OPS(FUSEDATTN_DECLARE)
 }
 namespace avx512 {
-FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+FUSEDATTN_CPU_OPS(FUSEDATTN_DECLARE)
 }
 namespace avx512_bf16 {
-FUSEDATTN_OPS(FUSEDATTN_DECLARE)
+FUSEDATTN_CPU_OPS(FUSEDATTN_DECLARE)
 }
 namespace amx {  // tiles multiply; the row-wise ops are those of the set below
 KernelTable<AttentionForward, AttentionBackward> attention_kernels();
-}
+KernelTable<AttentionJvp> attention_jvp_kernels();
+}  // namespace amx
 #undef FUSEDATTN_DECLARE
 
 namespace {
@@ -71,12 +72,12 @@ void take(Kernels& all, const KernelTable<Params...>& of_op) {
 
 // Adds the kernels of an op, by name `op` in namespace `isa`.
 #define FUSEDATTN_TAKE(op, ...) take(set.kernels, op##_kernels());
-#define FUSEDATTN_SET(isa)           \
-  [] {                               \
-    using namespace isa;             \
-    InstructionSet set = {#isa, {}}; \
-    FUSEDATTN_OPS(FUSEDATTN_TAKE)    \
-    return set;                      \
+#define FUSEDATTN_SET(isa)            \
+  [] {                                \
+    using namespace isa;              \
+    InstructionSet set = {#isa, {}};  \
+    FUSEDATTN_CPU_OPS(FUSEDATTN_TAKE) \
+    return set;                       \
   }()
 
 std::atomic<int> limit{-1};  // index of the best set allowed; -1: all
@@ -99,6 +100,7 @@ const std::vector<InstructionSet>& available_sets() {
     if (has_amx()) {
       found.push_back({"amx", {}});
       take(found.back().kernels, amx::attention_kernels());
+      take(found.back().kernels, amx::attention_jvp_kernels());
     }
 #endif
     return found;

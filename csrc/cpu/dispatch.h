@@ -13,7 +13,7 @@ namespace fusedattn {
 template <class, class... Params>
 using TableOf = KernelTable<Params...>;
 #define FUSEDATTN_PARAMS(op, ...) , __VA_ARGS__
-using Kernels = TableOf<void FUSEDATTN_OPS(FUSEDATTN_PARAMS)>;
+using Kernels = TableOf<void FUSEDATTN_CPU_OPS(FUSEDATTN_PARAMS)>;
 #undef FUSEDATTN_PARAMS
 
 struct InstructionSet {

@@ -10,4 +10,10 @@ AttentionKernels attention_kernels() {
   return kernels;
 }
 
+AttentionJvpKernels attention_jvp_kernels() {
+  AttentionJvpKernels kernels;
+  add<Bf16Dot, bf16>(kernels, DType::bf16);
+  return kernels;
+}
+
 }  // namespace fusedattn::FUSEDATTN_ISA

@@ -30,6 +30,7 @@ PYBIND11_MODULE(_cpu, m) {
   cache_bytes(1);
   bindings::import_exchange();
   bindings::bind_all(m, OnCpu());
+  bindings::bind<AttentionJvp>(m, OnCpu());
   bindings::import_usual();
   bindings::bind_usual_norm(m, OnCpu());
   bindings::bind_usual_softmax(m, OnCpu());

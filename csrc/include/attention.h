@@ -178,6 +178,17 @@ struct AttentionBackward : AttentionForward {
   TensorView dbias, dalibi_slopes, ddistance_bias;  // the shapes of these
 };
 
+// Forward mode: out, lse and their derivatives along tangents, of which an absent one is zero.
+struct AttentionJvp : AttentionForward {
+  TensorView t_q, t_k, t_v;  // the shapes and the dtype of these
+  TensorView t_bias;         // of the dtype of the bias, broadcast by itself
+  TensorView t_out, t_lse;   // the shapes of out and lse
+
+  // Whether scores have a derivative.
+  FUSEDATTN_MEMBER bool scores_move() const { return t_q || t_k || t_bias; }
+};
+
 using AttentionKernels = KernelTable<AttentionForward, AttentionBackward>;
+using AttentionJvpKernels = KernelTable<AttentionJvp>;
 
 }  // namespace fusedattn

@@ -16,3 +16,8 @@
   ROW(rotary, Rotary)                                 \
   ROW(sinusoidal, Sinusoidal)                         \
   ROW(swiglu, SwigluForward, SwigluBackward)
+
+// With those that the CPU alone has.
+#define FUSEDATTN_CPU_OPS(ROW) \
+  FUSEDATTN_OPS(ROW)           \
+  ROW(attention_jvp, AttentionJvp)

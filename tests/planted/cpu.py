@@ -22,6 +22,14 @@ MUTANTS = {
         ("keep + before);", "keep);",
          "attention.py::test_kind[cpu-dropout_+_decoding-float32]"),
     ),
+    "csrc/cpu/attention_jvp.h": (
+        ("if (t.slope != nullptr) x *= load(t.slope + j);", "",
+         "attention_jvp.py::test_options[cpu-softcap]"),
+        ("load(t_o + c) - load(o + c) * t_lse", "load(t_o + c)",
+         "attention_jvp.py::test_options[cpu-plain]"),
+        ("select_bytes<S>(keep + j + c * v, y[c], zero)", "y[c]",
+         "attention_jvp.py::test_options[cpu-dropout]"),
+    ),
     "csrc/cpu/attention_backward.h": (
         ("dp * kept,", "dp,", "attention.py::test_kind[cpu-dropout-float32]"),
         ("if (sums) sums.clear(memory.dbias);", "",

@@ -42,6 +42,12 @@ MUTANTS = {
         ("place - (seq_k - rows_k)", "place",
          "attention_rules.py::test_packed_rules_are_those_of_each_sequence"),
     ),
+    "kernels/attention_jvp.py": (
+        ("t_acc - acc * d[:, None]", "t_acc",
+         "attention_jvp.py::test_options_together[triton-plain]"),
+        ("t_s = tl.where(keep, t_s, 0.0)", "pass",
+         "attention_jvp.py::test_options_together[triton-causal,_bias,_sinks,_dropout]"),
+    ),
     "kernels/attention_decode.py": (
         ("begin += split * each", "begin += split * BLOCK_N",
          "attention_decode.py::test_keys_are_split"),

@@ -120,6 +120,17 @@ def _attention_bwd(dout, dlse, out, lse, *given: Any):
     return _shardings(ways, like_out + of_call, grads, gradients=True)
 
 
+def _attention_jvp(*given: Any):
+    n = len(AttentionCall._fields) - 1
+    q, k = given[:2]
+    _refuse_dropout("attention", given[_DROPOUT_P + 4], "weight in the whole batch, of all heads")
+    inputs, packed = _attention_inputs(given)
+    absent = [(None, "bh..")] * (n - len(inputs))
+    tangents = [(x, "bh..") for x in given[n : n + 4]]
+    ways = [way for way in _attention_ways(q, k) if way != "b" or not packed]
+    return _shardings(ways, [*inputs, *absent, *tangents], ["bh..", "bh."] * 2)
+
+
 # --- norms and softmax: along every dimension that is not reduced ---------------------------------
 
 
@@ -211,8 +222,8 @@ def _sinusoidal_fwd(x, positions, start, *_: Any):
 def register() -> None:
     """Tell DTensor the rules. `rotary_` has none: in place nothing can be redistributed."""
     rules = (
-        _attention_fwd, _attention_bwd, _norm_fwd, _norm_bwd, _softmax_fwd, _softmax_bwd,
-        _rotary_fwd, _sinusoidal_fwd, _swiglu_fwd, _swiglu_bwd,
+        _attention_fwd, _attention_bwd, _attention_jvp, _norm_fwd, _norm_bwd, _softmax_fwd,
+        _softmax_bwd, _rotary_fwd, _sinusoidal_fwd, _swiglu_fwd, _swiglu_bwd,
     )  # fmt: skip
     for rule in rules:
         op = getattr(torch.ops.fusedattn, rule.__name__.removeprefix("_")).default

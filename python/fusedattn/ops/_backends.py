@@ -163,13 +163,13 @@ def standard_backends(
 
 
 def native_kernels(native: Any, op: str) -> SimpleNamespace:
-    """A native module's `forward` and `backward` of an op, each kernel(call, *outputs).
+    """A native module's `forward`, `backward` and `jvp` of an op, each kernel(call, *outputs).
 
     They take tensors of fewer dimensions than the kernels do: `any_rank`.
     """
     found = {
         direction: getattr(native, f"{op}_{direction}")
-        for direction in ("forward", "backward")
+        for direction in ("forward", "backward", "jvp")
         if hasattr(native, f"{op}_{direction}")
     }
     if native is _native.cuda:

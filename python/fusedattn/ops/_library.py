@@ -260,11 +260,6 @@ _REFUSED_BY_NAME: Any = (type, torch.nn.parameter.UninitializedTensorMixin)  # t
 _USUAL_TYPES = (*_PLAIN_TYPES, type(None), bool, int, float, str, tuple)
 
 
-def functional() -> bool:
-    """Under a transform of torch.func that is not traced."""
-    return _transforms() and not watched()
-
-
 def transformed() -> bool:
     """Where the formula itself is wanted, in torch's own ops.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._library import LibraryOp, differentiated, functional, transformed, watched
+from ._library import LibraryOp, differentiated, transformed, watched
 from ._registry import Backend, Choice
 
 Outputs = tuple[Any, ...]  # tensors, None where one is absent
@@ -37,6 +37,7 @@ class Op(Choice):
     pull_back(douts, tensors, rest, wanted, run) -> the gradient of each of the call's tensors, by
         `run`, which is `backward` of a call. Without one the op is differentiated by its formula.
     folding: how a call under vmap becomes one call; without it transforms get the formula.
+    forward_mode: how a call and the tangents of its tensors do.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Op(Choice):
         keep: Callable[..., tuple[Outputs, tuple[Any, ...]]] | None = None,
         pull_back: Callable[..., Outputs] | None = None,
         folding: _transforms.Folding | None = None,
+        forward_mode: _transforms.ForwardMode | None = None,
     ) -> None:
         super().__init__(name, backends)
         self.library, self.formula, self.differentiable = library, formula, tuple(differentiable)
         self._from_the_last = sorted(differentiable, reverse=True)
         self.cotangents, self.backward = cotangents, backward
-        self.keep, self.pull_back, self.folding = keep, pull_back, folding
+        self.keep, self.pull_back = keep, pull_back
+        self.folding, self.forward_mode = folding, forward_mode
         title = name.title().replace("_", "")
         first, every = (_Differentiable, _Whole) if pull_back else (_ByFormula, _ByFormula)
         self._function, self._whole = (
@@ -69,7 +72,7 @@ class Op(Choice):
         """The outputs of a checked call."""
         backend = self.choose(requested, call)
         if transformed():
-            if self.folding is not None and functional():
+            if self.folding is not None and not watched():
                 return _transforms.run(self, call, backend)
             return self.formula(call)
         if _grad_enabled() and self.records(call) and not watched():

@@ -53,8 +53,8 @@ def strict(enabled: bool = True) -> Iterator[None]:
     """Within this context a fallback to the slow reference raises `UnsupportedError`.
 
     It holds for the current thread and nests. Second derivatives, forward mode and `torch.func` are
-    no fallback: they are the formula on every backend. What is not checked because a GPU would have
-    to be waited for, the offsets of `attention_varlen`, is checked here.
+    no fallback: where no kernel has them they are the formula on every backend. What is not checked
+    because a GPU would have to be waited for, the offsets of `attention_varlen`, is checked here.
     """
     before = getattr(_strict, "enabled", False)
     _strict.enabled = enabled
@@ -107,6 +107,12 @@ class Choice:
         if requested == "auto" and chosen == self._order[-1].name:
             self._note_fallback(call)
         return chosen
+
+    def nearest(self, preferred: str, call: Any) -> str:
+        """`preferred` where it takes `call`, else the first that does; a fallback is not noted."""
+        if self.backends[preferred].refuse(call, True) is None:
+            return preferred
+        return self._pick("auto", call)
 
     def _pick(self, requested: str, call: Any) -> str:
         if requested != "auto":

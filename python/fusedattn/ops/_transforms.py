@@ -1,8 +1,8 @@
-"""Ops under torch.func's transforms: the kernel serves them where vmap can be part of its batch.
+"""Ops under torch.func's transforms and on dual tensors: kernels serve them where they can.
 
-`grad`, `vjp` and `jacrev` then run kernels, forward and backward, and `vmap` folds what it maps
-over into the batch; forward mode, and what cannot be folded, is the op's formula. Transforms nest:
-each takes its own level off the tensors and calls what is here again.
+`grad`, `vjp` and `jacrev` run kernels, forward and backward, `vmap` folds what it maps over into
+the batch, and forward mode is an op of its own where there is one; the rest is the op's formula.
+Transforms nest: each takes its own level off the tensors and calls what is here again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+_stack = torch._C._functorch.peek_interpreter_stack
+_JVP = torch._C._functorch.TransformType.Jvp
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +34,19 @@ class Folding:
     shared: frozenset[str]
     takes: Callable[[Any], bool]
     summed: Callable[[Any], Sequence[str | None]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForwardMode:
+    """How a call and the tangents of its tensors become one call.
+
+    op: of that call; its outputs are those of the first and then the tangent of each.
+    along(call, tangents) -> the call, or None where the op has no place for a tangent. `tangents`
+        has an entry for each tensor field, None for zero.
+    """
+
+    op: Any
+    along: Callable[[Any, Sequence[Tensor | None]], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +76,23 @@ class Call:
         library = self.op.library
         return list(library.wanted(call)) if library.wanted else [True] * len(library.outputs)
 
+    def along(
+        self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """The outputs and their tangents in one call, None where no op has both."""
+        mode = self.op.forward_mode
+        if mode is None:
+            return None
+        given: list[Tensor | None] = [None] * self.op.library.tensors
+        for place, x in zip(self.places, tangents, strict=True):
+            given[place] = x
+        call = mode.along(self.whole(tensors), given)
+        if call is None:
+            return None
+        found = run(mode.op, call, mode.op.nearest(self.backend, call))
+        half = len(found) // 2
+        return found[:half], found[half:]
+
     def formula(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs that there are, by the formula, in the dtype of the kernel's."""
         call = self.whole(tensors)
@@ -68,8 +102,38 @@ class Call:
 def run(op: Any, call: Any, backend: str) -> tuple[Any, ...]:
     """The outputs of a call whose tensors are those of a transform."""
     about, tensors = Call.of(op, backend, call)
-    found = iter(_Transformed.apply(about, *tensors))
+    found = iter(_serve(about, tensors))
     return tuple(next(found) if there else None for there in about.present(call))
+
+
+def _serve(about: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Those outputs that there are, with their tangents where the current level has such."""
+    found = _duals(about, tensors)
+    return _Transformed.apply(about, *tensors) if found is None else found
+
+
+def _duals(about: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """The outputs as dual tensors, in one pass with their tangents; None where that is not served.
+
+    Not where the current level records a gradient: that of an output would be the formula's, and
+    of tensors without their tangents.
+    """
+    if about.op.forward_mode is None or not _in_forward_mode():
+        return None
+    pairs = [_unpacked(x) for x in tensors]
+    moved = [t for _, t in pairs if t is not None]
+    if not moved or (torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *moved))):
+        return None
+    found = about.along(*zip(*pairs, strict=True))
+    return None if found is None else tuple(map(forward_ad.make_dual, *found))
+
+
+def _in_forward_mode() -> bool:
+    """Whether the innermost level, of torch.func or of dual tensors alone, is forward mode's."""
+    if forward_ad._current_level < 0:
+        return False
+    innermost = _stack()
+    return innermost is None or innermost.key() == _JVP
 
 
 class _Transformed(torch.autograd.Function):
@@ -113,19 +177,20 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Any, ...]:
-        about, tensors = ctx.about, list(ctx.saved_tensors)
-        moved = [i for i, x in enumerate(tangents) if x is not None]
+        # torch has turned duals off here, at the levels below too, which may go on differentiating.
+        with forward_ad._set_fwd_grad_enabled(True):
+            about, tensors = ctx.about, [_unpacked(x)[0] for x in ctx.saved_tensors]
+            if (found := about.along(tensors, tangents)) is not None:
+                return found[1]
+            moved = [i for i, x in enumerate(tangents) if x is not None]
 
-        def formula(*some: Tensor) -> tuple[Tensor, ...]:
-            given = list(tensors)
-            for i, x in zip(moved, some, strict=True):
-                given[i] = x
-            return about.formula(given)
+            def formula(*some: Tensor) -> tuple[Tensor, ...]:
+                given = list(tensors)
+                for i, x in zip(moved, some, strict=True):
+                    given[i] = x
+                return about.formula(given)
 
-        _, *rest = torch.func.jvp(
-            formula, tuple(tensors[i] for i in moved), tuple(tangents[i] for i in moved)
-        )
-        return tuple(rest[0])
+            return _along(formula, [tensors[i] for i in moved], [tangents[i] for i in moved])
 
     @staticmethod
     def vmap(
@@ -141,7 +206,7 @@ class _Transformed(torch.autograd.Function):
             call, within = folded
             whole = about.op.library.call
             new, parts = Call.of(about.op, about.backend, call)
-            outputs = _Transformed.apply(new, *parts)
+            outputs = _serve(new, parts)
             there = about.present(about.whole(tensors))
             names = about.op.folding.summed(call)
             names = [name for name, each in zip(names, there, strict=True) if each]
@@ -150,6 +215,25 @@ class _Transformed(torch.autograd.Function):
                 for x, name in zip(outputs, names, strict=True)
             )
         return found, (0,) * len(found)
+
+
+def _along(
+    formula: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor], tangents: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """The derivative of `formula` along the tangents."""
+    if _stack() is not None:
+        return torch.func.jvp(formula, tuple(primals), tuple(tangents))[1]
+    # On dual tensors alone, where torch.func.jvp would open a second level, which torch has not.
+    pairs = [_unpacked(y) for y in formula(*map(forward_ad.make_dual, primals, tangents))]
+    return tuple(torch.zeros_like(y) if t is None else t for y, t in pairs)
+
+
+def _unpacked(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of the innermost level the primal and the tangent, None for zero."""
+    if not x.is_floating_point():
+        return x, None
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 
 def _in_dtype(x: Tensor | None, of: Tensor) -> Tensor | None:

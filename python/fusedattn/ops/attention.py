@@ -27,7 +27,7 @@ from ._checks import check_flag, check_seed, seed_tensor
 from ._library import hand_over, has_override, is_overridden
 from ._op import Op
 from ._spellings import refuse_unknown
-from ._transforms import Folding
+from ._transforms import Folding, ForwardMode
 from .attention_backends import BACKENDS, backward_formula, formula
 from .attention_checks import (
     autocast,
@@ -44,6 +44,7 @@ from .attention_config import (
     configure,
     remembered,
 )
+from .attention_jvp import along, attention_jvp, jvp_formula
 from .attention_kernels import attention_bwd, attention_fwd
 from .attention_rules import NONE, unfold, validate_rules
 from .attention_shapes import over_leading
@@ -72,9 +73,13 @@ def _pull_back(douts: Any, saved: Any, rest: Any, wanted: Any, run: Any) -> tupl
     return dq, dk, dv, None, dbias, None, slopes, sinks, None, distance, *_NOTHING
 
 
-_BATCHED = {"q", "k", "v", "kv_lengths", "prefix_lengths", "dout", "dlse", "out", "lse"}
+_BATCHED = {
+    "q", "k", "v", "kv_lengths", "prefix_lengths", "dout", "dlse", "out", "lse", "t_q", "t_k",
+    "t_v",
+}  # fmt: skip
 _SHARED = {
     "mask", "bias", "alibi_slopes", "distance_bias", "documents_q", "documents_k", "mask_blocks",
+    "t_bias",
 }  # fmt: skip
 
 
@@ -85,19 +90,27 @@ def _folds(call: Any) -> bool:
 
 
 def _summed(call: Any) -> tuple[str | None, ...]:
-    if type(call) is AttentionCall:
-        return None, None
+    if type(call) is not AttentionBackwardCall:
+        return (None,) * (2 if type(call) is AttentionCall else 4)
     names = (*[None] * 3, "bias", "alibi_slopes", None, "distance_bias")
     return tuple(name if asked else None for name, asked in zip(names, call[21:28], strict=True))
 
 
 _FOLDING = Folding(frozenset(_BATCHED), frozenset(_SHARED), _folds, _summed)
 
+
 op = Op(
     "attention", BACKENDS, attention_fwd, formula, differentiable=(0, 1, 2, 4, 6, 7, 9),
     cotangents=2,
     backward=Op("attention_bwd", BACKENDS, attention_bwd, backward_formula, folding=_FOLDING),
     keep=_keep, pull_back=_pull_back, folding=_FOLDING,
+    forward_mode=ForwardMode(
+        Op(
+            "attention_jvp", BACKENDS, attention_jvp, jvp_formula,
+            differentiable=(0, 1, 2, 4, 6, 7, 9, 17, 18, 19, 20), folding=_FOLDING,
+        ),
+        along,
+    ),
 )  # fmt: skip
 
 # --- public functions ----------------------------------------------------------------------------
@@ -203,7 +216,8 @@ def attention(
     """dropout(softmax(scale · qkᵀ + bias)) v over the keys that each query may attend to.
 
     Fused, in O(Sq + Sk) memory, and differentiable; `torch.func.vmap` becomes part of the batch.
-    Second derivatives and forward mode run the reference's formula, which stores all scores.
+    So is forward mode along tangents of q, k, v and bias; second derivatives and tangents of other
+    tensors run the reference's formula, which stores all scores.
     Tensors may have any strides and are read in place: a (B, S, H, D) tensor is passed as its
     `.transpose(1, 2)`.
 

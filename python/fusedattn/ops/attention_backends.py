@@ -4,6 +4,7 @@ Kernels are objects with
 
     forward(call, out, lse)                 call an `AttentionCall`
     backward(call, dq, dk, dv, dbias, dalibi_slopes, ddistance_bias)    an `AttentionBackwardCall`
+    jvp(call, out, lse, t_out, t_lse)       an `AttentionJvpCall`
 
 that write every element of their outputs. mask and bias have four dimensions, nothing is empty but
 single sequences of a packed call, dout or dlse may be None (zero), and so are outputs that are not
@@ -36,7 +37,7 @@ from ._checks import HALVES
 from ._library import plain
 from ._op import Outputs
 from ._registry import Backend, Refusal
-from .attention_config import AttentionBackwardCall, AttentionCall
+from .attention_config import AttentionBackwardCall, AttentionCall, AttentionJvpCall
 
 # --- backends ------------------------------------------------------------------------------------
 
@@ -72,6 +73,8 @@ def _in_packs(x: Tensor) -> bool:
 
 def _cuda_takes(call: AttentionCall) -> Refusal | None:
     """Why the CUDA C++ kernels do not take a call on tensors that are where they can reach them."""
+    if isinstance(call, AttentionJvpCall):
+        return Refusal("forward mode is not supported", "leave it to triton")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return Refusal(f"dtype is {call.q.dtype}", "use bfloat16 or float16")
     if call.mask is not None:
@@ -144,7 +147,7 @@ def _cuda_kernels(native: Any) -> Any:
     )
 
 
-# --- triton: kernels/attention_fwd.py, kernels/attention_bwd.py ----------------------------------
+# --- triton: kernels/attention_fwd.py, attention_bwd.py, attention_jvp.py -------------------------
 
 
 def _lacks_tensor_cores(q: Tensor) -> str | None:
@@ -177,11 +180,12 @@ def _triton_kernels() -> Any:
     from ..kernels.attention_bwd import attention_backward
     from ..kernels.attention_decode import attention_decode
     from ..kernels.attention_fwd import attention_forward
+    from ..kernels.attention_jvp import attention_jvp
 
     def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
         (attention_decode if call.config.cached else attention_forward)(call, out, lse)
 
-    return SimpleNamespace(forward=forward, backward=attention_backward)
+    return SimpleNamespace(forward=forward, backward=attention_backward, jvp=attention_jvp)
 
 
 # --- reference: reference/functional.py ----------------------------------------------------------
@@ -193,30 +197,30 @@ def _reference_refuses(call: AttentionCall, requested: bool) -> Refusal | None:
 
 def formula(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """The reference, differentiable to any order; half precision computes in float32."""
-    q, k, v = (_wide(x) for x in call[:3])
+    q, k, v = (wide(x) for x in call[:3])
     with torch.autocast(q.device.type, enabled=False):
         if call.cu_seqlens_q is not None:
-            out, lse = varlen.attention(q, k, v, **_packed_options(call))
+            out, lse = varlen.attention(q, k, v, **packed_options(call))
         elif call.config.cached:
-            out, lse = cache.attention(q, k, v, block_table=call.block_table, **_options(call))
+            out, lse = cache.attention(q, k, v, block_table=call.block_table, **options(call))
         else:
-            out, lse = reference.attention(q, k, v, **_options(call), bias=_bias(call))
+            out, lse = reference.attention(q, k, v, **options(call), bias=added_bias(call))
     return out.to(call.q.dtype), lse
 
 
 def backward_formula(call: AttentionBackwardCall) -> Outputs:
     """The gradients by the reference, those of q, k and v not rounded."""
-    dout, q, k, v = (_wide(x) for x in (call.dout, call.q, call.k, call.v))
+    dout, q, k, v = (wide(x) for x in (call.dout, call.q, call.k, call.v))
     slopes, distance = call.alibi_slopes, call.distance_bias
     dbias = None
     with torch.autocast(call.q.device.type, enabled=False):
         if call.cu_seqlens_q is not None:
             *grads, slopes, dsinks, distance = varlen.attention_backward(
-                dout, call.dlse, q, k, v, **_packed_options(call)
+                dout, call.dlse, q, k, v, **packed_options(call)
             )
         else:
             *grads, ds, dsinks = reference.attention_backward(
-                dout, call.dlse, q, k, v, **_options(call), bias=_bias(call)
+                dout, call.dlse, q, k, v, **options(call), bias=added_bias(call)
             )
             step = rules.steps(q, k)
             if call.bias_grad:
@@ -230,11 +234,11 @@ def backward_formula(call: AttentionBackwardCall) -> Outputs:
     return tuple(x if asked else None for x, asked in zip(found, call[21:28], strict=True))
 
 
-def _wide(x: Any) -> Any:
+def wide(x: Any) -> Any:
     return x.float() if x is not None and x.dtype in HALVES else x
 
 
-def _options(call: Any) -> dict[str, Any]:
+def options(call: Any) -> dict[str, Any]:
     return {
         "mask": _mask(call),
         "kv_lengths": call.kv_lengths,
@@ -265,7 +269,7 @@ def _mask(call: Any) -> Tensor | None:
     return functools.reduce(operator.and_, found) if found else None
 
 
-def _bias(call: Any) -> Tensor | None:
+def added_bias(call: Any) -> Tensor | None:
     """The biases of a padded call as one."""
     if call.distance_bias is None:
         return call.bias
@@ -274,20 +278,20 @@ def _bias(call: Any) -> Tensor | None:
     return of_distances if call.bias is None else call.bias + of_distances
 
 
-def _packed_options(call: Any) -> dict[str, Any]:
-    options = _options(call)
-    del options["mask"], options["kv_lengths"]
+def packed_options(call: Any) -> dict[str, Any]:
+    found = options(call)
+    del found["mask"], found["kv_lengths"]
     names = ("cu_seqlens_q", "cu_seqlens_k", "distance_bias", "prefix_lengths")
-    return options | {name: getattr(call, name) for name in names}
+    return found | {name: getattr(call, name) for name in names}
 
 
 def _reference_kernels() -> Any:
     def contiguous(call: Any) -> Any:
         """BLAS picks its method by strides: a contiguous copy keeps them out of the result."""
-        floats = ("dout", "q", "k", "v", "bias")
+        floats = ("dout", "q", "k", "v", "bias", "t_q", "t_k", "t_v", "t_bias")
         given = {name: getattr(call, name, None) for name in floats}
         return call._replace(
-            **{name: _wide(x).contiguous() for name, x in given.items() if x is not None}
+            **{name: wide(x).contiguous() for name, x in given.items() if x is not None}
         )
 
     def forward(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
@@ -300,7 +304,13 @@ def _reference_kernels() -> Any:
             if target is not None:
                 target.copy_(found)
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    def jvp(call: AttentionJvpCall, *outputs: Tensor) -> None:
+        from .attention_jvp import jvp_formula
+
+        for target, found in zip(outputs, jvp_formula(contiguous(call)), strict=True):
+            target.copy_(found)
+
+    return SimpleNamespace(forward=forward, backward=backward, jvp=jvp)
 
 
 BACKENDS = (

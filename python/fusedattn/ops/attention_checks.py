@@ -174,7 +174,7 @@ def _of_another_layout(given: Any, shape: Any) -> str:
     return TRANSPOSE if len(given) > 1 and given[-1] == heads else ""
 
 
-def _broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def broadcastable(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """`x` as a view of 4 dimensions, each 1 or that of the scores (B, Hq, Sq, Sk)."""
     check_device("attention", name, x, "q", q)
     shape = (*q.shape[:3], k.shape[2])
@@ -216,12 +216,12 @@ def validate_extras(
     if mask is not None:
         remark = " (True = may attend); a float mask is passed as bias"
         check_tensor("attention", "mask", mask, (torch.bool,), remark)
-        mask = _broadcastable("mask", mask, q, k)
+        mask = broadcastable("mask", mask, q, k)
     if bias is not None:
         own = q.dtype in (torch.float32, torch.float64)
         dtypes = (q.dtype,) if own else (q.dtype, torch.float32)
         check_tensor("attention", "bias", bias, dtypes)
-        bias = _broadcastable("bias", bias, q, k)
+        bias = broadcastable("bias", bias, q, k)
     if kv_lengths is not None:
         shape = check_tensor("attention", "kv_lengths", kv_lengths, INDICES)
         check_device("attention", "kv_lengths", kv_lengths, "q", q)

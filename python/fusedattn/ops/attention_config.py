@@ -135,6 +135,42 @@ class AttentionBackwardCall(NamedTuple):
         return AttentionCall(*self[4:21], self.config)
 
 
+class AttentionJvpCall(NamedTuple):
+    """The fields of an `AttentionCall`, and tangents of four of them, each None for zero.
+
+    t_q, t_k and t_v are of the shape and dtype of theirs; t_bias is of the dtype of the bias, with
+    four dimensions, each 1 or that of the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    seed: Tensor | None = None
+    distance_bias: Tensor | None = None
+    prefix_lengths: Tensor | None = None
+    documents_q: Tensor | None = None
+    documents_k: Tensor | None = None
+    mask_blocks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
+    t_q: Tensor | None = None
+    t_k: Tensor | None = None
+    t_v: Tensor | None = None
+    t_bias: Tensor | None = None
+    config: AttentionConfig = AttentionConfig()
+
+    @property
+    def primal(self) -> AttentionCall:
+        """The call that this is a derivative of."""
+        return AttentionCall(*self[:17], self.config)
+
+
 def configure(
     head_dim: int,
     causal: bool | str = False,

@@ -10,7 +10,12 @@ from torch import Tensor
 from ._checks import HALVES
 from ._library import LibraryOp
 from .attention_checks import check_backward_call, check_call
-from .attention_config import AttentionBackwardCall, AttentionCall, AttentionConfig
+from .attention_config import (
+    AttentionBackwardCall,
+    AttentionCall,
+    AttentionConfig,
+    AttentionJvpCall,
+)
 
 # Of q, k, v, bias, alibi_slopes, sinks and distance_bias, those that are wanted.
 Gradients = tuple[Tensor | None, ...]
@@ -18,7 +23,7 @@ Gradients = tuple[Tensor | None, ...]
 # --- outputs -------------------------------------------------------------------------------------
 
 
-def _empty_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def empty_outputs(call: AttentionCall | AttentionJvpCall) -> tuple[Tensor, Tensor]:
     """out laid out in memory as (B, Sq, Hq, Dv), so that merging the heads is a view; and lse."""
     q = call.q
     batch, heads, seq, _ = q.shape
@@ -55,7 +60,7 @@ def _sinks_gradient(call: AttentionBackwardCall, dsinks: Tensor) -> None:
     torch.sum(ds, (0, 2), out=dsinks.view(-1))
 
 
-def _nothing(call: AttentionCall | AttentionBackwardCall) -> bool:
+def nothing(call: AttentionCall | AttentionBackwardCall | AttentionJvpCall) -> bool:
     """No key, or no sequence that has one."""
     return call.k.numel() == 0 or (
         call.cu_seqlens_q is not None and call.cu_seqlens_q.shape[0] == 1
@@ -63,8 +68,8 @@ def _nothing(call: AttentionCall | AttentionBackwardCall) -> bool:
 
 
 def _run_forward(call: AttentionCall, kernels: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(call)
-    if out.numel() == 0 or _nothing(call):
+    out, lse = empty_outputs(call)
+    if out.numel() == 0 or nothing(call):
         return out.zero_(), lse.fill_(float("-inf"))
     kernels.forward(call, out, lse)
     return out, lse
@@ -72,7 +77,7 @@ def _run_forward(call: AttentionCall, kernels: Any) -> tuple[Tensor, Tensor]:
 
 def _run_backward(call: AttentionBackwardCall, kernels: Any) -> Gradients:
     grads = _empty_gradients(call)
-    if call.lse.numel() == 0 or _nothing(call):
+    if call.lse.numel() == 0 or nothing(call):
         for x in grads:
             if x is not None:
                 x.zero_()
@@ -101,7 +106,7 @@ def _scores(q: Any, k: Any, given: tuple[Any, ...]) -> int:
     return q[0] * q[1] * q[2] * (min(k[2], longest) if longest else k[2])
 
 
-def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
+def forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
     """Two operations a multiply-add, as torch counts SDPA: causal is not halved."""
     return 2 * _scores(q, k, (q, k, v, *rest)) * (q[3] + v[3])
 
@@ -115,7 +120,7 @@ def _backward_flops(
 
 attention_fwd = LibraryOp(
     "attention_fwd", AttentionCall, ("out", "lse"),
-    allocate=_empty_outputs, run=_run_forward, check=check_call, flops=_forward_flops,
+    allocate=empty_outputs, run=_run_forward, check=check_call, flops=forward_flops,
 )  # fmt: skip
 attention_fwd.autocast(3)  # q, k and v; a bias keeps its dtype
 attention_bwd = LibraryOp(

@@ -137,8 +137,9 @@ def attention_varlen(
 
     Sequence b has queries cu_seqlens_q[b] … cu_seqlens_q[b + 1] − 1 and keys cu_seqlens_k[b] …
     cu_seqlens_k[b + 1] − 1. Nothing is padded, copied or waited for, and the second offsets may be
-    the same tensor as the first. It is differentiable as `attention` is; second derivatives and
-    `torch.func` transforms run the formula, which stores total_q · total_k scores.
+    the same tensor as the first. It is differentiable as `attention` is, in
+    forward mode too; second derivatives and what `vmap` maps over run the formula, which stores
+    total_q · total_k scores.
 
     >>> import torch, fusedattn
     >>> q, k, v = torch.randn(3, 10, 4, 32)  # (total, heads, head dim) each

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -229,6 +230,57 @@ def attention_backward(
     dk, dv = (drop_absent(sum_heads(x, heads_kv), kv_lengths) for x in (dk, dv))
     dsinks = None if p_sink is None else torch.where(p_sink == 0, 0.0, -p_sink * row)
     return dq, dk, dv, ds, dsinks
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    t_bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    kv_lengths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    places: Places | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`attention` and its derivative along tangents, None for zero: (out, lse, t_out, t_lse).
+
+    t_s = t_r + t_bias with t_r = scale · (t_q kᵀ + q t_kᵀ) through `chain`, t_lse = Σ p ∘ t_s and
+    t_out = (p ∘ t_s) v + p t_v − out ∘ t_lse, where with dropout p is what it leaves but in t_lse.
+    """
+    dropped = (dropout_p, seed, places)
+    given: dict[str, Any] = {"softcap": softcap, "kv_lengths": kv_lengths, **options}
+    out, lse = attention(
+        q, k, v, scale=scale, sinks=sinks, dropout_p=dropout_p, seed=seed, places=places, **given
+    )
+    k, v = (expand_heads(drop_absent(x, kv_lengths), q.shape[1]) for x in (k, v))
+    shown: Any = {n: given.get(n) for n in ("mask", "causal", "window", "kv_lengths")}
+    seen = visible_keys(q, k, **shown)
+    s = scores(q, k, scale, given.get("bias"), seen, softcap, given.get("alibi_slopes"))
+    p = torch.exp(s - lse[..., None].masked_fill(lse[..., None] == float("-inf"), 0.0))
+    t_s = torch.zeros_like(s)
+    if t_q is not None:
+        t_s = t_s + torch.matmul(t_q, k.transpose(-1, -2)) * scale
+    if t_k is not None:
+        t_k = expand_heads(drop_absent(t_k, kv_lengths), q.shape[1])
+        t_s = t_s + torch.matmul(q, t_k.transpose(-1, -2)) * scale
+    t_s = chain(t_s, q, k, scale, softcap)
+    if t_bias is not None:
+        t_s = t_s + t_bias
+    moved = torch.where(s == float("-inf"), 0.0, p * t_s)
+    t_lse = moved.sum(-1)
+    t_out = torch.matmul(attention_dropout(moved, *dropped), v) - out * t_lse[..., None]
+    if t_v is not None:
+        t_v = expand_heads(drop_absent(t_v, kv_lengths), q.shape[1])
+        t_out = t_out + torch.matmul(attention_dropout(p, *dropped), t_v)
+    return out, lse, t_out, t_lse
 
 
 # --- layer norm and RMS norm ----------------------------------------------------------------------

@@ -161,3 +161,31 @@ def attention_backward(
     if distance_bias is not None:
         distances = rules.distance_bias_gradient(ds, distance_bias, packing.step, k.shape[2] - 1)
     return dq, dk, dv, slopes, dsinks, distances
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`functional.attention_jvp` of each sequence by itself."""
+    packing = Packing.of(q, k, cu_seqlens_q, cu_seqlens_k)
+    q, t_q = (packing.present(x, packing.number_q) for x in (q, t_q))
+    k, v, t_k, t_v = (packing.present(x, packing.number_k) for x in (k, v, t_k, t_v))
+    return functional.attention_jvp(
+        q, k, v, t_q, t_k, t_v, None, mask=packing.seen(causal, window, prefix_lengths),
+        bias=packing.bias(alibi_slopes, distance_bias, q, k.shape[2]), places=packing.places(),
+        **options,
+    )  # fmt: skip

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.instruction_set:
-        _native.select_instruction_set(given.instruction_set)
+        _native.cpu.select_instruction_set(given.instruction_set)
     count, begun = 0, time.perf_counter()
 
     @hypothesis.seed(given.seed)

@@ -21,12 +21,9 @@ TARGETS = {name: ALL_TARGETS[name] for name in ("sm_80", "sm_90", "sm_100")}
 # name: dtype, head dim, causal, which have a tangent
 CASES = {
     "causal": ("bfloat16", 64, 2, "q k v"),
-    "full": ("bfloat16", 64, 0, "q k v"),
-    "values": ("bfloat16", 64, 2, "v"),
     "bias": ("bfloat16", 64, 2, "q k v bias"),
     "fp16": ("float16", 64, 2, "q k v"),
     "128": ("bfloat16", 128, 2, "q k v"),
-    "fp32": ("float32", 64, 2, "q k v"),
 }
 
 
@@ -89,13 +86,11 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]
 
 @pytest.mark.slow
 def test_machine_code(compiled: tuple[str, list[dict[str, Any]]]) -> None:
-    """Tensor cores, shared memory that is there, and no spills but of all terms together."""
+    """Tensor cores, shared memory that is there, and no spills."""
     target, records = compiled
     assert {x["case"] for x in records} == set(CASES)
     for record in records:
         assert record["shared"] <= TARGETS[target][1], record
-        if record["dtype"] == "float32":
-            continue
         assert record[TENSOR_CORE[target]] > 0, record
         assert not any(record[name] for name in ("STACK", "LOCAL", "LDL", "STL")), record
 

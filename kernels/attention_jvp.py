@@ -16,10 +16,8 @@ Dropout changes e in o and t_o alone. A tangent that is None is compiled away.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +29,7 @@ from .attention_launch import (
     packed_of,
     pair_bytes,
     rules_of,
+    special_tiles,
     tiles,
     tuning,
 )
@@ -48,11 +47,10 @@ from .attention_scores import (
     weights,
     work_item,
 )
-from .attention_tiles import Elements, Tiles, candidates
+from .attention_tiles import jvp_tiles
 from .common import (
     LN2,
     LOG2E,
-    Device,
     broadcast_view,
     device_of,
     dot,
@@ -246,53 +244,7 @@ def jvp_kernel(
 
 # --- launcher ------------------------------------------------------------------------------------
 
-# As in attention_tiles.py. There are two sums as wide as Dv and twice as many operands.
-JVP: Tiles = {
-    "wgmma": {
-        64: ((128, 64, 8, 2), (64, 32, 4, 3)),
-        128: ((128, 32, 8, 2), (64, 32, 4, 2)),
-        256: ((64, 32, 8, 1),),
-        512: ((16, 16, 8, 1),),
-    },
-    "wgmma + pairs": {
-        64: ((128, 32, 8, 3), (64, 32, 4, 3)),
-    },
-    "tcgen05": {
-        64: ((128, 32, 8, 2), (64, 32, 4, 2)),
-        128: ((128, 32, 8, 2), (64, 32, 8, 2)),
-        256: ((64, 32, 8, 1),),
-        512: ((16, 16, 8, 1),),
-    },
-    "mma": {
-        64: ((128, 32, 8, 3), (64, 32, 4, 3)),
-        128: ((128, 16, 8, 2), (64, 32, 8, 2)),
-        256: ((32, 32, 8, 1),),
-        512: ((16, 16, 8, 1),),
-    },
-    "mma + pairs": {
-        64: ((128, 32, 8, 3),),
-    },
-    "fp32": {
-        64: ((32, 32, 8, 1),),
-        128: ((32, 16, 8, 1),),
-        256: ((16, 16, 8, 1),),
-        512: ((16, 16, 8, 1), (8, 16, 8, 1)),
-    },
-}
-
 _tuner = Tuner()
-
-
-def jvp_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
-    return Elements(2 * m * widths[0], 2 * n * sum(widths), m)
-
-
-@functools.cache
-def jvp_tiles(
-    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int, dropped: bool
-) -> tuple[triton.Config, ...]:
-    """Candidates for jvp_kernel; arguments as in `attention_tiles.candidates`."""
-    return candidates(JVP, device, dtype, widths, extra, jvp_operands, dropped)
 
 
 @planned(launch_settings)
@@ -324,7 +276,7 @@ def attention_jvp(
 
     widths = (arguments["BLOCK_D"], arguments["BLOCK_DV"])
     extra = pair_bytes(call) + (0 if call.t_bias is None else call.t_bias.element_size())
-    found = jvp_tiles(device, q.dtype, widths, extra, arguments["dropout"] is not None)
+    found = jvp_tiles(device, q.dtype, widths, extra, special_tiles(call))
     about = tuning(call, arguments, found, products=6)
     key = about["key"]
     about["key"] = key._replace(kind=(*key.kind, *(x is None for x in tangents)))

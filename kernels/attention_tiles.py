@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .attention_tile_lists import BIAS_GRAD, DKDV, DQ, FORWARD, TMA, Tile, Tiles
+from .attention_tile_lists import BIAS_GRAD, DKDV, DQ, FORWARD, JVP, TMA, Tile, Tiles
 from .common import INTERPRETED, Device
 
 
@@ -93,6 +93,10 @@ def dq_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
     return Elements(m * sum(widths), n * sum(widths), m)
 
 
+def jvp_operands(m: int, n: int, widths: tuple[int, int]) -> Elements:
+    return Elements(2 * m * widths[0], 2 * n * sum(widths), m)
+
+
 @functools.cache
 def forward_tiles(
     device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int,
@@ -118,6 +122,15 @@ def dq_tiles(
 ) -> tuple[triton.Config, ...]:  # fmt: skip
     """Candidates for dq_kernel."""
     return candidates(DQ, device, dtype, widths, extra, dq_operands, special, described)
+
+
+@functools.cache
+def jvp_tiles(
+    device: Device, dtype: torch.dtype, widths: tuple[int, int], extra: int,
+    special: tuple[str, ...],
+) -> tuple[triton.Config, ...]:  # fmt: skip
+    """Candidates for jvp_kernel; arguments as in `attention_tiles.candidates`."""
+    return candidates(JVP, device, dtype, widths, extra, jvp_operands, special)
 
 
 @functools.cache

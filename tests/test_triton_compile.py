@@ -255,6 +255,7 @@ class TestMachineCode:
             allowed = dict.fromkeys(("window, slopes, sinks", "packed, slopes"), 40)
             if target == "sm_100":
                 allowed = {"window, slopes, sinks": 152, "packed, slopes": 176, "mask and bias": 48}
+                allowed["blocks"] = 16 if record["kernel"] == "bounds_kernel" else 0  # once a call
             assert max(spilled.values()) <= allowed.get(record["case"], 0), record
             full = [x for x in record["loops"] if x["exponentials"]] or record["loops"]
             loop = min(full, key=lambda loop: loop["instructions"], default={"LDL": 0})

@@ -254,6 +254,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "table": ({"block_table": torch.zeros(40, dtype=torch.int32)}, "block_table of shape"),
     "cos alone": ({"cos": torch.zeros(90, 4)}, "got one of cos and sin"),
     "causal": ({"causal": "top_left"}, "causal"),
+    "backend": ({"backend": "cuda"}, "backend"),
     "gradient": ({"q": torch.zeros(3, 4, 2, 24, requires_grad=True)}, "no_grad"),
 }  # fmt: skip
 
@@ -265,7 +266,7 @@ def test_bad_input(name: str) -> None:
     before = [x.clone() for x in case.caches]
     given = {"q": case.q, "lengths": case.lengths, "k": case.k, "v": case.v, "block_table": None}
     given |= {"k_cache": case.caches[0], "v_cache": case.caches[1]} | changes
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         attention_decode(**given)
     for x, y in zip(case.caches, before, strict=True):
         assert torch.equal(x.nan_to_num(), y.nan_to_num())

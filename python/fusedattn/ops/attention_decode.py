@@ -136,16 +136,15 @@ def attention_decode(
         if cos is not None:
             q = _turned(q, cos, sin, total - q.shape[2], interleaved)
             k = None if k is None else _turned(k, cos, sin, lengths, interleaved)
+        call = AttentionCall(
+            q, k_cache, v_cache, mask, None, total, alibi_slopes, sinks, block_table=block_table,
+            config=config,
+        )  # fmt: skip
         if k is not None:
+            op.choose(backend, call)  # which may refuse it: nothing is written then
             for cache, x in ((k_cache, k), (v_cache, v)):
                 _append(cache, x, lengths, block_table)  # type: ignore[arg-type]
-        out, lse = op(
-            AttentionCall(
-                q, k_cache, v_cache, mask, None, total, alibi_slopes, sinks,
-                block_table=block_table, config=config,
-            ),
-            backend,
-        )  # fmt: skip
+        out, lse = op(call, backend)
     return (out, lse) if return_lse else out
 
 
@@ -162,7 +161,7 @@ def _check_new(q: Tensor, k: Any, v: Any, keys: Tensor, values: Tensor) -> int:
         expected = (*of.shape[:2], new, of.shape[3])
         if tuple(shape) != expected:
             raise ValueError(f"{_NAME}: got {name} of shape {tuple(shape)}, expected {expected}")
-    return int(k.shape[2])
+    return k.shape[2]
 
 
 def _known(x: Tensor) -> bool:
@@ -190,7 +189,7 @@ def _check_pages(block_table: Tensor, lengths: Tensor, new: int, cache: Tensor) 
     if not (_known(block_table) and _known(lengths)):
         return
     pages, _, size, _ = cache.shape
-    place = torch.arange(block_table.shape[1])
+    place = torch.arange(block_table.shape[1], device=block_table.device)
     end = (lengths + new + size - 1) // size if size else lengths
     used = place < end[:, None]
     wrong = ((block_table < 0) | (block_table >= pages)) & used

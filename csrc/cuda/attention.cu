@@ -20,13 +20,12 @@ std::string text(const AttentionForward& p) {
 void check(const AttentionForward& p, std::initializer_list<const TensorView*> tensors) {
   constexpr int64_t most_rows = int64_t{1} << 30, most_sequences = int64_t{1} << 22;
   const auto packs = [](int64_t width) { return width % 8 == 0 && width <= 256; };
-  bool fits = (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask &&
-              !p.distance_bias && !p.prefix_lengths && !p.documents_q && !p.mask_blocks &&
-              !p.options.cached &&
-              packs(p.head_dim()) && packs(p.head_dim_v()) && p.longest_q() <= most_rows &&
-              p.longest_k() <= most_rows && (!p.cu_seqlens_q || p.sequences() <= most_sequences) &&
-              p.batch() * p.heads() <= most_rows &&
-              (!p.kv_lengths || p.kv_lengths.dtype == DType::i32);
+  bool fits =
+      (p.dtype() == DType::f16 || p.dtype() == DType::bf16) && !p.mask && !p.distance_bias &&
+      !p.prefix_lengths && !p.documents_q && !p.mask_blocks && !p.options.cached &&
+      packs(p.head_dim()) && packs(p.head_dim_v()) && p.longest_q() <= most_rows &&
+      p.longest_k() <= most_rows && (!p.cu_seqlens_q || p.sequences() <= most_sequences) &&
+      p.batch() * p.heads() <= most_rows && (!p.kv_lengths || p.kv_lengths.dtype == DType::i32);
   for (const TensorView* each : tensors) fits = fits && (!*each || aligned(*each, 4, 8, 2));
   if (!fits)
     throw std::invalid_argument(

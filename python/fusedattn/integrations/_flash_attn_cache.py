@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._library import plain
-from ..ops._registry import is_strict
-from ..ops.attention_decode import attention_decode
+from ..ops.attention_decode import attention_decode, known
 from ..ops.rotary import apply_rotary
 
 _OP = "flash_attn_with_kvcache"
@@ -31,14 +29,9 @@ def positive(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == float("-inf"), float("inf"))
 
 
-def _known(x: Tensor) -> bool:
-    """Whether values may be looked at: nothing waits for a GPU but within `strict()`."""
-    return plain(x) and (x.is_cpu or is_strict())
-
-
 def _check_pages(block_table: Tensor, used: Tensor, pages: int) -> None:
     """used (N,): how many of a sequence's pages are read or written."""
-    if not _known(block_table):
+    if not known(block_table):
         return
     if int(used.max()) > block_table.shape[1]:
         raise ValueError(
@@ -181,14 +174,14 @@ def _check(
             f"{_OP}: got k of shape {tuple(k.shape)}, expected ({batch}, Snew, "
             f"{', '.join(map(str, k_cache.shape[2:]))})"
         )
-    if _known(before):
+    if known(before):
         least, most = int(before.min()), int(before.max()) + new
         if least < 0 or most > room:
             raise ValueError(
                 f"{_OP}: got cache_seqlens from {least} and keys up to {most}, expected 0 to "
                 f"{room}, the room of the cache"
             )
-    if cache_batch_idx is not None and _known(cache_batch_idx):
+    if cache_batch_idx is not None and known(cache_batch_idx):
         least, most = int(cache_batch_idx.min()), int(cache_batch_idx.max())
         if least < 0 or most >= k_cache.shape[0]:
             raise ValueError(

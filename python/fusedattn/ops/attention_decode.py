@@ -164,7 +164,7 @@ def _check_new(q: Tensor, k: Any, v: Any, keys: Tensor, values: Tensor) -> int:
     return k.shape[2]
 
 
-def _known(x: Tensor) -> bool:
+def known(x: Tensor) -> bool:
     """Whether values may be looked at: nothing waits for a GPU but within `strict()`."""
     return plain(x) and (x.is_cpu or is_strict())
 
@@ -174,7 +174,7 @@ def _check_lengths(q: Tensor, lengths: Tensor, new: int, room: int) -> None:
     check_device(_NAME, "lengths", lengths, "q", q)
     if tuple(shape) != (q.shape[0],):
         raise ValueError(f"{_NAME}: got lengths of shape {tuple(shape)}, expected ({q.shape[0]},)")
-    if not _known(lengths) or lengths.numel() == 0:
+    if not known(lengths) or lengths.numel() == 0:
         return
     least, most = (int(x) for x in torch.aminmax(lengths))
     if least < 0 or most + new > room:
@@ -186,7 +186,7 @@ def _check_lengths(q: Tensor, lengths: Tensor, new: int, room: int) -> None:
 
 def _check_pages(block_table: Tensor, lengths: Tensor, new: int, cache: Tensor) -> None:
     """Those in which a sequence has keys are there, and are no other's where they are written."""
-    if not (_known(block_table) and _known(lengths)):
+    if not (known(block_table) and known(lengths)):
         return
     pages, _, size, _ = cache.shape
     place = torch.arange(block_table.shape[1], device=block_table.device)

@@ -49,6 +49,31 @@ FUSEDATTN_INLINE void transpose_square(const Unit* src, int64_t ld_src, Unit* ds
   for (int i = 0; i < n; ++i) *reinterpret_cast<loose_bits*>(dst + i * ld_dst) = (loose_bits)x[i];
 }
 
+// In each 128-bit lane, or of the lanes themselves: every second one of x, then of y, from `first`.
+template <int first, bool lanes, class V, int... I>
+FUSEDATTN_INLINE V every_second(V x, V y, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), lane = 16 * n / vector_bytes;
+  constexpr int step = lanes ? lane : 1, period = lanes ? n : lane;
+  constexpr auto from = [](int i) {
+    const int p = i % period / step, half = period / step / 2;
+    return i / period * period + (2 * (p % half) + first) * step + i % step + p / half * n;
+  };
+  return __builtin_shufflevector(x, y, from(I)...);
+}
+
+// The sum of the lanes of each of a vector's width of vectors, in order; they are overwritten.
+template <class S, int left = width<S> / 2>
+FUSEDATTN_INLINE vec<S> sums_of_lanes(vec<S>* x) {
+  constexpr bool lanes = left * 16 < vector_bytes;  // what is left to add
+  constexpr auto all = std::make_integer_sequence<int, width<S>>();
+#pragma GCC unroll 8
+  for (int i = 0; i < left; ++i)
+    x[i] = every_second<0, lanes>(x[2 * i], x[2 * i + 1], all) +
+           every_second<1, lanes>(x[2 * i], x[2 * i + 1], all);
+  if constexpr (left > 1) return sums_of_lanes<S, left / 2>(x);
+  return x[0];
+}
+
 // Sizes of packed operands, in units per plane.
 template <class E>
 FUSEDATTN_INLINE int64_t row_units(int64_t k) {

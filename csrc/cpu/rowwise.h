@@ -217,13 +217,11 @@ FUSEDATTN_INLINE vec<S> get(const P* p, Some tail) {
   }
 }
 
-// Two vectors' elements in any order: pairs of bf16 are split by shift and mask.
+// Two vectors' elements in the order of `load_pair`.
 template <class S, class P>
 FUSEDATTN_INLINE void get_pair(const P* p, vec<S>& x, vec<S>& y) {
-  if constexpr (sizeof(P) == 2 && sizeof(S) == 4 && std::is_same_v<P, bf16>) {
-    const ints<float> both = load_bits<ints<float>>(p);
-    x = (vec<S>)(both << 16);
-    y = (vec<S>)(both & int32_t(0xffff0000));
+  if constexpr (sizeof(compute_t<P>) == sizeof(S)) {
+    load_pair<S>(p, x, y);
   } else {
     x = get<S>(p, Whole{});
     y = get<S>(p + width<S>, Whole{});

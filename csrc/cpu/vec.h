@@ -348,6 +348,9 @@ FUSEDATTN_INLINE vec<float> load_as(const bf16* p) {
   const ints<float> order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return (vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(order << 16),
                                                     _mm512_castsi256_si512(raw));
+#elif defined(__AVX2__)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
 #else
   const auto raw = *reinterpret_cast<const simd<float>::halves*>(p);
   return (vec<float>)(__builtin_convertvector(raw, ints<float>) << 16);
@@ -364,6 +367,20 @@ FUSEDATTN_INLINE vec<float> load_as(const f16* p) {
   for (int i = 0; i < width<float>; ++i) x[i] = to_float(p[i]);
   return x;
 #endif
+}
+
+// 2 · width consecutive elements as S; of bf16 the even ones and the odd ones, which a shift and a
+// mask convert.
+template <class S, class T>
+FUSEDATTN_INLINE void load_pair(const T* p, vec<S>& x, vec<S>& y) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto both = load_bits<ints<float>>(p);
+    x = (vec<float>)(both << 16);
+    y = (vec<float>)(both & int32_t(0xffff0000));
+  } else {
+    x = load_as(p);
+    y = load_as(p + width<S>);
+  }
 }
 
 FUSEDATTN_INLINE void store_as(float* p, vec<float> x) { store(p, x); }

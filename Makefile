@@ -1,5 +1,6 @@
 # make bench    measure and plot everything here, and train the reference transformers
-# make test     the whole suite; its kernels find every fresh tensor full of NaN
+# make test     the suite, but for what takes long (compilers, planted flaws): SLOW=1 for all of it, as
+#               in CI; its kernels find every fresh tensor full of NaN
 # make lint     ruff, clang-format, mypy
 # make gpu      on a machine with a GPU: its tests, compute-sanitizer, its benchmark grid; in ten
 #               minutes with the build, results in OUT=… or benchmarks/results
@@ -37,7 +38,7 @@ bench: $(BUILT)
 
 test: $(BUILT)
 	$(PYTHON) setup.py -q build_emulator
-	$(PYTEST) tests --deterministic
+	$(PYTEST) tests --deterministic $(if $(SLOW),,-m "not slow")
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -33,7 +33,7 @@ STARTED := $(shell date +%s)
 .DELETE_ON_ERROR:
 
 bench: $(BUILT)
-	$(PYTHON) -m fusedattn.cli bench
+	$(PYTHON) -m fusedattn bench
 
 test: $(BUILT)
 	$(PYTHON) setup.py -q build_emulator

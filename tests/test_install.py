@@ -206,6 +206,17 @@ def test_source_distribution_builds(tree: Path, tmp_path_factory: pytest.TempPat
     assert "compiling csrc/cpu/module.cpp" in build(source)
 
 
+def test_editable_install_shows_type_checkers_its_sources(tree: Path) -> None:
+    """They run no import hooks, on which the other packages depend."""
+    options = ("--dist-dir", tree / "dist")
+    run(sys.executable, "setup.py", "-q", "editable_wheel", *options, cwd=tree, CXX="/nonexistent")
+    (archive,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(archive) as file:
+        paths = {name: file.read(name).decode() for name in file.namelist() if ".pth" in name}
+    assert paths.pop("fusedattn.pth") == f"{tree / 'python'}\n"
+    assert "import" in "".join(paths.values())
+
+
 # --- wheels --------------------------------------------------------------------------------------
 
 

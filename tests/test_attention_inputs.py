@@ -198,6 +198,20 @@ def test_what_others_call_it(op, name):
         function(*given, **packed, masks=None)
 
 
+@pytest.mark.parametrize("wrong", ["q", "k_cache"])
+def test_a_layout_of_others_in_a_cache(wrong):
+    """(B, S, H, D), in a call of which all else fits."""
+    given = {"q": torch.zeros(2, 4, 1, 8), "k_cache": torch.zeros(2, 4, 64, 8)}
+    given["v_cache"] = given["k_cache"]
+    for name in (wrong, "v_cache") if wrong == "k_cache" else ("q",):
+        given[name] = given[name].transpose(1, 2)
+    with pytest.raises(ValueError, match=r"heads.*are passed as their \.transpose\(1, 2\)"):
+        fusedattn.attention_decode(**given, lengths=torch.tensor([1, 2]))
+    offsets = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"got q of shape .*; a batch .* goes to attention"):
+        fusedattn.attention_varlen(*[given["q"]] * 3, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+
+
 def test_what_others_mean_by_it():
     """The advice computes what torch does."""
     q, k, v = torch.randn(Q), torch.randn(K), torch.randn(K)

@@ -41,7 +41,7 @@ def _view(name: str, x: Tensor) -> Tensor:
     if len(shape) != 3:
         raise ValueError(
             f"{_NAME}: got {name} of shape {tuple(shape)}, expected 3 dimensions (total, heads, "
-            "head dim)"
+            "head dim)" + "; a batch (B, H, S, D) goes to attention" * (len(shape) == 4)
         )
     return x.transpose(0, 1)[None]
 

@@ -212,6 +212,15 @@ def test_wide_figures_fit_into_80_columns():
         assert max(map(len, text.splitlines())) <= 80
 
 
+def test_host_times_fit_into_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    rows = [{"name": "attention backward", "planned": 12.3, "unplanned": 1234.5}]
+    report.print_host({"triton": "3.9.0", "rows": rows}, console)
+    text = console.file.getvalue()
+    assert re.search(r"attention backward +12.3 +1234.5", text)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_infinity_is_read_again(tmp_path):
     results = report.read_json(RUN)
     results["attention"][0]["versions"]["fusedattn"]["max_error"] = float("inf")

@@ -4,6 +4,9 @@
 # make lint     ruff, clang-format, mypy
 # make gpu      on a machine with a GPU: its tests, compute-sanitizer, its benchmark grid; in ten
 #               minutes with the build, results in OUT=… or benchmarks/results
+# make wheel    a manylinux wheel in dist, for the Python that runs it and every torch: it brings no
+#               libgomp, for torch does. FUSEDATTN_CUDA_ARCHS="80;90a" adds CUDA C++ kernels, "none"
+#               leaves them out where there is a GPU
 # make format   let ruff and clang-format mend what they can
 # make clean    remove builds and the environment
 #
@@ -26,15 +29,16 @@ endif
 PARALLEL = $(if $(shell $(PYTHON) -c "import xdist" 2>&1),,-n 2 --dist loadfile)
 PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(PARALLEL)
 
-CLANG_FORMAT := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))clang-format
+TOOLS := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
+CLANG_FORMAT := $(TOOLS)clang-format
 
 STARTED := $(shell date +%s)
 
-.PHONY: bench test lint gpu format clean
+.PHONY: bench test lint gpu wheel format clean
 .DELETE_ON_ERROR:
 
 bench: $(BUILT)
-	$(PYTHON) -m fusedattn.cli bench
+	$(PYTHON) -m fusedattn bench
 
 test: $(BUILT)
 	$(PYTHON) setup.py -q build_emulator
@@ -53,6 +57,13 @@ format: $(INSTALLED)
 
 gpu: $(BUILT)
 	$(PYTHON) tests/on_gpu.py --started $(STARTED) --output $(or $(OUT),benchmarks/results)
+
+# build/lib may hold what an earlier build put there and this one does not make.
+wheel: $(INSTALLED)
+	rm -rf build/lib build/lib.* build/wheel
+	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(if $(TOOLS),$(abspath $(TOOLS)):)$$PATH" $(PYTHON) -m auditwheel repair \
+		--exclude libgomp.so.1 -w dist build/wheel/*.whl
 
 clean:
 	rm -rf build dist .venv python/*.egg-info python/fusedattn/*.so

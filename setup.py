@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent.resolve() / "csrc"))
 from native_build import PLANS, ROOT, locked, run_ninja, write_ninja_file
@@ -62,6 +63,17 @@ class EmulatorBuild(NinjaBuild):
             build_ext.run(self)
 
 
+class VisibleSources(build_py):
+    """In an editable install type checkers and editors, which run no import hooks, find them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            wheel = Path(self.get_finalized_command("install").install_lib)
+            wheel.mkdir(parents=True, exist_ok=True)
+            (wheel / "fusedattn.pth").write_text(f"{ROOT / 'python'}\n")
+
+
 def native_sources(folder: str, *suffixes: str) -> list[str]:
     """The sources under a folder, relative to the repository."""
     found = (path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
@@ -100,5 +112,9 @@ setup(
     packages=[*find_packages("python"), *filter(None, FOLDERS)],
     package_dir=FOLDERS,
     ext_modules=native_modules(),
-    cmdclass={"build_ext": NinjaBuild, "build_emulator": EmulatorBuild},
+    cmdclass={
+        "build_ext": NinjaBuild,
+        "build_emulator": EmulatorBuild,
+        "build_py": VisibleSources,
+    },
 )

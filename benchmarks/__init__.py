@@ -16,7 +16,9 @@ run.py              a case's versions side by side, and the row of the result th
 ahead.py            compiles what a GPU's grids need before they are timed
 transformer.py      the reference transformers trained side by side
 report.py           JSON, CSV and terminal tables
+summary.py          a run in words, and against an older one
 plots.py            plots
 markdown.py         a kept run's figures as Markdown tables
 suite.py            the whole run
+choice.py           what of it is run where the user names ops, shapes, dtypes or peers
 """

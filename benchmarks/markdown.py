@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Row, digits, flop_unit
+from .report import Row, digits, flop_unit, origin
 from .versions import OURS
 
 PEERS = {"sdpa": "SDPA", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
@@ -18,21 +18,10 @@ PASSES = {"fwd": "forward", "bwd": "backward"}
 
 def page(name: str, results: dict[str, Any]) -> str:
     """All tables of a run."""
-    environment = results["environment"]
-    gpus = [gpu["name"] for gpu in environment["gpu"]["devices"]]
-    where = gpus[0] if results["device"] == "cuda" and gpus else environment["cpu"]["model"]
-    sets = environment["cpu"].get("instruction sets", [])
-    versions = ", ".join(
-        f"{package} {environment['versions'][package]}"
-        for package in ("torch", "triton", "onnxruntime", "openvino")
-        if environment["versions"].get(package)
-    )
     parts = [
         f"# {name}",
         f"From [{name}.json]({name}.json) by `python -m fusedattn.benchmarks.markdown`.",
-        f"{results['date'][:10]}; {where}, {results['threads']} threads"
-        + (f", {sets[-1]}" if sets else "")
-        + f"; {versions}.",
+        f"{origin(results)}.",
         "× = times as fast as that peer, in turns with it; empty where it did not run or is outside"
         " the tolerance rule. Error: the largest share of what that rule allows.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .report import RATE_KEYS, Row, digits, flop_unit
+from .report import RATE_KEYS, Row, digits, flop_unit, origin
 from .versions import OURS
 
 _COLOURS = {
@@ -49,29 +51,30 @@ _STYLE = {
     "legend.frameon": False,
 }
 _PASSES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
+Plot = tuple[Figure, str]  # and the name of its file
 
 
 def plot_all(results: dict[str, Any], folder: Path) -> list[Path]:
     """Every plot that the results have figures for."""
-    paths = []
+    plots: list[Plot] = []
     with plt.rc_context(_STYLE):
         rows = results["attention"]
         if results.get("device") == "cuda":
             for dtype in dict.fromkeys(row["case"]["dtype"] for row in rows):
                 series = _series([row for row in rows if row["case"]["dtype"] == dtype])
-                paths += [_plot_grid(series, folder / f"attention_{dtype}.png")] if series else []
+                plots += [_plot_grid(series, f"attention_{dtype}.png")] if series else []
         else:
             for key, series in _series(rows).items():
-                paths.append(_plot_series(key, series, folder))
-        if rows:
-            paths.append(_plot_ratios(rows, folder))
+                plots.append(_plot_series(key, series))
+        if any(row["speedup_over_best"] is not None for row in rows):
+            plots.append(_plot_ratios(rows))
         if results["rowwise"]:
-            paths.append(_plot_rowwise(results["rowwise"], folder))
+            plots.append(_plot_rowwise(results["rowwise"]))
         if results["options"]:
-            paths.append(_plot_options(results["options"], folder))
+            plots.append(_plot_options(results["options"]))
         if results["training"]:
-            paths.append(_plot_losses(results["training"], folder))
-    return paths
+            plots.append(_plot_losses(results["training"]))
+        return [_save(figure, folder / name, origin(results)) for figure, name in plots]
 
 
 def _series(rows: list[Row]) -> dict[tuple, list[Row]]:
@@ -90,7 +93,7 @@ def _series(rows: list[Row]) -> dict[tuple, list[Row]]:
     return {k: g for k, g in groups.items() if len({r["case"]["seq_q"] for r in g}) >= 3}
 
 
-def _plot_series(key: tuple, rows: list[Row], folder: Path) -> Path:
+def _plot_series(key: tuple, rows: list[Row]) -> Plot:
     """Speed against length: one panel per dtype, one line per version, the limit dashed."""
     head_dim, causal, passes = key
     unit, unit_name = flop_unit(rows)
@@ -107,10 +110,10 @@ def _plot_series(key: tuple, rows: list[Row], folder: Path) -> Path:
     what = _PASSES[passes]
     figure.suptitle(f"attention {what}, {kind}, head dim {head_dim}", fontweight="bold")
     name = f"attention_d{head_dim}_{kind}_{'forward' if passes == 'fwd' else 'training'}.png"
-    return _save(figure, folder / name)
+    return figure, name
 
 
-def _plot_grid(series: dict[tuple, list[Row]], path: Path) -> Path:
+def _plot_grid(series: dict[tuple, list[Row]], name: str) -> Plot:
     """Speed against length in one dtype: a row of panels for each pass, a panel for each kind."""
     kinds = sorted({key[:2] for key in series})
     passes = [each for each in _PASSES if any(key[2] == each for key in series)]
@@ -129,7 +132,7 @@ def _plot_grid(series: dict[tuple, list[Row]], path: Path) -> Path:
             axis.set_title(f"{_PASSES[each]}, {'causal' if kind[1] else 'full'}, D {kind[0]}")
             axis.set_ylabel(unit_name)
     _shared_legend(figure, axes.flat)
-    return _save(figure, path)
+    return figure, name
 
 
 def _shared_legend(figure: Any, axes: Iterable[Axes]) -> None:
@@ -176,7 +179,7 @@ def _speed_panel(axis: Axes, rows: list[Row], unit: float) -> None:
     axis.set_xlabel("sequence length")
 
 
-def _plot_ratios(rows: list[Row], folder: Path) -> Path:
+def _plot_ratios(rows: list[Row]) -> Plot:
     """How many times as fast as the best peer, case by case, the best peer named on the bar."""
     shown = [row for row in rows if row["speedup_over_best"] is not None][::-1]
     height = 0.6 + 0.22 * max(4, len(shown))
@@ -194,10 +197,10 @@ def _plot_ratios(rows: list[Row], folder: Path) -> Path:
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("times as fast as the best peer (named on the bar)")
     axis.set_title("fusedattn against the best peer of each case")
-    return _save(figure, folder / "attention_ratios.png")
+    return figure, "attention_ratios.png"
 
 
-def _plot_rowwise(rows: list[Row], folder: Path) -> Path:
+def _plot_rowwise(rows: list[Row]) -> Plot:
     """Share of a copy's speed, one panel per op: ours as a bar, each peer as a mark.
 
     At the right how many times as fast as the best peer.
@@ -208,10 +211,10 @@ def _plot_rowwise(rows: list[Row], folder: Path) -> Path:
     last.set_xlim(0, min(last.get_xlim()[1], 2.0))
     last.set_xlabel("share of the speed of a copy of as many bytes")
     last.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    return _save(figure, folder / "rowwise_of_copy.png")
+    return figure, "rowwise_of_copy.png"
 
 
-def _plot_options(rows: list[Row], folder: Path) -> Path:
+def _plot_options(rows: list[Row]) -> Plot:
     """Times as fast as the best peer, one panel per option: ours as a bar from 1, peers as marks.
 
     A case without a peer that is right has no bar.
@@ -229,7 +232,7 @@ def _plot_options(rows: list[Row], folder: Path) -> Path:
     last.xaxis.set_minor_locator(NullLocator())
     last.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     last.set_xlabel("times as fast as the best peer (named at the right)")
-    return _save(figure, folder / "options_ratios.png")
+    return figure, "options_ratios.png"
 
 
 def _plot_shares(
@@ -287,7 +290,7 @@ def _share_panel(
     axis.grid(axis="y", visible=False)
 
 
-def _plot_losses(models: list[Row], folder: Path) -> Path:
+def _plot_losses(models: list[Row]) -> Plot:
     """The loss curves of each model, plain under fused, and the distance between them."""
     figure, axes = plt.subplots(
         1, len(models), figsize=(4.1 * len(models), 3.5), squeeze=False, layout="constrained"
@@ -307,10 +310,19 @@ def _plot_losses(models: list[Row], folder: Path) -> Path:
         axis.set_xlabel("step")
         axis.legend(loc="upper right", fontsize=7.5)
     axes[0][0].set_ylabel("training loss")
-    return _save(figure, folder / "training_losses.png")
+    return figure, "training_losses.png"
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path)
+def _save(figure: Figure, path: Path, where: str) -> Path:
+    """The figure, and below it the line that says where its figures come from."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # all is in its place, and stays there
+    for legend in figure.legends:
+        place = legend.get_window_extent().transformed(figure.transFigure.inverted())
+        legend.set_bbox_to_anchor(place, figure.transFigure)
+    note = textwrap.fill(where, int(23 * figure.get_figwidth()))  # so many characters of its size
+    below = -0.05 / figure.get_figheight()
+    figure.text(0.008, below, note, va="top", size=6, color="#777777")
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.06, metadata={"Description": where})
     plt.close(figure)
     return path

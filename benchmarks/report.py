@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,8 @@ from .versions import FLASH, OURS
 Row = dict[str, Any]
 
 RATE_KEYS = ("rate", "rate_p20", "rate_p80")
+WIDE = 134  # columns that the tables take with a line for each case
+ROWS = ("attention", "rowwise", "options")  # the parts of a result with a row for each case
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -30,6 +33,55 @@ def write_json(results: dict[str, Any], folder: Path) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote, for the tables: what a run of before did not have is empty.
+
+    Raises:
+        ValueError: it cannot be read, or is not the results of a run.
+    """
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(), object_hook=_numbers)
+    except OSError as error:
+        raise ValueError(f"got {path}, expected results of a run: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"got {path}, expected results of a run: not JSON ({error})") from error
+    known = {"date", "device", "threads", "environment"}
+    if not isinstance(found, dict) or not known <= found.keys():
+        raise ValueError(f"got {path}, expected results of a run, the JSON that it writes")
+    empty = {part: [] for part in (*ROWS, "training")}
+    results: dict[str, Any] = {**empty, "limits": None, "host": None, **found}
+    for row in (row for part in ROWS for row in results[part]):
+        row.setdefault("ours", OURS if OURS in row["versions"] else None)
+        row.setdefault("times_flash", {})
+    return results
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """Figures for which JSON has no number, as they were before `_plain`."""
+    kept = ("prompt", "text")  # which a model wrote
+    lost = {"inf", "-inf", "nan"}
+    return {
+        key: float(x) if isinstance(x, str) and x in lost and key not in kept else x
+        for key, x in found.items()
+    }
+
+
+def origin(results: dict[str, Any]) -> str:
+    """Where figures come from: date; machine, threads, instruction set; versions."""
+    environment = results["environment"]
+    gpus = [gpu["name"] for gpu in environment["gpu"]["devices"]]
+    where = gpus[0] if results["device"] == "cuda" and gpus else environment["cpu"]["model"]
+    sets = environment["cpu"].get("instruction sets")
+    versions = ", ".join(
+        f"{package} {environment['versions'][package]}"
+        for package in ("torch", "triton", "onnxruntime", "openvino")
+        if environment["versions"].get(package)
+    )
+    set_ = f", {sets[-1]}" if sets else ""
+    return f"{results['date'][:10]}; {where}, {results['threads']} threads{set_}; {versions}"
 
 
 def _plain(value: Any) -> Any:
@@ -73,7 +125,31 @@ def flop_unit(rows: Iterable[Row]) -> tuple[float, str]:
     return (1e12, "TFLOP/s") if fastest >= 1e13 else (1e9, "GFLOP/s")
 
 
-def attention_table(rows: Sequence[Row]) -> Table:
+def fits(console: Console) -> bool:
+    """Whether the tables have room for a line for each case; else they take two, and 80 columns."""
+    return console.width >= WIDE
+
+
+def new_table(title: str, caption: str, wide: bool, columns: Sequence[str]) -> Table:
+    """A table of a first column of names and others of figures.
+
+    Where it is not wide, names, headings and what stands in a cell beside the figure have lines of
+    their own.
+    """
+    look: dict[str, Any] = {} if wide else {"box": box.SIMPLE_HEAD, "padding": 0}
+    table = Table(
+        title=title, caption=caption or None, title_style="bold", caption_style="dim",
+        show_edge=wide, **look,
+    )  # fmt: skip
+    name, *figures = columns
+    table.add_column(name, no_wrap=wide, overflow="fold")
+    for figure in figures:
+        heading = figure if wide else figure.replace(" ", "\n")
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def attention_table(rows: Sequence[Row], wide: bool = True) -> Table:
     """One line per case: fusedattn's rate, share of the limit, ratios, memory and error."""
     unit, unit_name = flop_unit(rows)
     table = _attention_table(
@@ -81,13 +157,14 @@ def attention_table(rows: Sequence[Row]) -> Table:
         f"rates in {unit_name} (decode: GB/s), median \\[p20, p80]; 'x' = times as fast; "
         "memory is the peak beyond the inputs, with the best peer's; error is the largest against "
         "fp64, on a sample of heads and rows, with its share of what the tolerance rule allows",
+        wide,
     )
     for row in rows:
-        table.add_row(*_table_line(row, unit))
+        table.add_row(*_table_line(row, unit, wide))
     return table
 
 
-def option_table(rows: Sequence[Row]) -> Table:
+def option_table(rows: Sequence[Row], wide: bool = True) -> Table:
     """One line per case of attention's options, as `attention_table` has them."""
     unit, unit_name = flop_unit(rows)
     table = _attention_table(
@@ -95,76 +172,78 @@ def option_table(rows: Sequence[Row]) -> Table:
         f"rates in {unit_name} of the pairs that are seen, median \\[p20, p80]; SDPA has the mask "
         "or bias as a tensor, a learned bias made in the call; error as for attention, that of "
         "dropout is of the mean, relative, with its share of 6 standard errors",
+        wide,
     )
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before["case"]["option"] != row["case"]["option"]:
             table.add_section()
-        table.add_row(*_table_line(row, unit))
+        table.add_row(*_table_line(row, unit, wide))
     return table
 
 
-def _attention_table(title: str, caption: str) -> Table:
-    table = Table(title=title, caption=caption, title_style="bold", caption_style="dim")
-    table.add_column("case", no_wrap=True)
-    for name in ("fusedattn", "of limit", "x SDPA", "x best peer", "MiB (best peer's)", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def _attention_table(title: str, caption: str, wide: bool) -> Table:
+    memory = "MiB (best peer's)" if wide else "MiB (peer's)"
+    columns = ("case", "fusedattn", "of limit", "x SDPA", "x best peer", memory, "error")
+    return new_table(title, caption, wide, columns)
 
 
-def _table_line(row: Row, unit: float) -> list[str]:
+def _table_line(row: Row, unit: float, wide: bool) -> list[str]:
     name = row["ours"]
     if name is None:
-        return _nothing_of_ours(row)
+        return _nothing_of_ours(row, wide)
     sdpa = [x for name, x in row["speedup"].items() if name.startswith("sdpa")]
     unit = 1e9 if row["unit"] == "byte/s" else unit
-    return _cells(row, name, unit, min(sdpa, default=None))
+    return _cells(row, name, unit, min(sdpa, default=None), wide)
 
 
-def _nothing_of_ours(row: Row) -> list[str]:
+def _nothing_of_ours(row: Row, wide: bool) -> list[str]:
     reasons = [x for n, x in row["skipped"].items() if n.startswith(OURS)]
-    return [row["case"]["label"], (reasons or ["not run"])[0], *[""] * 5]
+    reason, label = (reasons or ["not run"])[0], row["case"]["label"]
+    return [label, reason, *[""] * 5] if wide else [f"{label}: {reason}", *[""] * 6]
 
 
-def _cells(row: Row, name: str, unit: float, over_torch: float | None) -> list[str]:
-    ours = row["versions"][name]
+def _cells(row: Row, name: str, unit: float, over_torch: float | None, wide: bool) -> list[str]:
+    ours, then = row["versions"][name], " " if wide else "\n"
     rate, low, high = (digits(ours[key] / unit) for key in RATE_KEYS)
     best = row["best_peer"]
     peer_memory = row["versions"][best]["peak_bytes"] if best else None
-    error = f"{ours['max_error']:.1e} ({ours['error_of_allowed']:.0%})"
+    share = f"({ours['error_of_allowed']:.0%})"
+    error = f"{ours['max_error']:.1e}{then}{share}"
     if not ours["within_tolerance"]:
         error = f"[bold red]{error}[/]"
-    note = " [yellow](reference)[/]" if ours["detail"] == "reference" else ""
+    note = f"{then}[yellow](reference)[/]" if ours["detail"] == "reference" else ""
     backend = name.removeprefix(OURS).removeprefix("-")
-    note += f" [dim]{backend}[/]" if backend else ""
+    note += f"{then}[dim]{backend}[/]" if backend else ""
+    spread = f"\\[{low}, {high}]" if wide else f"\\[{low},{high}]"
     return [
         row["case"]["label"],
-        f"{rate} [dim]\\[{low}, {high}][/]{note}",
+        f"{rate}{then}[dim]{spread}[/]{note}",
         f"{ours['of_limit']:.0%}",
-        _ratio(over_torch),
-        f"{_ratio(row['speedup_over_best'])} [dim]{best or ''}[/]",
-        f"{_mebibytes(ours['peak_bytes'])} [dim]({_mebibytes(peer_memory)})[/]",
+        ratio_text(over_torch),
+        f"{ratio_text(row['speedup_over_best'])}{then}[dim]{best or ''}[/]",
+        f"{_mebibytes(ours['peak_bytes'])}{then}[dim]({_mebibytes(peer_memory)})[/]",
         error,
     ]
 
 
-def rowwise_table(rows: Sequence[Row]) -> Table:
+def rowwise_table(rows: Sequence[Row], wide: bool = True) -> Table:
     """One line per case: fusedattn's rate, share of a copy, ratios, memory and error."""
-    table = Table(
-        title="row by row, rows x width (batch x heads x length x head dim)",
-        caption="rates in GB/s, each tensor read and written once, median \\[p20, p80]; 'of copy' "
+    table = new_table(
+        "row by row, rows x width (batch x heads x length x head dim)",
+        "rates in GB/s, each tensor read and written once, median \\[p20, p80]; 'of copy' "
         "compares with a copy of as many bytes in the same turns; bwd is the backward pass alone; "
         "the other columns as for attention",
-        title_style="bold",
-        caption_style="dim",
+        wide,
+        ("case", "fusedattn", "of copy", "x torch", "x best peer", "MiB (peer's)", "error"),
     )
-    table.add_column("case", no_wrap=True)
-    for name in ("fusedattn", "of copy", "x torch", "x best peer", "MiB (peer's)", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before["case"]["op"] != row["case"]["op"]:
             table.add_section()
         name, over_torch = row["ours"], row["speedup"].get("torch")
-        table.add_row(*(_cells(row, name, 1e9, over_torch) if name else _nothing_of_ours(row)))
+        nothing = name is None
+        table.add_row(
+            *(_nothing_of_ours(row, wide) if nothing else _cells(row, name, 1e9, over_torch, wide))
+        )
     return table
 
 
@@ -172,26 +251,26 @@ GPU_COLUMNS = ("fusedattn-cuda", "fusedattn-triton", FLASH, "sdpa-cudnn", "flex"
 GOAL = 0.95
 
 
-def flash_table(rows: Sequence[Row]) -> Table:
+def flash_table(rows: Sequence[Row], wide: bool = True) -> Table:
     """One line per case: what every fused version reaches, and ours against FlashAttention-2."""
     unit, unit_name = flop_unit(rows)
-    table = Table(
-        title="against FlashAttention-2",
-        caption=f"medians in {unit_name} (decode: GB/s); sdpa-flash is FlashAttention-2 as torch "
+    ours = [name for name in GPU_COLUMNS if name.startswith(OURS)]
+    columns = (*GPU_COLUMNS, *(f"{name.removeprefix(f'{OURS}-')} x" for name in ours))
+    table = new_table(
+        "against FlashAttention-2",
+        f"medians in {unit_name} (decode: GB/s); sdpa-flash is FlashAttention-2 as torch "
         "has it; 'x' = times as fast as that; bwd is the backward pass alone; red rates are "
         "outside the tolerance rule, '-' did not run",
-        title_style="bold",
-        caption_style="dim",
+        wide,
+        ("case", *(columns if wide else (name.replace("-", " ") for name in columns))),
     )
-    table.add_column("case", no_wrap=True)
-    ours = [name for name in GPU_COLUMNS if name.startswith(OURS)]
-    for name in (*GPU_COLUMNS, *(f"{name.removeprefix(f'{OURS}-')} x" for name in ours)):
-        table.add_column(name, justify="right", no_wrap=True)
     for row in sorted(rows, key=_by_kind):
         scale = 1e9 if row["unit"] == "byte/s" else unit
         rates = [_rate(row["versions"].get(name), scale) for name in GPU_COLUMNS]
         table.add_row(
-            row["case"]["label"], *rates, *(_ratio(row["times_flash"].get(name)) for name in ours)
+            row["case"]["label"],
+            *rates,
+            *(ratio_text(row["times_flash"].get(name)) for name in ours),
         )
     return table
 
@@ -231,7 +310,7 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
     if value is None:
         return "-"
     colour = "green" if value >= 1.05 else "red" if value < 0.95 else "default"
@@ -280,22 +359,17 @@ def print_host(found: Row, console: Console) -> None:
         console.print(f"  [dim]host time of launches: {found['skipped']}[/]", highlight=False)
         return
     title = f"Triton {found['triton']}: host time of a call, the driver doing nothing"
-    table = Table(title=title, title_style="bold")
-    table.add_column("call", no_wrap=True)
-    for name in ("µs, planned", "µs, first of its kind"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("call", "µs, planned", "µs, first of its kind")
+    table = new_table(title, "", fits(console), columns)
     for row in found["rows"]:
         table.add_row(row["name"], f"{row['planned']:.1f}", f"{row['unplanned']:.1f}")
     console.print(table)
 
 
-def training_table(models: Iterable[Row]) -> Table:
+def training_table(models: Iterable[Row], wide: bool = True) -> Table:
     """One line per model and version: speed, memory, last loss and distance of the curves."""
-    table = Table(title="training, same seed and same batches", title_style="bold")
-    table.add_column("model", no_wrap=True)
-    columns = ("ops", "tokens/s", "speed", "peak MiB", "last loss", "max loss difference")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("model", "ops", "tokens/s", "speed", "peak MiB", "last loss", "max loss difference")
+    table = new_table("training, same seed and same batches", "", wide, columns)
     for model in models:
         runs = model["runs"]
         slowest = runs["plain"]["tokens_per_second"]

@@ -186,20 +186,23 @@ def run_cases(
     seconds: float,
     seed: int,
     thorough: bool = False,
+    peers: Sequence[str] | None = None,
     progress: Callable[[int, str], None] = lambda done, label: None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of all cases, in about `seconds` seconds; each case gets its share of what is left.
 
     Unless `thorough`, versions that are compiled anew for every shape stand beside those cases
-    alone that are worth it, on a GPU until the time for compiling is over.
+    alone that are worth it, on a GPU until the time for compiling is over. `peers` are the names
+    of those to stand beside ours, all of them and in any case.
     """
     end = time.perf_counter() + seconds
     compiling = 0.0
     for n, case in enumerate(cases):
         progress(n, case.label)
         in_time = device.type != "cuda" or compiling <= part.compile_seconds
-        known = part.peers(case, device)
-        left_out = {} if thorough else _not_compiled(part, case, device, known, in_time)
+        known = [name for name in part.peers(case, device) if peers is None or name in peers]
+        every = thorough or peers is not None
+        left_out = {} if every else _not_compiled(part, case, device, known, in_time)
         left = max(0.0, end - time.perf_counter())
         # Half of the share is for timing; inputs, warming up, the reference and compiling take the
         # rest.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +25,16 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import attention_cases, host, option_cases, plots, report, rowwise_cases, transformer
+from . import (
+    attention_cases,
+    host,
+    option_cases,
+    plots,
+    report,
+    rowwise_cases,
+    summary,
+    transformer,
+)
 from .harness import Limits, measure_limits
 from .report import Row
 from .run import ATTENTION, OPTIONS, ROWWISE, run_cases
@@ -32,12 +44,16 @@ ON_A_CPU = PARTS[:4]  # launches of Triton are not on a CPU user's way
 # Triton tunes a kernel of each option when it is first called, for which there is no time.
 ON_A_GPU = tuple(part for part in PARTS if part != "options")
 # On a GPU: so much that all of it, with four models, fits into four minutes.
+MINUTE = 60.0  # between lines of a log
 GPU_SECONDS, GPU_ROWWISE_SECONDS, GPU_MODEL_SECONDS = 130.0, 35.0, 6.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, where and for how long. `limit_scale` shrinks the limits' matmul and copy."""
+    """What to run, where and for how long, beside which peers (None: all of them).
+
+    `limit_scale` shrinks the limits' matmul and copy.
+    """
 
     device: torch.device
     thorough: bool
@@ -46,6 +62,7 @@ class Plan:
     rowwise_cases: Sequence[rowwise_cases.Case] = ()
     option_cases: Sequence[option_cases.Case] = ()
     parts: tuple[str, ...] = ON_A_CPU
+    peers: tuple[str, ...] | None = None
     seed: int = 0
     seconds: float = 100.0
     rowwise_seconds: float = 40.0
@@ -69,7 +86,7 @@ def make_plan(
     """
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
-        raise ValueError("device: got 'cuda', but torch finds no GPU here (see `fusedattn env`)")
+        raise ValueError("--device: got 'cuda', but torch finds no GPU here (see `fusedattn env`)")
     where = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
     on_gpu = where.type == "cuda"
     own = on_gpu and not quick
@@ -98,8 +115,7 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
     Returns what the JSON holds: results.json, or <name of the GPU>.json. It is written after every
     case; a run that is interrupted, or that an error ends, still shows and plots what it has.
     """
-    # Where nobody says how wide the terminal is (a pipe, a log), the tables need this much.
-    console = console or Console(width=None if sys.stdout.isatty() else 144)
+    console = console or new_console()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     found = environment.collect()
@@ -125,9 +141,15 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
                 _MEASURE[part](plan, results, folder, progress)
     finally:
         results["seconds"] = time.perf_counter() - start
-        _show(results, console)
+        show(results, console)
         _write(results, folder, console)
     return results
+
+
+def new_console() -> Console:
+    """Where nobody says how wide the terminal is (a pipe, a log), the tables get enough."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    return Console(width=None if known else 144)
 
 
 def _write(results: dict[str, Any], folder: Path, console: Console) -> None:
@@ -141,8 +163,9 @@ def _write(results: dict[str, Any], folder: Path, console: Console) -> None:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -152,6 +175,30 @@ def _progress(console: Console) -> Progress:
         # A thread that redraws would take a core from what is being timed.
         auto_refresh=False,
     )
+    over = threading.Event()
+    teller = threading.Thread(target=_tell, args=(progress, over), daemon=True)
+    with progress:
+        if not console.is_terminal:
+            teller.start()
+        try:
+            yield progress
+        finally:
+            over.set()
+            if teller.is_alive():
+                teller.join()
+
+
+def _tell(progress: Progress, over: threading.Event) -> None:
+    """In a log, where no bar moves: a line a minute, which disturbs nothing that is timed."""
+    start = time.perf_counter()
+    while not over.wait(MINUTE):
+        if running := [task for task in progress.tasks if not task.finished]:
+            task = running[-1]
+            progress.console.print(
+                f"{time.perf_counter() - start:.0f} s: {task.description}, "
+                f"{task.completed:.0f} of {task.total:.0f} done",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def _measure_attention(
@@ -172,6 +219,7 @@ def _measure_attention(
         seconds=plan.seconds,
         seed=plan.seed,
         thorough=plan.thorough,
+        peers=plan.peers,
         progress=update,
     )
     _keep(rows, "attention", results, folder)
@@ -190,6 +238,7 @@ def _measure_rowwise(plan: Plan, results: dict[str, Any], folder: Path, progress
         seconds=plan.rowwise_seconds,
         seed=plan.seed,
         thorough=plan.thorough,
+        peers=plan.peers,
         progress=update,
     )
     _keep(rows, "rowwise", results, folder)
@@ -211,6 +260,7 @@ def _measure_options(plan: Plan, results: dict[str, Any], folder: Path, progress
         seconds=plan.option_seconds,
         seed=plan.seed,
         thorough=plan.thorough,
+        peers=plan.peers,
         progress=update,
     )
     _keep(rows, "options", results, folder)
@@ -261,19 +311,21 @@ _MEASURE = {
 }
 
 
-def _show(results: dict[str, Any], console: Console) -> None:
+def show(results: dict[str, Any], console: Console) -> None:
+    """Every table of a run, and what it comes to in words."""
+    wide = report.fits(console)
     rows = results["attention"]
     if rows:
         console.print()
-        console.print(report.attention_table(rows))
+        console.print(report.attention_table(rows, wide))
         if results["device"] == "cuda":
-            console.print(report.flash_table(rows))
+            console.print(report.flash_table(rows, wide))
             report.print_goal(rows, console)
         report.print_skipped(rows, console)
     for name, table in (("rowwise", report.rowwise_table), ("options", report.option_table)):
         if results[name]:
             console.print()
-            console.print(table(results[name]))
+            console.print(table(results[name], wide))
             report.print_skipped(results[name], console)
     if results["limits"]:
         report.print_limits(results["limits"], console)
@@ -282,9 +334,25 @@ def _show(results: dict[str, Any], console: Console) -> None:
         report.print_host(results["host"], console)
     if results["training"]:
         console.print()
-        console.print(report.training_table(results["training"]))
+        console.print(report.training_table(results["training"], wide))
         for model in results["training"]:
             sample = model["sample"]
             console.print(f"\n[bold]{model['title']}[/]: {model['task']}; {model['steps']} steps")
             for name in ("prompt", "text"):
                 console.print(f"  {name}: {sample[name]!r}", highlight=False, markup=False)
+    _print_lines(summary.in_words(results), console)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], console: Console) -> None:
+    """What an older run has in common with a new one: a table, and the difference in words."""
+    table = summary.comparison_table(old, new)
+    if table.row_count:
+        console.print()
+        console.print(table)
+    _print_lines(summary.difference_in_words(old, new), console)
+
+
+def _print_lines(lines: Iterable[str], console: Console) -> None:
+    console.print()
+    for line in lines:
+        console.print(line, highlight=False, markup=False)

@@ -124,7 +124,7 @@ def sanitizer_parts(python: str, sanitizer: str | None, seconds: float) -> list[
 def stages(python: str, output: Path, cores: int, sanitizer: str | None = None) -> list[list[Part]]:
     """Right before fast, and last what the kernels have passed on the emulator as well."""
     ahead = [python, "-m", "fusedattn.benchmarks.ahead"]
-    bench = [python, "-m", "fusedattn.cli", "bench", "--device", "cuda", "--output", str(output)]
+    bench = [python, "-m", "fusedattn", "bench", "--device", "cuda", "--output", str(output)]
     ours = pytest_command(python, "-k", "cuda", "tests", workers=4)
     # The Triton kernels take their first tile instead of timing all: one to compile for each test.
     others = ("--deterministic", "-k", "not cuda", "tests")

@@ -172,17 +172,44 @@ def test_bad_argument(options, error, parts):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("name", _spellings.SPELLINGS)
-def test_what_others_call_it(name):
+OTHERS = [
+    (op, name)
+    for op in ("attention", "attention_varlen", "attention_decode")
+    for name in _spellings.spellings(op)
+]
+
+
+@pytest.mark.parametrize(("op", "name"), OTHERS, ids=lambda x: x)
+def test_what_others_call_it(op, name):
     """The error says what stands here for it, and that is an argument."""
-    with pytest.raises(TypeError, match=rf"^attention: got {name}, expected ") as raised:
-        call(**{name: True})
-    known = inspect.signature(fusedattn.attention).parameters
-    words = set(re.findall(r"\w+", str(raised.value))) - {name}
+    q, offsets = torch.zeros(1, 1, 1, 8), torch.tensor([0, 1])
+    given = {"attention": (q,) * 3, "attention_varlen": (q[0],) * 3}.get(op, (q, q, q, offsets[:1]))
+    packed = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets} if op == "attention_varlen" else {}
+    function = getattr(fusedattn, op)
+    with pytest.raises(TypeError, match=rf"^{op}: got {name}, expected ") as raised:
+        function(*given, **packed, **{name: True})
+    known = inspect.signature(function).parameters
+    words = set(re.findall(r"\w+", str(raised.value).split("expected ")[1])) - {name}
     assert name not in known
-    assert words & known.keys() or name == "enable_gqa"
-    with pytest.raises(TypeError, match="attention: got an unknown keyword argument 'masks'"):
-        call(masks=None)
+    nothing = name in ("enable_gqa", "num_splits") or name.startswith("dropout")
+    elsewhere = words & set(fusedattn.__all__)
+    assert words & known.keys() or nothing or elsewhere
+    with pytest.raises(TypeError, match=f"{op}: got an unknown keyword argument 'masks'"):
+        function(*given, **packed, masks=None)
+
+
+@pytest.mark.parametrize("wrong", ["q", "k_cache"])
+def test_a_layout_of_others_in_a_cache(wrong):
+    """(B, S, H, D), in a call of which all else fits."""
+    given = {"q": torch.zeros(2, 4, 1, 8), "k_cache": torch.zeros(2, 4, 64, 8)}
+    given["v_cache"] = given["k_cache"]
+    for name in (wrong, "v_cache") if wrong == "k_cache" else ("q",):
+        given[name] = given[name].transpose(1, 2)
+    with pytest.raises(ValueError, match=r"heads.*are passed as their \.transpose\(1, 2\)"):
+        fusedattn.attention_decode(**given, lengths=torch.tensor([1, 2]))
+    offsets = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"got q of shape .*; a batch .* goes to attention"):
+        fusedattn.attention_varlen(*[given["q"]] * 3, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
 
 
 def test_what_others_mean_by_it():

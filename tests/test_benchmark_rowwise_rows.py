@@ -135,6 +135,9 @@ def test_liger_says_what_its_version_lacks(monkeypatch):
 # --- the report ----------------------------------------------------------------------------------
 
 
+SOMEWHERE = {"gpu": {"devices": []}, "cpu": {"model": "a processor"}, "versions": {}}
+
+
 def shown(row, tmp_path):
     """The text of the table and the notes about `row`; the plot is drawn too."""
     pytest.importorskip("rich")
@@ -147,8 +150,12 @@ def shown(row, tmp_path):
     console.print(report.rowwise_table([row]))
     report.print_skipped([row], console)
     drawn = plots.plot_all(
-        {"attention": [], "options": [], "rowwise": [row], "training": []}, tmp_path
-    )
+        {
+            "attention": [], "options": [], "rowwise": [row], "training": [], "device": "cpu",
+            "date": "2026-01-02", "threads": 2, "environment": SOMEWHERE,
+        },
+        tmp_path,
+    )  # fmt: skip
     assert [path.name for path in drawn] == ["rowwise_of_copy.png"]
     return printed.getvalue()
 

@@ -53,7 +53,7 @@ def test_env_json_holds_the_same_findings(capsys):
 def test_env_into_a_closed_pipe_is_quiet():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-W", "ignore", "-m", "fusedattn.cli", "env"]
+    command = [sys.executable, "-W", "ignore", "-m", "fusedattn", "env"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""The package as a user gets it: what is built, what a wheel holds, needs and links."""
+"""The package as a user builds it: what it needs and links, and how it is compiled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-import venv
 import zipfile
 from pathlib import Path
 
@@ -206,78 +204,12 @@ def test_source_distribution_builds(tree: Path, tmp_path_factory: pytest.TempPat
     assert "compiling csrc/cpu/module.cpp" in build(source)
 
 
-# --- wheels --------------------------------------------------------------------------------------
-
-
-def wheel(tree: Path, **environment: str) -> tuple[Path, str]:
-    """Build the wheel of a tree; its path and the log."""
-    target = tree / "wheels"
-    pip = (sys.executable, "-m", "pip", "wheel", "-v", ".", "--no-deps", "--no-build-isolation")
-    log = run(*pip, "-w", target, cwd=tree, **environment)
-    (found,) = target.glob("*.whl")
-    return found, log
-
-
-def installed(archive: Path) -> tuple[Path, Path]:
-    """A fresh environment with the wheel beside this one's packages: its Python and its folder."""
-    folder = archive.parent / "environment"
-    venv.create(folder)
-    (site,) = folder.glob("lib/python*/site-packages")
+def test_editable_install_shows_type_checkers_its_sources(tree: Path) -> None:
+    """They run no import hooks, on which the other packages depend."""
+    options = ("--dist-dir", tree / "dist")
+    run(sys.executable, "setup.py", "-q", "editable_wheel", *options, cwd=tree, CXX="/nonexistent")
+    (archive,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(archive) as file:
-        file.extractall(site)
-    # Packages are found through this file, but no .pth file among them is read: an editable
-    # fusedattn stays out.
-    (site / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
-    return folder / "bin/python", site
-
-
-@pytest.mark.slow
-def test_without_a_compiler_the_reference_serves(tree: Path) -> None:
-    archive, log = wheel(tree, CXX="/nonexistent")
-    assert "WITHOUT native CPU kernels: no C++ compiler found" in log
-    assert archive.name.endswith("-py3-none-any.whl")
-    python, site = installed(archive)
-    code = (
-        "import torch, fusedattn; q = torch.ones(1, 1, 3, 4); print(fusedattn.__file__);"
-        "print(fusedattn.explain(fusedattn.attention, q, q, q));"
-        "print(fusedattn.attention(q, q, q).shape)"
-    )
-    log = run(python, "-c", code, cwd=tree.parent, TRITON_INTERPRET="0")
-    assert str(site) in log
-    assert "attention: reference" in log
-    assert "torch.Size([1, 1, 3, 4])" in log
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_wheel_holds_the_package_and_works(tree: Path) -> None:
-    shutil.rmtree(tree / "csrc")
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    compiler = {}
-    for built in (ROOT / "build").glob("native-*/_cpu"):  # its objects save minutes
-        shutil.copytree(built, tree / built.relative_to(ROOT))
-        named = re.search(r"compiler = (.+)", (built / "build.ninja").read_text())
-        compiler = {"CXX": named[1]} if named else {}
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (tree / f"python/fusedattn/_cuda_emulated{suffix}").touch()  # for the tests alone
-    archive, _ = wheel(tree, FUSEDATTN_CUDA_ARCHS="none", **compiler)
-    with zipfile.ZipFile(archive) as file:
-        names = {name for name in file.namelist() if ".dist-info/" not in name}
-        metadata = next(n for n in file.namelist() if n.endswith("/METADATA"))
-        assert "Requires-Dist: torch>=2.11" in file.read(metadata).decode().splitlines()
-    native = {name for name in names if name.startswith("fusedattn/_cpu.")}
-    modules = {
-        f"{package}/{path.relative_to(ROOT / folder)}"
-        for package, folder in SHIPPED.items()
-        for path in (ROOT / folder).rglob("*.py")
-    }
-    assert len(native) == 1
-    assert names - native == modules | {"fusedattn/py.typed"}
-
-    python, site = installed(archive)
-    code = (
-        "import torch, fusedattn, fusedattn.kernels, fusedattn.benchmarks; print(fusedattn._cpu);"
-        "q = torch.ones(1, 1, 3, 4); print(fusedattn.attention(q, q, q, backend='cpu'))"
-    )
-    log = run(python, "-c", code, cwd=tree.parent)
-    assert f"from '{site}/fusedattn/_cpu." in log
+        paths = {name: file.read(name).decode() for name in file.namelist() if ".pth" in name}
+    assert paths.pop("fusedattn.pth") == f"{tree / 'python'}\n"
+    assert "import" in "".join(paths.values())

@@ -180,6 +180,28 @@ def test_explain():
         op.explain("tpu", 5)
 
 
+@pytest.mark.parametrize("found", [False, True])
+def test_explain_is_quiet_about_backends_of_other_machines(found, monkeypatch):
+    """Where there is a GPU they are named; in errors, and when asked for, always."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+
+    def elsewhere(call, requested):
+        return Refusal("tensors are on cpu", "move them to a cuda device", "gpu")
+
+    def emulator(call, requested):
+        return None if requested else Refusal("an emulator", "ask for it", "tests")
+
+    op = make(cpu=small, gpu=elsewhere, emulated=emulator, reference=always)
+    told = op.explain("auto", 50).splitlines()
+    assert told[:2] == ["double: reference", "  cpu: 50 is above 10; pass at most 10"]
+    assert [line.split(":")[0].strip() for line in told[2:]] == ["gpu"] * found + ["reference"]
+    assert "  emulated: takes it" in op.explain("emulated", 50)
+    assert "  gpu: tensors are on cpu; move them to a cuda device" in op.explain("gpu", 50)
+    with pytest.warns(UserWarning, match="falls back") as warned:
+        op.choose("auto", 50)
+    assert ("gpu: tensors" in str(warned[0].message)) == found
+
+
 def test_explaining_does_not_use_up_the_warning():
     op = make(cpu=small, reference=always)
     op.explain("auto", 50)
@@ -196,7 +218,8 @@ def test_every_op_explains_itself(op):
         lines = fusedattn.explain(call.run, **given).splitlines()
         assert lines[0] == f"{op}: cpu"
         names = [line.split(":")[0].strip() for line in lines[1:]]
-        assert names == ["cpu", "cuda", "triton", "cuda_emulated", "reference"]
+        on_gpu = ["cuda"] if torch.cuda.is_available() else []
+        assert names == ["cpu", *on_gpu, "triton", "reference"]  # Triton may be interpreted here
         on_triton = fusedattn.explain(call.run, **given, backend="triton")
         assert "triton: dtype is torch.float64" in on_triton
         named = fusedattn.explain(call.run, **given, backend="reference")

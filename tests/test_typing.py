@@ -19,7 +19,10 @@ class dtype: ...
 def randn(*size: int) -> Tensor: ...
 def __getattr__(name: str) -> Any: ...
 """
-OURS = ("__init__", "ops/attention", "ops/attention_varlen", "ops/layer_norm", "ops/rms_norm")
+OURS = (
+    "__init__", "ops/attention", "ops/attention_varlen", "ops/attention_decode", "ops/layer_norm",
+    "ops/rms_norm",
+)  # fmt: skip
 HEAD = """
 import torch, fusedattn as f
 from typing_extensions import assert_type
@@ -32,6 +35,8 @@ TYPES = {
     "f.attention(x, x, x, return_lse=flag)": f"{ONE} | {TWO}",
     "f.attention_varlen(x, x, x, cu_seqlens_q=w, cu_seqlens_k=w, max_seqlen_q=4)": ONE,
     "f.attention_varlen(x, x, x, cu_seqlens_q=w, cu_seqlens_k=w, return_lse=True)": TWO,
+    "f.attention_decode(x, x, x, w, k=x, v=x, block_table=w, causal=flag)": ONE,
+    "f.attention_decode(x, x, x, w, return_lse=True, window=(63, None))": TWO,
     "f.layer_norm(x, 16, w, w, 1e-5)": ONE,
     "f.layer_norm(x, 16, residual=x, dropout_p=0.1)": TWO,
     "f.layer_norm(x, 16, residual=x if flag else None)": f"{ONE} | {TWO}",
@@ -41,6 +46,7 @@ TYPES = {
 WRONG = (
     "f.attention(x, x, x, is_causal=True)",
     "f.attention_varlen(x, x, x, cu_seqlens_q=w)",
+    "f.attention_decode(x, x, x, w, dropout_p=0.1)",
     "f.layer_norm(x, 16, weight_offset=1.0)",
     "f.rms_norm(x, 16, residual=1.0)",
 )

@@ -30,7 +30,7 @@ def cpu_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
 def cuda_refuses(x: Tensor, what: str = "the tensors") -> Refusal | None:
     """Why the CUDA C++ kernels do not take tensors like `x`."""
     if not x.is_cuda:
-        return Refusal(f"tensors are on {x.device.type}", f"move {what} to a cuda device")
+        return Refusal(f"tensors are on {x.device.type}", f"move {what} to a cuda device", "gpu")
     if _native.cuda is None:
         return Refusal(f"native module missing ({_native.cuda_error})", _native.CUDA_REMEDY)
     if x.dtype == torch.float64:
@@ -101,7 +101,7 @@ def capability_of(index: int) -> int:
 def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
     """Why the CUDA C++ kernels do not take tensors like `x` under the host emulator."""
     if not requested:
-        return Refusal("an emulator, for tests", 'ask for it with backend="cuda_emulated"')
+        return Refusal("an emulator, for tests", 'ask for it with backend="cuda_emulated"', "tests")
     if not x.is_cpu:
         return Refusal(f"tensors are on {x.device.type}", "move the tensors to a cpu device")
     if _native.cuda_emulated() is None:
@@ -113,13 +113,14 @@ def emulated_refuses(x: Tensor, requested: bool) -> Refusal | None:
 
 def triton_refuses(x: Tensor, requested: bool, what: str = "the tensors") -> Refusal | None:
     """Why Triton does not take tensors like `x`; on a CPU it is interpreted, on request."""
-    if not HAS_TRITON:
-        return Refusal("triton is not installed", 'pip install "fusedattn[triton]"')
     device = x.device.type
+    if not HAS_TRITON:
+        remedy = 'pip install "fusedattn[triton]"'
+        return Refusal("triton is not installed", remedy, "" if device == "cuda" else "gpu")
     if device not in ("cpu", "cuda", "meta"):  # ROCm's GPUs are cuda to torch
-        return Refusal(f"tensors are on {device}", f"move {what} to a cuda device")
+        return Refusal(f"tensors are on {device}", f"move {what} to a cuda device", "gpu")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return Refusal("tensors are on cpu", f"move {what} to a cuda device")
+        return Refusal("tensors are on cpu", f"move {what} to a cuda device", "gpu")
     if device == "cpu" and not requested:
         return Refusal("on a CPU Triton is interpreted", 'ask for it with backend="triton"')
     if x.dtype == torch.float64:

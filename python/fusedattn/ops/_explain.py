@@ -1,4 +1,4 @@
-"""Which backend serves a call of any op, and why each of the others does not."""
+"""Which backend serves a call of any op, and why each other one that could be here does not."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class _Explaining(TorchDispatchMode):
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> str:
     """The backend that `function(*args, **options)` would run, and why not each other one.
+
+    Without a GPU those that need one are left out; ask for one with `backend=` to read of all.
 
     >>> import torch, fusedattn
     >>> print(fusedattn.explain(fusedattn.softmax, torch.randn(2, 8)).splitlines()[0])

@@ -22,10 +22,18 @@ class UnsupportedError(RuntimeError):
 
 
 class Refusal(NamedTuple):
-    """Why a backend does not take a call, and what the caller can do about it."""
+    """Why a backend does not take a call, and what the caller can do about it.
+
+    `needs` is what the backend runs on: "gpu", or "tests" that ask for it; "" for what is here.
+    """
 
     reason: str
     remedy: str
+    needs: str = ""
+
+    def concerns_this_machine(self) -> bool:
+        """Whether the backend could serve here, were the call or the installation another one."""
+        return not self.needs or (self.needs == "gpu" and torch.cuda.is_available())
 
 
 class Backend(NamedTuple):
@@ -133,19 +141,21 @@ class Choice:
         raise UnsupportedError(f"{self.name}: no backend takes this call\n" + self._table(call))
 
     def explain(self, requested: str, call: Any) -> str:
-        """The backend that would run, and why each of the others would not."""
+        """The backend that would run, and why each other one that could be here would not."""
         try:
             chosen = self._pick(requested, call)
         except UnsupportedError as error:
             return str(error)
-        return f"{self.name}: {chosen}\n" + self._table(call, requested)
+        return f"{self.name}: {chosen}\n" + self._table(call, requested, everywhere=False)
 
     def _refusals(self, call: Any, requested: str = "auto") -> list[tuple[str, Refusal | None]]:
         return [(b.name, b.refuse(call, b.name == requested)) for b in self._order]
 
-    def _table(self, call: Any, requested: str = "auto") -> str:
+    def _table(self, call: Any, requested: str = "auto", everywhere: bool = True) -> str:
         lines = []
         for name, refusal in self._refusals(call, requested):
+            if refusal and not (everywhere or refusal.concerns_this_machine()):
+                continue
             text = f"{refusal.reason}; {refusal.remedy}" if refusal else "takes it"
             lines.append(f"  {name}: {text}")
         return "\n".join(lines)
@@ -163,7 +173,8 @@ class Choice:
         # Dynamo cannot trace a warning; an eager call will give it.
         if key not in _warned and not torch.compiler.is_compiling():
             _warned.add(key)
-            reasons = "; ".join(f"{name}: {refusal.reason}" for name, refusal in refused)
+            here = [(name, x) for name, x in refused if x.concerns_this_machine()]
+            reasons = "; ".join(f"{name}: {x.reason}" for name, x in here)
             warnings.warn(
                 f"fusedattn.{self.name} falls back to the slow reference ({reasons})",
                 stacklevel=_stacklevel_of_the_caller(),

@@ -38,6 +38,23 @@ class VarlenOptions(SharedOptions, total=False):
     bias: DistanceBias | None
 
 
+class DecodeOptions(TypedDict, total=False):
+    k: Tensor | None
+    v: Tensor | None
+    block_table: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    mask: Tensor | None
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    scale: float | Tensor | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    backend: str
+
+
 class NormOptions(TypedDict, total=False):
     dropout_p: float
     seed: int | Tensor | None

@@ -146,7 +146,9 @@ def validate(q: Tensor, k: Tensor, v: Tensor, leading: bool = False) -> int:
             "expected one head dim of at least 1"
         )
     if heads != heads_kv and (heads_kv == 0 or heads % heads_kv != 0):
-        swapped = seq_k != 0 and q.shape[2] % seq_k == 0
+        # All of them, k alone, q alone: the heads would fit.
+        pairs = ((q.shape[2], seq_k), (heads, seq_k), (q.shape[2], heads_kv))
+        swapped = any(keys != 0 and queries % keys == 0 for queries, keys in pairs)
         raise ValueError(
             f"attention: got {heads} query heads and {heads_kv} key heads, "
             f"expected a multiple (grouped queries){TRANSPOSE if swapped else ''}"

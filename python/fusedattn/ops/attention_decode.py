@@ -7,7 +7,7 @@ et al. 2023).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ._checks import INDICES, check_device, check_flag, check_tensor
 from ._library import hand_over, has_override, is_overridden, plain
 from ._registry import is_strict
+from ._spellings import refuse_unknown
 from .attention import op
 from .attention_checks import (
     in_tables,
@@ -28,9 +29,27 @@ from .attention_checks import (
 from .attention_config import AttentionCall, configure
 from .rotary import apply_rotary
 
+if TYPE_CHECKING:
+    from ._typing import DecodeOptions, Unpack
+
 _NAME = "attention_decode"
 
 
+@overload
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *,
+    return_lse: Literal[False] = False, **options: Unpack[DecodeOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *,
+    return_lse: Literal[True], **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *,
+    return_lse: bool, **options: Unpack[DecodeOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -52,6 +71,7 @@ def attention_decode(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of the last queries of each sequence on a cache, to which new keys are appended.
 
@@ -99,6 +119,8 @@ def attention_decode(
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
     given = locals()
+    if given.pop("unknown"):
+        refuse_unknown(_NAME, unknown)
     if has_override(*given.values()) and is_overridden(given):
         return hand_over(attention_decode, given)
     return_lse = check_flag(_NAME, "return_lse", return_lse)

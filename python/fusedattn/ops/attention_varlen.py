@@ -16,6 +16,7 @@ from ..biases import DistanceBias
 from ..masks import Mask
 from ._checks import check_flag, check_integer, check_seed, check_tensor, seed_tensor
 from ._library import hand_over, has_override, is_overridden
+from ._spellings import refuse_unknown
 from .attention import op
 from .attention_checks import (
     autocast,
@@ -40,7 +41,7 @@ def _view(name: str, x: Tensor) -> Tensor:
     if len(shape) != 3:
         raise ValueError(
             f"{_NAME}: got {name} of shape {tuple(shape)}, expected 3 dimensions (total, heads, "
-            "head dim)"
+            "head dim)" + "; a batch (B, H, S, D) goes to attention" * (len(shape) == 4)
         )
     return x.transpose(0, 1)[None]
 
@@ -132,6 +133,7 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of sequences that are packed one after the other, each by itself.
 
@@ -182,6 +184,8 @@ def attention_varlen(
         UnsupportedError: no backend (or not the one named) takes the call; lists every reason.
     """
     given = locals()
+    if given.pop("unknown"):
+        refuse_unknown(_NAME, unknown)
     if has_override(*given.values()) and is_overridden(given):
         return hand_over(attention_varlen, given)
     return_lse = check_flag(_NAME, "return_lse", return_lse)

@@ -12,6 +12,7 @@ from compare import check, device_for
 from fusedattn import attention, attention_decode
 from fusedattn.nn import KVCache, PagedKVCache
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LENGTHS = (0, 17, 60)
@@ -206,6 +207,23 @@ def test_a_cache_grows_and_is_cropped_and_reordered() -> None:
     first = cache.attend(*(x[[0, 1, 1]] for x in (q[:, :, :1], keys[:, :, :1], values[:, :, :1])))
     torch.testing.assert_close(first[0], values[0, :, :1].expand(2, 1, 16))
     assert not cache.state_dict()
+
+
+def test_a_cache_in_compiled_steps() -> None:
+    """One graph for the prompt, one for all steps; then it grows again."""
+    inputs = [(torch.randn(2, 4, n, 16), *torch.randn(2, 2, 2, n, 16)) for n in (5, *[1] * 12)]
+    caches = [KVCache(2, 2, 16, room=16) for _ in range(2)]
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(lambda *x: caches[0].attend(*x).sin(), backend=counter, fullgraph=True)
+    for x in inputs[:-1]:
+        assert torch.equal(step(*x), caches[1].attend(*x).sin())
+    assert counter.frame_count == 2
+    with pytest.raises(IndexError, match="out of bounds"):
+        step(*inputs[-1])
+    for cache in caches:
+        cache.attend(*inputs[-1])
+    assert torch.equal(*(cache.k[:, :, :17] for cache in caches))
+    assert [cache.lengths.tolist() for cache in caches] == [[17, 17]] * 2
 
 
 def test_forks_share_pages_until_they_write() -> None:

@@ -65,7 +65,8 @@ class KVCache(nn.Module):
             self.register_buffer(name, rows, persistent=False)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.register_buffer("lengths", lengths, persistent=False)
-        self._most = 0  # no sequence has more: nobody waits for a GPU to know it
+        # No sequence has more keys, so that nobody waits for a GPU to know it; None: ask it.
+        self._most: int | None = 0
 
     @property
     def room(self) -> int:
@@ -75,6 +76,9 @@ class KVCache(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """Append keys and values, and `attention_decode` of the queries on all there are.
 
+        Under torch.compile the cache does not grow, for its memory is part of the graph: `reserve`
+        comes before, and what is too much is refused.
+
         Args:
             q: (B, Hq, Sq, D). k, v: (B, Hkv, Snew, D) and (B, Hkv, Snew, Dv).
             options: those of `fusedattn.attention_decode`.
@@ -83,10 +87,15 @@ class KVCache(nn.Module):
             out (B, Hq, Sq, Dv), or with `return_lse` (out, lse).
         """
         new = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
-        self.reserve(self._most + new)
+        if torch.compiler.is_compiling():
+            most = None  # each number would be a graph of its own
+        else:
+            held = max(self.lengths.tolist(), default=0) if self._most is None else self._most
+            most = held + new
+            self.reserve(most)
         found = attention_decode(q, self.k, self.v, self.lengths, k=k, v=v, **options)
         self.lengths += new
-        self._most += new
+        self._most = most
         return found
 
     def reserve(self, room: int) -> None:
@@ -113,7 +122,7 @@ class KVCache(nn.Module):
         if bool((given < 0).any()):
             raise ValueError(f"KVCache.crop: got lengths {lengths}, expected none below 0")
         self.lengths = torch.minimum(self.lengths, given)
-        if isinstance(lengths, int):
+        if isinstance(lengths, int) and self._most is not None:
             self._most = min(self._most, lengths)
 
     def reorder(self, index: Tensor) -> None:

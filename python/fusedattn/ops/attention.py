@@ -271,7 +271,9 @@ def attention(
         logarithm, float32 (float64 for float64 inputs), differentiable. A query that may attend
         to nothing gets out 0, lse −inf and zero gradients. Kernels take rowsum(dout ∘ out) from the
         rounded out (Dao et al. 2022): dq and dk of queries that see few keys, and the gradient of
-        alibi_slopes, err by that rounding times the mean of v, which eager attention cancels.
+        alibi_slopes, err by that rounding times the mean of v, which eager attention cancels. They
+        take probabilities from lse, which has no digits left for log Sk where a bias puts all keys
+        of a query below −2²⁰ or so: hide such a query by a mask, whose gradients are zero.
 
     Raises:
         TypeError, ValueError: the arguments do not fit together; nothing has been launched.

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from .model_report import plot_models
 from .report import RATE_KEYS, Row, digits, flop_unit
 from .versions import OURS
 
@@ -71,6 +72,8 @@ def plot_all(results: dict[str, Any], folder: Path) -> list[Path]:
             paths.append(_plot_options(results["options"], folder))
         if results["training"]:
             paths.append(_plot_losses(results["training"], folder))
+        if any(row["ours"] for row in results.get("models", ())):
+            paths.append(plot_models(results["models"], folder / "models.png", _COLOURS))
     return paths
 
 

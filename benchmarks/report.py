@@ -51,7 +51,7 @@ def write_csv(rows: Iterable[Row], folder: Path, name: str) -> Path:
             "case": row["case"]["label"],
             "version": name,
             "unit": row["unit"],
-            "limit": row["limit"],
+            "limit": row.get("limit"),
             **figures,
         }
         for row in rows

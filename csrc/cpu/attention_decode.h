@@ -137,7 +137,7 @@ class Decode {
           const auto [head, i] = row_of(sequence, pair, r);
           const int64_t j = larger(j0, sequence.begin(i));
           const int64_t seen = smaller(sequence.end(i), past) - j;
-          if (seen <= 0) continue;
+          if (seen <= 0 || !scores.mask.shows(b, head, i, j, seen)) continue;
           multiply_keys(q + r * d, k.from(j - j0), seen, s);
           if (scores.rewrite) scores.prepare(s, sequence, b, head, i, j, seen, s + block);
           scores.mask.apply(s, b, head, i, j, seen);

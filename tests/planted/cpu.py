@@ -15,6 +15,8 @@ MUTANTS = {
          "attention.py::test_kind"),
     ),
     "csrc/cpu/attention_decode.h": (
+        (" || !scores.mask.shows(b, head, i, j, seen)", "",
+         "attention_masks.py::test_of_a_cache_only_what_one_query_may_see_is_read"),
         ("f.page_rows - j % f.page_rows, past - j", "past - j, past - j",
          "attention_decode.py::test_the_cpu_gives_the_bits_of_attention"),
         ("l += partial[rows + r] * factor;", "l += partial[rows + r];",

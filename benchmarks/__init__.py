@@ -14,6 +14,9 @@ rowwise_peers.py    those ops in fusedattn, PyTorch and Liger, and what the orac
 figures.py          a version's rates, share of the limit and ratios
 run.py              a case's versions side by side, and the row of the result that it gives
 ahead.py            compiles what a GPU's grids need before they are timed
+model_cases.py      the cases of whole models, those of transformers: sizes and inputs
+model_run.py        such a model as it comes, compiled and patched: same results, then speed
+model_report.py     their table and plot
 transformer.py      the reference transformers trained side by side
 report.py           JSON, CSV and terminal tables
 summary.py          a run in words, and against an older one

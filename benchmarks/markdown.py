@@ -13,6 +13,7 @@ from .versions import OURS
 
 PEERS = {"sdpa": "SDPA", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
          "torch.compile": "compiled", "flex": "FlexAttention"}  # fmt: skip
+MODELS = ("as it comes", "torch.compile")
 PASSES = {"fwd": "forward", "bwd": "backward"}
 
 
@@ -25,7 +26,8 @@ def page(name: str, results: dict[str, Any]) -> str:
         "× = times as fast as that peer, in turns with it; empty where it did not run or is outside"
         " the tolerance rule. Error: the largest share of what that rule allows.",
     ]
-    tables = {"attention": attention, "rowwise": rowwise, "options": options, "training": training}
+    tables = {"attention": attention, "rowwise": rowwise, "options": options, "training": training,
+              "models": models}  # fmt: skip
     for title, table in tables.items():
         if results.get(title):
             parts += [f"## {title}", table(results[title])]
@@ -94,6 +96,23 @@ def training(models: Iterable[Row]) -> str:
         for name, run in model["runs"].items()
     ]
     return _table(["model", "ops", "tokens/s", "peak MiB", "largest loss difference"], lines)
+
+
+def models(rows: Iterable[Row]) -> str:
+    """One line per model and task."""
+    lines = [
+        [
+            row["case"]["label"],
+            digits(ours["rate"]),
+            *(f"{row['speedup'][x]:.2f}" if x in row["speedup"] else "" for x in MODELS),
+            f"{float(row['difference']):.0e}",
+            f"{row['not_ours']:.0%}" if row["not_ours"] else "",
+        ]
+        for row in rows
+        if (ours := _ours(row)) is not None
+    ]
+    head = ["case", "tokens/s", *(f"× {x}" for x in MODELS), "apart", "not ours"]
+    return _table(head, lines)
 
 
 def _is(name: str, peer: str) -> bool:

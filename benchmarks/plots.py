@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from .model_report import plot_models
 from .report import RATE_KEYS, Row, digits, flop_unit, origin
 from .versions import OURS
 
@@ -74,6 +75,8 @@ def plot_all(results: dict[str, Any], folder: Path) -> list[Path]:
             plots.append(_plot_options(results["options"]))
         if results["training"]:
             plots.append(_plot_losses(results["training"]))
+        if any(row["ours"] for row in results["models"]):
+            plots.append((plot_models(results["models"], _COLOURS), "models.png"))
         return [_save(figure, folder / name, origin(results)) for figure, name in plots]
 
 

@@ -51,8 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
     known = {"date", "device", "threads", "environment"}
     if not isinstance(found, dict) or not known <= found.keys():
         raise ValueError(f"got {path}, expected results of a run, the JSON that it writes")
-    empty = {part: [] for part in (*ROWS, "training")}
-    results: dict[str, Any] = {**empty, "limits": None, "host": None, **found}
+    empty = {part: [] for part in (*ROWS, "training", "models")}
+    alone = {"limits": None, "host": None, "models_left_out": {}}
+    results: dict[str, Any] = {**empty, **alone, **found}
     for row in (row for part in ROWS for row in results[part]):
         row.setdefault("ours", OURS if OURS in row["versions"] else None)
         row.setdefault("times_flash", {})
@@ -103,7 +104,7 @@ def write_csv(rows: Iterable[Row], folder: Path, name: str) -> Path:
             "case": row["case"]["label"],
             "version": name,
             "unit": row["unit"],
-            "limit": row["limit"],
+            "limit": row.get("limit"),
             **figures,
         }
         for row in rows
@@ -221,7 +222,7 @@ def _cells(row: Row, name: str, unit: float, over_torch: float | None, wide: boo
         f"{ours['of_limit']:.0%}",
         ratio_text(over_torch),
         f"{ratio_text(row['speedup_over_best'])}{then}[dim]{best or ''}[/]",
-        f"{_mebibytes(ours['peak_bytes'])}{then}[dim]({_mebibytes(peer_memory)})[/]",
+        f"{mebibytes(ours['peak_bytes'])}{then}[dim]({mebibytes(peer_memory)})[/]",
         error,
     ]
 
@@ -317,7 +318,7 @@ def ratio_text(value: float | None) -> str:
     return f"[{colour}]{value:.2f}x[/]"
 
 
-def _mebibytes(count: float | None) -> str:
+def mebibytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 
@@ -379,7 +380,7 @@ def training_table(models: Iterable[Row], wide: bool = True) -> Table:
                 name,
                 f"{run['tokens_per_second']:,.0f}",
                 f"{run['tokens_per_second'] / slowest:.2f}x",
-                _mebibytes(run["peak_bytes"]),
+                mebibytes(run["peak_bytes"]),
                 f"{run['losses'][-1]:.4f}",
                 "" if name == "plain" else f"{run['max_loss_difference']:.1e}",
             )

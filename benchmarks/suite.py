@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import threading
@@ -28,6 +29,9 @@ from rich.progress import (
 from . import (
     attention_cases,
     host,
+    model_cases,
+    model_report,
+    model_run,
     option_cases,
     plots,
     report,
@@ -39,10 +43,11 @@ from .harness import Limits, measure_limits
 from .report import Row
 from .run import ATTENTION, OPTIONS, ROWWISE, run_cases
 
-PARTS = ("attention", "rowwise", "options", "transformer", "host")
-ON_A_CPU = PARTS[:4]  # launches of Triton are not on a CPU user's way
-# Triton tunes a kernel of each option when it is first called, for which there is no time.
-ON_A_GPU = tuple(part for part in PARTS if part != "options")
+PARTS = ("attention", "rowwise", "options", "transformer", "models", "host")
+ON_A_CPU = PARTS[:5]  # launches of Triton are not on a CPU user's way
+# Triton tunes a kernel of each option when it is first called, for which there is no time; nor is
+# there any for models whose layers are as large as on a CPU.
+ON_A_GPU = tuple(part for part in PARTS if part not in ("options", "models"))
 # On a GPU: so much that all of it, with four models, fits into four minutes.
 MINUTE = 60.0  # between lines of a log
 GPU_SECONDS, GPU_ROWWISE_SECONDS, GPU_MODEL_SECONDS = 130.0, 35.0, 6.0
@@ -61,12 +66,15 @@ class Plan:
     size: transformer.Size
     rowwise_cases: Sequence[rowwise_cases.Case] = ()
     option_cases: Sequence[option_cases.Case] = ()
+    model_cases: Sequence[model_cases.Case] = ()
     parts: tuple[str, ...] = ON_A_CPU
     peers: tuple[str, ...] | None = None
     seed: int = 0
     seconds: float = 100.0
     rowwise_seconds: float = 40.0
     option_seconds: float = 40.0
+    model_seconds: float = 40.0
+    compile_seconds: float = 0.0  # for all models that are compiled
     limit_seconds: float = 4.0
     limit_scale: float = 1.0
 
@@ -100,13 +108,22 @@ def make_plan(
         cases=(attention_cases.full_grid if full else grid)(where),
         rowwise_cases=rows(where),
         option_cases=options(where),
+        model_cases=_models(full),
         size=size if full or not on_gpu else replace(size, seconds=GPU_MODEL_SECONDS),
         parts=(only,) if only else PARTS if full else ON_A_GPU if on_gpu else ON_A_CPU,
         seed=seed,
         seconds=3600.0 if full else GPU_SECONDS if on_gpu else 100.0,
         rowwise_seconds=1200.0 if full else GPU_ROWWISE_SECONDS if on_gpu else 40.0,
         option_seconds=1200.0 if full else 40.0,
+        model_seconds=1200.0 if full else 40.0,
+        compile_seconds=900.0 if full else 0.0,
     )
+
+
+def _models(full: bool) -> list[model_cases.Case]:
+    if full:
+        return model_cases.grid(model_cases.FULL, generation=("fp32", "bf16"))
+    return model_cases.grid(model_cases.QUICK)
 
 
 def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, Any]:
@@ -133,6 +150,8 @@ def run(plan: Plan, folder: Path, console: Console | None = None) -> dict[str, A
         "rowwise": [],
         "options": [],
         "training": [],
+        "models": [],
+        "models_left_out": {},
         "host": None,
     }
     try:
@@ -154,7 +173,7 @@ def new_console() -> Console:
 
 def _write(results: dict[str, Any], folder: Path, console: Console) -> None:
     files = [report.write_json(results, folder)]
-    for name in ("attention", "rowwise", "options"):
+    for name in ("attention", "rowwise", "options", "models"):
         if results[name]:
             files.append(report.write_csv(results[name], folder, name))
     files += plots.plot_all(results, folder)
@@ -294,6 +313,29 @@ def _train(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress
         report.write_json(results, folder)
 
 
+def _measure_models(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
+    left_out = results["models_left_out"]
+    if importlib.util.find_spec("transformers") is None:
+        remedy = 'transformers is not installed: pip install "fusedattn[bench]"'
+        left_out["models of transformers"] = remedy
+        return
+    cases = list(plan.model_cases)
+    if not plan.thorough and any(x.dtype == "bf16" for x in cases) and not model_run.bf16_pays():
+        cases = [x for x in cases if x.dtype != "bf16"]
+        left_out["models in bf16"] = "slower than in fp32 on this processor; with --full all"
+    bar = progress.add_task("models", total=len(cases))
+    end, compiling = time.perf_counter() + plan.model_seconds, plan.compile_seconds
+    for n, case in enumerate(cases):
+        progress.update(bar, completed=n, description=case.label, refresh=True)
+        left = max(0.0, end - time.perf_counter()) / (len(cases) - n)
+        row = model_run.run_case(
+            case, plan.device, seconds=left, seed=plan.seed + n, compile_seconds=compiling
+        )
+        compiling -= row["compile_s"]
+        _keep([row], "models", results, folder)
+    progress.update(bar, completed=len(cases), refresh=True)
+
+
 def _time_launches(plan: Plan, results: dict[str, Any], folder: Path, progress: Progress) -> None:
     bar = progress.add_task("host time of launches", total=1)
     progress.refresh()
@@ -307,6 +349,7 @@ _MEASURE = {
     "rowwise": _measure_rowwise,
     "options": _measure_options,
     "transformer": _train,
+    "models": _measure_models,
     "host": _time_launches,
 }
 
@@ -340,6 +383,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             console.print(f"\n[bold]{model['title']}[/]: {model['task']}; {model['steps']} steps")
             for name in ("prompt", "text"):
                 console.print(f"  {name}: {sample[name]!r}", highlight=False, markup=False)
+    model_report.show_models(results["models"], results["models_left_out"], console)
     _print_lines(summary.in_words(results), console)
 
 

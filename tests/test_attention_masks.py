@@ -102,3 +102,22 @@ def test_tiles_without_a_visible_key_are_not_read(backend: str) -> None:
     grads = torch.autograd.grad(out[:, :, :half].sum(), (q, k, v))
     for x in (out, *grads):
         assert x[:, :, :half].isfinite().all()
+
+
+@pytest.mark.backends("cpu")
+def test_of_a_cache_only_what_one_query_may_see_is_read(backend: str) -> None:
+    """As in a static cache, padded on the left; a task has 256 keys here."""
+    q, k, v = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 2048, 16)
+    seen = ((600, 1100), (0, 100))
+    mask = torch.zeros(2, 1, 1, 2048, dtype=torch.bool)
+    for b, (first, end) in enumerate(seen):
+        mask[b, ..., first:end] = True
+        for x in (k, v):
+            x[b, :, : first // 256 * 256] = x[b, :, -(-end // 256) * 256 :] = float("nan")
+    out = fusedattn.attention(q, k, v, mask=mask, backend=backend)
+    for b, (first, end) in enumerate(seen):
+        alone = (x[b : b + 1, :, first:end] for x in (k, v))
+        want = fusedattn.attention(q[b : b + 1], *alone, backend=backend)
+        torch.testing.assert_close(out[b : b + 1], want)
+    case = AttentionCase(batch=2, heads=4, kv_heads=2, dim=16, seq_q=1, seq_k=2048)
+    check_attention(case, backend, case.inputs() | {"mask": mask})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import fusedattn
 import pytest
@@ -35,7 +36,8 @@ FOUND = {
     "deepseek_v3": {OURS: 1, "fusedattn.apply_rotary_qk": 2, "fusedattn.rms_norm": 9,
                     "fusedattn.swiglu of silu": 2},
     "gpt_neox": {OURS: 1, "fusedattn.apply_rotary_qk": 2, "fusedattn.nn.LayerNorm": 5},
-    "t5": {OURS: 1, "fusedattn.rms_norm": 12},
+    "t5": {OURS: 1, "fusedattn.biases.t5": 2, "fusedattn.rms_norm": 12,
+           "fusedattn.swiglu of gelu_tanh": 4},
     "bert": {OURS: 1, "fusedattn.nn.LayerNorm": 6},
     "clip": {OURS: 1, "fusedattn.nn.LayerNorm": 11},
 }  # fmt: skip
@@ -80,14 +82,50 @@ def test_halves_and_autocast() -> None:
         torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=0)
 
 
+def test_relative_biases_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last query stands at the last key; with a static cache, or a mask of floats, a
+    tensor is made of them."""
+    adapter, kinds = fusedattn.integrations.transformers, set()
+
+    def seen(*args: Tensor, **options: Any) -> Any:
+        kinds.add(type(options["bias"]).__name__)
+        return fusedattn.attention(*args, **options)
+
+    monkeypatch.setattr(adapter, "attention", seen)
+    model = hf.build("t5")
+    given = hf.inputs("t5", "left")
+    del given["labels"]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    for cache, expected in ((None, "DistanceBias"), ("static", "Tensor")):
+        options["cache_implementation"] = cache
+        want = model.generate(**given, **options, disable_compile=True)
+        with fusedattn.patch(model) as done:
+            assert list(done.values()).count("fusedattn.biases.t5") == 2
+            assert torch.equal(model.generate(**given, **options, disable_compile=True), want)
+            assert expected in kinds
+    bias = fusedattn.biases.t5(torch.randn(32, 2), bidirectional=True)
+    q, k, v = torch.randn(1, 2, 5, 8), *torch.randn(2, 1, 2, 9, 8)
+    hidden = torch.arange(9) < 3
+    masks = ~hidden[None, None, None], torch.zeros(9).masked_fill(hidden, float("-inf"))
+    outs = [
+        adapter.attention_forward(nn.Identity(), q, k, v, x.view(1, 1, 1, 9), position_bias=bias)[0]
+        for x in masks
+    ]
+    torch.testing.assert_close(outs[1], outs[0])
+
+
 def test_compiled_in_one_graph() -> None:
-    model = hf.build("llama")
     given = hf.inputs("llama")
-    with fusedattn.patch(model):
-        want = model(**given).loss
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**given).loss, want)
+    ids = given["input_ids"]
+    for model, arguments in (
+        (hf.build("llama"), given),
+        (hf.build("t5").encoder, {"input_ids": ids}),
+    ):
+        with fusedattn.patch(model):
+            want = model(**arguments)[0]
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(**arguments)[0], want)
 
 
 def test_a_model_that_computes_attention_itself() -> None:
@@ -138,14 +176,16 @@ class ChannelsLast(nn.LayerNorm):
 
 
 class Gated(nn.Module):
-    def __init__(self, activation=F.silu, swapped: bool = False) -> None:
+    def __init__(self, activation=F.silu, swapped: bool = False, functional: float = 0.0) -> None:
         super().__init__()
-        self.activation, self.swapped = activation, swapped
+        self.activation, self.swapped, self.functional = activation, swapped, functional
         self.w1, self.w2, self.w3 = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12)
+        self.inner, self.outer = nn.Dropout(0.0), nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = (self.w3, self.w1) if self.swapped else (self.w1, self.w3)
-        return self.w2(self.activation(a(x)) * b(x))
+        product = F.dropout(self.activation(a(x)) * b(x), self.functional, self.training)
+        return self.outer(self.w2(self.inner(product)))
 
 
 def test_tells_by_results_not_by_names() -> None:
@@ -154,6 +194,7 @@ def test_tells_by_results_not_by_names() -> None:
         "bare": BareNorm(), "eps": Norm("eps outside"),
         "clipped": Norm("clipped"), "silu": Gated(), "relu": Gated(F.relu),
         "tanh": Gated(torch.tanh), "swapped": Gated(swapped=True),
+        "functional": Gated(functional=0.5),
         "group": nn.GroupNorm(2, 8), "linear": nn.Linear(8, 8),
     })  # fmt: skip
     state = torch.get_rng_state()
@@ -164,10 +205,15 @@ def test_tells_by_results_not_by_names() -> None:
         "last": "fusedattn.layer_norm", "bare": "fusedattn.rms_norm without a weight",
         "silu": "fusedattn.swiglu of silu", "relu": "fusedattn.swiglu of relu",
     }  # fmt: skip
-    assert set(done.left) == {"eps", "clipped", "tanh", "swapped", "group"}
+    assert set(done.left) == {"eps", "clipped", "tanh", "swapped", "functional", "group"}
     x, gate = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     torch.testing.assert_close(model["plain"](x, gate), Norm.forward(model["plain"], x, gate))
     torch.testing.assert_close(model["silu"](x), Gated.forward(model["silu"], x))
+    assert model["silu"].inner.training  # trying it has not changed that
+    model["silu"].inner.p = 1.0
+    torch.testing.assert_close(model["silu"](x), model["silu"].w2.bias.expand(2, 3, 8))
+    model["silu"].outer.p = 1.0
+    assert not model["silu"](x).any()
     assert len(fusedattn.patch(model)) == 0  # twice changes nothing more
     own = model["plain"].forward = lambda x: x
     done.undo()

@@ -71,6 +71,7 @@ GENERATED: dict[str, tuple[str, dict[str, Any]]] = {
     "learned positions": ("gpt2", {}),
     "beams": ("llama", {"num_beams": 3}),
     "beams of an encoder-decoder": ("bart", {"num_beams": 2}),
+    "beams with biases": ("t5", {"num_beams": 2, "num_return_sequences": 2}),
     "relative biases": ("t5", {}),
     "static cross attention": ("t5", {"cache_implementation": "static"}),
     "sound": ("whisper", {}),
@@ -97,6 +98,45 @@ def test_generates_what_eager_does(case: str, calls: list[str]) -> None:
     for a, b in zip(got.scores, want.scores, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert len(calls) > 12
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper"])
+def test_assisted_by_a_second_model(name: str, calls: list[str]) -> None:
+    """A draft of which some tokens are kept and some not: several queries on a cache at a time."""
+    model, draft = hf.build(name), hf.build(name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for x in draft.parameters():
+            x.add_(torch.randn_like(x), alpha=0.05)
+    given = {k: x[:1] for k, x in hf.inputs(name).items() if k != "labels"}
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    want = model.generate(**given, **options, assistant_model=draft)
+    alone = draft.generate(**given, **options)
+    assert not torch.equal(alone, want)  # the draft has to be corrected
+    hf.set_ours(model)
+    hf.set_ours(draft)
+    calls.clear()
+    assert torch.equal(model.generate(**given, **options, assistant_model=draft), want)
+    assert len(calls) > 12
+
+
+def test_generates_compiled() -> None:
+    """`generate` compiles the steps after the prompt itself, where the cache is static."""
+    transformers = pytest.importorskip("transformers")
+    model = hf.build("llama")
+    given = {k: x for k, x in hf.inputs("llama", "left").items() if k != "labels"}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    options["cache_implementation"] = "static"
+    want = model.generate(**given, **options, disable_compile=True)
+    hf.set_ours(model)
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    compiling = transformers.CompileConfig(backend="eager", fullgraph=True)
+    compiling._compile_all_devices = True  # a CPU among them
+    got = model.generate(**given, **options, compile_config=compiling)
+    assert torch.equal(got, want)
+    assert counted["stats"]["unique_graphs"] >= 1
 
 
 def packed() -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -215,20 +215,27 @@ class Decode {
   struct Block {
     int64_t b, h, heads, begin, end;
     const Sequence<int64_t>& sequence;
-    Span seen_by(int64_t r) const {
-      const int64_t i = r % sequence.seq_q;
-      return {larger(begin, sequence.begin(i)), smaller(sequence.end(i), end)};
-    }
   };
+
+  // Those that row r sees; none where a dense mask hides all of them, from every head.
+  Span seen_by(const Block& at, int64_t r) const {
+    const int64_t i = row_of(at.sequence, at.h, r).i;
+    const Span keys{larger(at.begin, at.sequence.begin(i)), smaller(at.sequence.end(i), at.end)};
+    const int64_t n = keys.end - keys.begin;
+    for (int64_t c = 0; c < at.heads; ++c)
+      if (n <= 0 || scores.mask.shows(at.b, row_of(at.sequence, at.h + c, r).h, i, keys.begin, n))
+        return keys;
+    return {0, 0};
+  }
 
   // The rows of a head that see the same keys of a block go together.
   template <class Keys>
   void attend(const Block& block, const Own& own, const Keys& k, const Keys& v, S* out) const {
     const int64_t queries = rows_of(block.sequence);
     for (int64_t r = 0; r < queries;) {
-      const Span keys = block.seen_by(r);
+      const Span keys = seen_by(block, r);
       int alike = 1;
-      while (alike < together && r + alike < queries && block.seen_by(r + alike) == keys) ++alike;
+      while (alike < together && r + alike < queries && seen_by(block, r + alike) == keys) ++alike;
       const int taken = alike >= together ? together : alike >= 2 ? 2 : 1;
       if (keys.begin < keys.end) {
         const Keys from_k = k.from(keys.begin - block.begin);

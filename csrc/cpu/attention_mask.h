@@ -64,6 +64,15 @@ class MaskMap {
     return n;
   }
 
+  // Whether a dense mask shows query i any of n keys from j on; for those who make no map.
+  FUSEDATTN_MEMBER bool shows(int64_t b, int64_t h, int64_t i, int64_t j, int64_t n) const {
+    if (!f.mask) return true;
+    const uint8_t* row = f.mask.at<const uint8_t>(b, h, i, j);
+    uint8_t any_of_them = 0;
+    for (int64_t c = 0; c < n; ++c) any_of_them |= row[c * f.mask.stride[3]];
+    return any_of_them != 0;
+  }
+
   // −inf in a row of scores, that of query i and n keys from j on, for those that are hidden.
   template <class S>
   FUSEDATTN_MEMBER void apply(S* s, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n) const {

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--quick",
         action="store_true",
-        help="a subset with every regime in it, in about six minutes (the default on a CPU; a GPU "
+        help="a subset with every regime in it, in about nine minutes (the default on a CPU; a GPU "
         "has a grid of its own: bf16, 16k tokens, lengths 512 to 16k, each pass by itself)",
     )
     size.add_argument(
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the whole grid, with torch.compile and FlexAttention for every shape; takes an hour "
         "or more",
     )
-    parts = ("attention", "rowwise", "options", "transformer", "host")
+    parts = ("attention", "rowwise", "options", "transformer", "models", "host")
     bench.add_argument(
         "--only",
         choices=(*parts, *OPS),

@@ -77,7 +77,7 @@ MODELS = {
                   WHISPER | {"max_position_embeddings": 64}, "pair"),
     "t5": Model("T5ForConditionalGeneration", "T5Config",
                 {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-                 "decoder_start_token_id": 0}, "pair"),
+                 "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}, "pair"),
     "whisper": Model("WhisperForConditionalGeneration", "WhisperConfig",
                      WHISPER | {"num_mel_bins": 8, "max_source_positions": 20,
                                 "pad_token_id": 0, "decoder_start_token_id": 1}, "spectrum"),

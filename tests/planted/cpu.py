@@ -15,9 +15,11 @@ MUTANTS = {
          "attention.py::test_kind"),
     ),
     "csrc/cpu/attention_decode.h": (
+        ("scores.mask.shows(at.b", "true || scores.mask.shows(at.b",
+         "attention_masks.py::test_of_a_cache_only_what_one_query_may_see_is_read"),
         ("f.page_rows - j % f.page_rows, past - j", "past - j, past - j",
          "attention_decode.py::test_the_cpu_gives_the_bits_of_attention"),
-        ("l += partial[rows + r] * factor;", "l += partial[rows + r];",
+        ("l += split[rows + r] * factor;", "l += split[rows + r];",
          "attention.py::test_decode"),
         ("keep + before);", "keep);",
          "attention.py::test_kind[cpu-dropout_+_decoding-float32]"),

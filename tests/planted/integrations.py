@@ -16,5 +16,7 @@ MUTANTS = {
     "python/fusedattn/integrations/patch.py": (
         ("for s in (1e-3, 1.0, 1e2)", "for s in (1.0,)",
          "integration_patch.py::test_tells_by_results_not_by_names"),
+        ("past_seen_tokens + query_length == key_length", "True",
+         "integration_patch.py::test_relative_biases_by_rule"),
     ),
 }  # fmt: skip

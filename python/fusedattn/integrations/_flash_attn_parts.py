@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def apply_rotary_emb(
 
     seqlen_offsets: an int or (B,), what is added to the positions of each sequence.
     """
+    if inplace and _is_leaf(x):
+        return _leaf_rotated(
+            x, lambda y: apply_rotary_emb(
+                y, cos, sin, interleaved, True, seqlen_offsets, cu_seqlens, max_seqlen
+            ),
+        )  # fmt: skip
     if cu_seqlens is None:
         positions, offset = None, seqlen_offsets
         if isinstance(seqlen_offsets, Tensor):
@@ -95,6 +102,19 @@ def apply_rotary_emb(
     return x if inplace else out.transpose(-2, -3)
 
 
+def _is_leaf(x: Tensor) -> bool:
+    """Whether autograd forbids to write to x, or to what x is a view of."""
+    root = x if x._base is None else x._base
+    return torch.is_grad_enabled() and root.requires_grad and root.is_leaf
+
+
+def _leaf_rotated(x: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `rotate` makes of x; x has the same numbers then, and its gradient, as in flash-attn."""
+    out = rotate(x.clone())
+    x.data.copy_(out.detach())
+    return out
+
+
 def apply_rotary_emb_torch(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
@@ -114,6 +134,12 @@ def apply_rotary_emb_qkv_(
     num_heads_q: int | None = None,
 ) -> Tensor:
     """Queries and keys of qkv (B, S, 3, H, D) or (B, S, Hq + 2 Hkv, D) rotated in place."""
+    if _is_leaf(qkv):
+        return _leaf_rotated(
+            qkv, lambda y: apply_rotary_emb_qkv_(
+                y, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
+            ),
+        )  # fmt: skip
     if qkv.dim() == 5:
         q, k = qkv[:, :, 0], qkv[:, :, 1]
     else:
@@ -135,6 +161,10 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
     """The keys of kv (B, S, 2, H, D) rotated in place."""
+    if _is_leaf(kv):
+        return _leaf_rotated(
+            kv, lambda y: apply_rotary_emb_kv_(y, cos, sin, interleaved, seqlen_offsets)
+        )
     apply_rotary_emb(
         kv[:, :, 0], cos, sin, interleaved, inplace=True, seqlen_offsets=seqlen_offsets
     )

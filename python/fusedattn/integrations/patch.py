@@ -14,23 +14,27 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..biases import t5
 from ..nn.replacement import replace
 from ..ops._checks import HALVES
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.rotary import apply_rotary_qk
 from ..ops.swiglu import ACTIVATIONS, swiglu
+from .transformers import NAME, register
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 _GATED = (
     ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "", "down_proj"),
+    ("wi_0", "wi_1", "wo"),
 )  # fmt: skip
 _ROTARY = "apply_rotary_pos_emb"
+_BIAS, _TABLE = "compute_bias", "relative_attention_bias"
 
 
 class Patch(Mapping[str, str]):
@@ -55,14 +59,16 @@ class Patch(Mapping[str, str]):
         if undo is not None:
             self._undo.append(undo)
 
-    def _bind(self, name: str, module: nn.Module, forward: Any, what: str) -> None:
-        """`forward(module, …)` in place of that of the class."""
-        bound = types.MethodType(forward, module)
-        module.forward = bound
+    def _bind(
+        self, name: str, module: nn.Module, function: Any, what: str, method: str = "forward"
+    ) -> None:
+        """`function(module, …)` in place of a method of the class."""
+        bound = types.MethodType(function, module)
+        setattr(module, method, bound)
 
         def undo() -> None:
-            if vars(module).get("forward") is bound:
-                del module.forward
+            if vars(module).get(method) is bound:
+                delattr(module, method)
 
         self._note(name, what, undo)
 
@@ -93,10 +99,11 @@ def patch(model: nn.Module) -> Patch:
     """Make attention, norms, rotary embeddings and gated networks of `model` ours, in place.
 
     What `fusedattn.replace` swaps; the attention of a transformers model, if it calls the interface
-    (`integrations.transformers.register`); every module that computes a layer norm, an RMS norm (of
-    weights that are stored less 1, too) or a gated network of silu, gelu or relu, whatever its
-    class; and transformers' rotary embedding. Parameters, buffers, hooks and names stay. A norm's
-    result has the dtype of its input, also where float32 weights would widen it.
+    (`integrations.transformers.register`), and there T5's relative biases; every module that
+    computes a layer norm, an RMS norm (of weights that are stored less 1, too) or a gated network
+    of silu, gelu or relu, with its dropout, whatever its class; and transformers' rotary embedding.
+    Parameters, buffers, hooks and names stay. A norm's result has the dtype of its input, also
+    where float32 weights would widen it.
 
     A deep copy is patched too. A model that is to be pickled whole must be turned back first.
 
@@ -133,6 +140,8 @@ def _one(done: Patch, name: str, module: nn.Module) -> None:
         _norm(done, name, module)
     elif (names := _gated_names(module)) is not None:
         _gated(done, name, module, names)
+    elif isinstance(getattr(module, _TABLE, None), nn.Embedding) and hasattr(module, _BIAS):
+        _distances(done, name, module)
     elif _ROTARY in getattr(_innermost(module), "co_names", ()):
         _rotary(done, name, module)
 
@@ -144,8 +153,6 @@ def _attention(done: Patch, model: nn.Module) -> None:
     transformers: Any = sys.modules.get("transformers")  # else no model of its is there
     if transformers is None or not hasattr(transformers, "PreTrainedModel"):
         return
-    from .transformers import NAME, register
-
     for name, module in model.named_modules():
         if not isinstance(module, transformers.PreTrainedModel):
             continue
@@ -257,11 +264,13 @@ def _narrows(probe: Any, x: Tensor) -> bool:
         return False
 
 
-def _agrees(probe: nn.Module, candidates: Mapping[str, Any], inputs: list[Tensor]) -> str | None:
+def _agrees(
+    probe: nn.Module, candidates: Mapping[Any, Any], inputs: list[Tensor], training: bool = False
+) -> Any:
     """The candidate that gives what the module gives for these inputs."""
     try:
         with torch.no_grad():
-            want = [probe.eval()(x) for x in inputs]
+            want = [probe.train(training)(x) for x in inputs]
             for what, forward in candidates.items():
                 pairs = [(forward(probe, x), y) for x, y in zip(inputs, want, strict=True)]
                 if all(isinstance(y, Tensor) and _same(x, y) for x, y in pairs):
@@ -278,15 +287,33 @@ def _same(x: Tensor, y: Tensor) -> bool:
 # --- gated networks ------------------------------------------------------------------------------
 
 
-def _gated_forward(activation: str, names: tuple[str, str, str]) -> Any:
+class _Gated(NamedTuple):
+    """What a network computes; `inner` and `outer` are its dropouts, before and after `down`."""
+
+    activation: str
+    inner: str = ""
+    outer: str = ""
+
+
+def _gated_forward(found: _Gated, names: tuple[str, str, str]) -> Any:
     gate, up, down = names
 
     def forward(self: Any, x: Tensor) -> Tensor:
         both = getattr(self, gate)(x), getattr(self, up)(x) if up else None
-        out: Tensor = getattr(self, down)(swiglu(*both, activation=activation))
-        return out
+        out: Tensor = swiglu(*both, activation=found.activation)
+        if found.inner:
+            out = getattr(self, found.inner)(out)
+        last = getattr(self, down)
+        out = last(_widened(out, getattr(last, "weight", None)))
+        return getattr(self, found.outer)(out) if found.outer else out
 
     return forward
+
+
+def _widened(x: Tensor, weight: Any) -> Tensor:
+    """In float32 for weights that T5 keeps so among halves; autocast sees to that itself."""
+    wide = isinstance(weight, Tensor) and weight.dtype == torch.float32 and x.dtype in HALVES
+    return x.float() if wide and not torch.is_autocast_enabled(x.device.type) else x
 
 
 def _gated_names(module: nn.Module) -> tuple[str, str, str] | None:
@@ -296,8 +323,8 @@ def _gated_names(module: nn.Module) -> tuple[str, str, str] | None:
 
 
 def _gated(done: Patch, name: str, module: nn.Module, names: tuple[str, str, str]) -> None:
-    probe = copy.copy(module)
-    probe._modules = dict(module._modules)
+    probe, drops = copy.copy(module), [""]
+    probe._modules = {n: x for n, x in module._modules.items() if n in names}
     probe._forward_hooks = type(module._forward_hooks)()
     probe._forward_pre_hooks = type(module._forward_pre_hooks)()
     gate, up, down = names
@@ -308,12 +335,73 @@ def _gated(done: Patch, name: str, module: nn.Module, names: tuple[str, str, str
             for x in small.parameters():
                 x.data = torch.randn(x.shape, generator=source)
             probe._modules[layer] = small
-    candidates = {x: _gated_forward(x, names) for x in ACTIVATIONS}
-    found = _agrees(probe, candidates, [torch.randn(2, 3, 8, generator=source)])
+    for layer, child in module._modules.items():
+        if isinstance(child, nn.Dropout):  # something in its place that shows where it stands
+            probe._modules[layer] = nn.Tanh()
+            drops.append(layer)
+        elif layer not in names:
+            probe._modules[layer] = copy.deepcopy(child)
+    kinds = [_Gated(x, a, b) for x in ACTIVATIONS for a in drops for b in drops if not a or a != b]
+    candidates = {x: _gated_forward(x, names) for x in kinds}
+    inputs = [torch.randn(2, 3, 8, generator=source)]
+    found = _agrees(probe, candidates, inputs)
     if found is None:
         done.left[name] = f"{type(module).__name__} computes something else than a gated network"
+    elif _agrees(probe, {found: candidates[found]}, inputs, training=True) is None:
+        done.left[name] = f"{type(module).__name__} computes something else in training"
     else:
-        done._bind(name, module, candidates[found], f"fusedattn.swiglu of {found}")
+        what = f"fusedattn.swiglu of {found.activation}"
+        done._bind(name, module, candidates[found], what)
+
+
+# --- relative biases -----------------------------------------------------------------------------
+
+
+def _distance_bias(bidirectional: bool) -> Any:
+    """T5's `compute_bias` by rule, for `attention_forward`, which the layers hand it on to."""
+
+    def compute_bias(
+        self: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0
+    ) -> Any:
+        table = getattr(self, _TABLE)
+        last = isinstance(past_seen_tokens, int) and past_seen_tokens + query_length == key_length
+        if not last or self.config._attn_implementation != NAME or table._forward_hooks:
+            return getattr(type(self), _BIAS)(
+                self, query_length, key_length, device, past_seen_tokens
+            )
+        furthest = self.relative_attention_max_distance
+        return t5(table.weight, bidirectional=bidirectional, max_distance=furthest)
+
+    return compute_bias
+
+
+def _distances(done: Patch, name: str, module: Any) -> None:
+    """Tried in a forward pass that is long enough for all buckets."""
+    if getattr(getattr(module, "config", None), "_attn_implementation", None) != NAME:
+        return
+    if any(x.is_meta for x in module.parameters()):
+        done.left[name] = f"{type(module).__name__} has no weights to be tried with"
+        return
+    probe = copy.deepcopy(module).to("cpu", torch.float32)
+    source, table = torch.Generator().manual_seed(0), getattr(probe, _TABLE).weight
+    table.data = torch.randn(table.shape, generator=source)
+    length = 2 * int(getattr(module, "relative_attention_max_distance", 128))
+    x = torch.randn(1, length, module.config.hidden_size, generator=source)
+
+    found = None
+    try:
+        with torch.no_grad():
+            want = probe.eval()(x)[0]
+            for bidirectional in (True, False):
+                probe.compute_bias = types.MethodType(_distance_bias(bidirectional), probe)
+                if found is None and _same(probe(x)[0], want):
+                    found = bidirectional
+    except Exception:  # other arguments, or one that does something with the bias
+        found = None
+    if found is None:
+        done.left[name] = f"{_BIAS} of {type(module).__name__} computes something else"
+    else:
+        done._bind(name, module, _distance_bias(found), "fusedattn.biases.t5", _BIAS)
 
 
 # --- rotary embeddings ---------------------------------------------------------------------------

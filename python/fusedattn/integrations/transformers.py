@@ -6,7 +6,8 @@ The other is attention itself, whose arguments are, in ours:
 
     attention_mask  `mask` or, of floats, `bias`; without one `is_causal` holds, top-left, for more
                     than one query, since an empty static cache has keys after the last query
-    position_bias   `bias`, with its gradient (T5)      s_aux           `sinks` (gpt-oss)
+    position_bias   `bias`, with its gradient (T5), a tensor or, of a patched model, by rule
+    s_aux           `sinks` (gpt-oss)
     scaling         `scale`                             softcap         `softcap` (Gemma 2)
     cu_seq_lens_q   `attention_varlen`, or one more mask
     sliding_window  nothing: the mask has it, as for eager attention, or it does not bind
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..biases import DistanceBias
 from ..ops._checks import seed_tensor
 from ..ops._registry import UnsupportedError
 from ..ops.attention import attention
@@ -41,7 +43,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | DistanceBias | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **further: Any,
@@ -74,6 +76,8 @@ def attention_forward(
     }  # fmt: skip
     offsets = further.get("cu_seq_lens_q"), further.get("cu_seq_lens_k")
     asked = further.get("output_attentions", False)
+    if isinstance(position_bias, DistanceBias) and _is_float(attention_mask):
+        position_bias = _written_out(position_bias, query, key)
     mask, bias = _mask_and_bias(attention_mask, position_bias)
     if offsets[0] is not None:
         if not (asked or attention_mask is not None or bias is not None):
@@ -90,14 +94,22 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _mask_and_bias(
-    attention_mask: Tensor | None, position_bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if attention_mask is None or attention_mask.dtype == torch.bool:
+def _is_float(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype != torch.bool
+
+
+def _mask_and_bias(attention_mask: Tensor | None, position_bias: Any) -> tuple[Any, Any]:
+    if not _is_float(attention_mask):
         return attention_mask, position_bias
-    if position_bias is None:
-        return None, attention_mask
-    return None, position_bias + attention_mask
+    return None, attention_mask if position_bias is None else position_bias + attention_mask
+
+
+def _written_out(bias: DistanceBias, query: Tensor, key: Tensor) -> Tensor:
+    """(1, H, Lq, Lk), the last query at the last key."""
+    seq_q, seq_k = query.shape[2], key.shape[2]
+    rows = torch.arange(seq_q, device=query.device)[:, None] + seq_k - seq_q
+    distance = torch.arange(seq_k, device=query.device) - rows
+    return bias.table.to(query.dtype)[bias.buckets(distance)].permute(2, 0, 1)[None]
 
 
 def _packed(

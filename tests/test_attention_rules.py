@@ -255,6 +255,7 @@ def test_only_what_requires_a_gradient_is_computed(
         torch.testing.assert_close(alone[name], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_under_compile_export_autocast_and_copies() -> None:
     q, k, v, table, scale = leaves(*[(1, 2, 20, 8)] * 3, (8, 2), (2,), dtype=F32)
     ids = torch.arange(20) // 6

@@ -50,6 +50,7 @@ def no_dropout(problem):
         raise Unavailable("its matrix of scores is too large")
 
 
+@pytest.mark.slow
 def test_the_run_leaves_json_csv_and_a_plot(finished):
     results, folder, _ = finished
     assert {x.name for x in folder.iterdir()} == {
@@ -70,6 +71,7 @@ def test_the_run_leaves_json_csv_and_a_plot(finished):
     assert len(content) > 10_000
 
 
+@pytest.mark.slow
 def test_the_run_shows_a_line_for_each_option(finished):
     results, _, text = finished
     for row in results["options"]:
@@ -79,6 +81,7 @@ def test_the_run_shows_a_line_for_each_option(finished):
     assert "not run: sdpa in 1 case: scaled_dot_product_attention has no sinks" in text
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_kept_run_have_the_options(finished):
     _, folder, _ = finished
     page = markdown.page("results", json.loads((folder / "results.json").read_text()))

@@ -151,7 +151,8 @@ def shown(row, tmp_path):
     report.print_skipped([row], console)
     drawn = plots.plot_all(
         {
-            "attention": [], "options": [], "rowwise": [row], "training": [], "device": "cpu",
+            "attention": [], "options": [], "rowwise": [row], "training": [], "models": [],
+            "models_left_out": {}, "device": "cpu",
             "date": "2026-01-02", "threads": 2, "environment": SOMEWHERE,
         },
         tmp_path,

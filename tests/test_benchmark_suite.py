@@ -62,6 +62,7 @@ def test_tables_of_a_kept_run_say_what_its_json_says(path):
     assert f"({path.with_suffix('.md').name})" in (path.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_tables_leave_out_a_peer_that_is_wrong(finished):
     _, folder, _ = finished
     stored = json.loads((folder / "results.json").read_text())
@@ -76,6 +77,7 @@ def test_tables_leave_out_a_peer_that_is_wrong(finished):
         assert (cells[3] == "") == wrong
 
 
+@pytest.mark.slow
 def test_the_json_holds_every_figure(finished):
     results, folder, _ = finished
     stored = json.loads((folder / "results.json").read_text())
@@ -97,6 +99,7 @@ def test_the_json_holds_every_figure(finished):
         assert row["copy"]["median_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["attention", "rowwise"])
 def test_the_csv_has_a_line_per_case_and_version(finished, part):
     results, folder, _ = finished
@@ -107,6 +110,7 @@ def test_the_csv_has_a_line_per_case_and_version(finished, part):
     assert float(lines[0]["limit"]) > 0
 
 
+@pytest.mark.slow
 def test_the_plots_are_png_files(finished):
     _, folder, _ = finished
     assert {path.name for path in folder.glob("*.png")} == {
@@ -121,6 +125,7 @@ def test_the_plots_are_png_files(finished):
         assert len(content) > 10_000
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_cases_models_and_files(finished):
     results, _, text = finished
     for row in results["attention"] + results["rowwise"]:
@@ -131,6 +136,7 @@ def test_the_terminal_shows_cases_models_and_files(finished):
     assert "not run: onnxruntime" in text
 
 
+@pytest.mark.slow
 def test_training_plain_and_fused_gives_the_same_losses(finished):
     results, _, _ = finished
     for model in results["training"]:

@@ -209,7 +209,7 @@ def test_too_many_sequences_are_refused() -> None:
     x = torch.zeros(1, 2, 8, 16, dtype=BF16)
     cu = torch.zeros((), dtype=torch.int32).expand(2**22 + 2)
     refusal = _cuda_takes(AttentionCall(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu))
-    assert refusal == (f"there are {2**22 + 1} sequences", f"pack at most {2**22}")
+    assert refusal[:2] == (f"there are {2**22 + 1} sequences", f"pack at most {2**22}")
 
 
 @needs_emulator

@@ -114,6 +114,7 @@ def test_relative_biases_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(outs[1], outs[0])
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph() -> None:
     given = hf.inputs("llama")
     ids = given["input_ids"]

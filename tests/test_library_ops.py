@@ -161,6 +161,7 @@ def call_hostile() -> int:
     return count
 
 
+@pytest.mark.slow
 def test_hostile_calls_of_raw_ops():
     """No call reads or writes out of bounds, or takes the process with it."""
     code = "import test_library_ops as t; print(t.call_hostile())"

@@ -17,7 +17,9 @@ pytest.importorskip("onnxscript")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"]),
+    pytest.mark.parametrize(
+        "dynamo", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["torchscript", "dynamo"]
+    ),
 ]
 
 

@@ -24,8 +24,7 @@ class Decode {
   static constexpr int together = 4;      // queries, at most
   static constexpr int held = 8;          // sums kept in registers
   static constexpr int64_t ahead = 16;    // rows of K and V asked for before they are needed
-
-  static constexpr int64_t page = 4096;  // bytes: rows of several heads within it go together
+  static constexpr int64_t page = 4096;   // bytes: rows of several heads within it go together
 
   // Rows of K or V of a head, one after the other or wherever a page has them.
   struct InStep {
@@ -45,10 +44,11 @@ class Decode {
 
   const AttentionForward& f;
   const Scores<S> scores;
-  const int64_t d, dv, rows;   // rows: of the sequence with most, of one key head
-  const int64_t heads, bunch;  // of keys; as many of them as a task takes
-  const int64_t splits;        // at most, of any sequence
-  const int64_t partial;       // what a split leaves of the rows of a head: m, l and o
+  const int64_t d, dv, rows;  // rows: of the sequence with most, of one key head
+  const int64_t heads;        // of keys
+  const int64_t splits;       // at most, of any sequence
+  const int64_t partial;      // what a split leaves of the rows of a head: m, l and o
+  int64_t bunch = 1;          // heads of a task
 
  public:
   Decode(const AttentionForward& f, const Lengths& lengths)
@@ -58,7 +58,6 @@ class Decode {
         dv(f.head_dim_v()),
         rows(f.group() * lengths.q),
         heads(f.heads_kv()),
-        bunch(bunch_of(f)),
         splits(smaller((lengths.k + least_split - 1) / least_split, most_splits)),
         partial(rows * (dv + 2)) {}
 
@@ -69,7 +68,11 @@ class Decode {
   }
 
   void run(int threads) {
-    const int64_t sequences = f.sequences(), bunches = (heads + bunch - 1) / bunch;
+    const int64_t sequences = f.sequences();
+    bunch = heads_side_by_side();
+    while (bunch > 1 && sequences * splits * ((heads + bunch - 1) / bunch) < 2 * threads)
+      bunch = (bunch + 1) / 2;  // no thread without a task
+    const int64_t bunches = (heads + bunch - 1) / bunch;
     Arena count;
     count.take<S>(sequences * heads * splits * partial);
     const size_t shared = count.used();
@@ -104,11 +107,10 @@ class Decode {
             f.block_table ? arena.take<const T*>(2 * (block + ahead)) : nullptr};
   }
 
-  // Heads that lie side by side: their rows of a key are read in one go.
-  static int64_t bunch_of(const AttentionForward& f) {
+  // So many that their rows of a key are worth reading in one go.
+  int64_t heads_side_by_side() const {
     if (f.k.stride[1] > f.k.stride[2] || f.v.stride[1] > f.v.stride[2]) return 1;
-    const int64_t row = f.head_dim() * int64_t(sizeof(T));
-    return smaller(larger(page / row, 1), f.heads_kv());
+    return smaller(larger(page / (d * int64_t(sizeof(T))), 1), heads);
   }
 
   // From the first that any query sees; those after the last are few.

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from .model_run import DEFAULT
 from .report import ROWS, Row, digits, flop_unit, new_table, origin, ratio_text
 
 NAMED = 4  # of the cases that are slower than a peer, the others are counted
@@ -26,7 +27,21 @@ def in_words(results: Results) -> list[str]:
     lines = [_of_rows(titles[part], results[part]) for part in ROWS if results[part]]
     if models := results["training"]:
         lines.append(_of_models(models))
+    if ratios := _patched(results):
+        worst = min(ratios, key=ratios.__getitem__)
+        lines.append(
+            f"models of transformers: {statistics.geometric_mean(ratios.values()):.2f} times as "
+            f"fast patched as they come (geometric mean of {len(ratios)}), at worst "
+            f"{ratios[worst]:.2f} ({worst})."
+        )
     return lines
+
+
+def _patched(results: Results) -> dict[str, float]:
+    """Each case of a model of transformers: times as fast as the model as it comes."""
+    return {
+        row["case"]["label"]: row["speedup"][DEFAULT] for row in results["models"] if row["ours"]
+    }
 
 
 def _of_rows(title: str, rows: Sequence[Row]) -> str:

@@ -26,10 +26,11 @@ PACKS = st.sampled_from((8, 16, 24, 40, 64, 72, 128))
 STRATEGIES = {
     "cpu": drawn_cases(),
     "triton": drawn_cases(
-        dtypes=(*HALVES, torch.float32), edges=(33, 65, 70), most=40, dims=st.integers(1, 40)
+        dtypes=(*HALVES, torch.float32), edges=(33, 65, 70), most=40, each=2,
+        dims=st.integers(1, 40),
     ),
     "cuda_emulated": drawn_cases(
-        dtypes=HALVES, edges=(65, 129, 130), most=70, dims=PACKS, ruled=False
+        dtypes=HALVES, edges=(65, 129, 130), most=70, each=2, dims=PACKS, ruled=False
     ),
 }  # fmt: skip
 # Among so many calls some queries see one key, of which dq shows how out was rounded (the docstring

@@ -22,11 +22,13 @@ def drawn_cases(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     edges: tuple[int, ...] = EDGES,
     most: int = 80,
+    each: int = 3,
     dims: st.SearchStrategy[int] = st.integers(1, 90),  # noqa: B008
     ruled: bool = True,
 ) -> RuleCase:
-    """edges: lengths beside those up to `most`; ruled: also masks, and masks and biases by rule."""
-    batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
+    """edges: lengths beside those up to `most`; each: sequences, key heads and queries of each, at
+    most; ruled: also masks, and masks and biases by rule."""
+    batch, kv_heads, group = (draw(st.integers(1, each)) for _ in range(3))
     lengths_of = st.integers(1, most) | st.sampled_from(edges)
     seq_q, seq_k = draw(lengths_of), draw(lengths_of)
     side = st.none() | st.integers(0, 90)

@@ -33,9 +33,6 @@ STRATEGIES = {
         dtypes=HALVES, edges=(65, 129, 130), most=70, each=2, dims=PACKS, ruled=False
     ),
 }  # fmt: skip
-# Among so many calls some queries see one key, of which dq shows how out was rounded (the docstring
-# of `attention`), and in the CUDA C++ kernels how ds was.
-SLACK = {"cpu": 2, "triton": 2, "cuda_emulated": 4}
 
 
 def main() -> None:
@@ -57,7 +54,7 @@ def main() -> None:
     @hypothesis.given(case=STRATEGIES[given.backend])
     def hold(case: RuleCase) -> None:
         nonlocal count
-        check_rules(case, given.backend, slack=SLACK[given.backend])
+        check_rules(case, given.backend, slack=2)
         count += 1
 
     hold()

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention_softmax.h"
+#include "prefetch.h"
 
 namespace fusedattn::FUSEDATTN_ISA {
 

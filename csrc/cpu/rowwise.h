@@ -5,6 +5,7 @@
 
 #include "cache.h"
 #include "dtypes.h"
+#include "prefetch.h"
 #include "team.h"
 
 namespace fusedattn::FUSEDATTN_ISA {

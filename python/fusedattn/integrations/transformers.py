@@ -28,6 +28,7 @@ from ..ops._checks import seed_tensor
 from ..ops._registry import UnsupportedError
 from ..ops.attention import attention
 from ..ops.attention_varlen import attention_varlen
+from ..reference.rules import steps
 
 NAME = "fusedattn"
 
@@ -106,10 +107,8 @@ def _mask_and_bias(attention_mask: Tensor | None, position_bias: Any) -> tuple[A
 
 def _written_out(bias: DistanceBias, query: Tensor, key: Tensor) -> Tensor:
     """(1, H, Lq, Lk), the last query at the last key."""
-    seq_q, seq_k = query.shape[2], key.shape[2]
-    rows = torch.arange(seq_q, device=query.device)[:, None] + seq_k - seq_q
-    distance = torch.arange(seq_k, device=query.device) - rows
-    return bias.table.to(query.dtype)[bias.buckets(distance)].permute(2, 0, 1)[None]
+    buckets = bias.buckets(steps(query, key))
+    return bias.table.to(query.dtype)[buckets].permute(2, 0, 1)[None]
 
 
 def _packed(

@@ -42,11 +42,12 @@ from .attention_launch import (
     pair_bytes,
     rules_of,
     sequences_of,
+    shown_of,
     special_tiles,
     tiles,
     tuning,
 )
-from .attention_mask import within
+from .attention_mask import listed
 from .attention_scores import (
     UNSPECIALISED,
     chain,
@@ -121,6 +122,7 @@ def dkdv_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    shown_tiles=None,  # of `listed`
     MASKED_APART: tl.constexpr = False,
     TMA: tl.constexpr = False,
     ADDED: tl.constexpr = False,  # of dbias: `BiasSum`
@@ -142,8 +144,9 @@ def dkdv_kernel(
     PAIRS: tl.constexpr = MASKED or rules.bias is not None
     DS: tl.constexpr = dk is not None or dbias is not None
     # Two loops as in the forward, for tiles of which the registers suffice.
-    DENSE: tl.constexpr = rules.bounds is not None
-    SPLIT: tl.constexpr = upper is not None and lower is None and MASKED_APART and not DENSE
+    LISTED: tl.constexpr = shown_tiles is not None
+    SPLIT: tl.constexpr = MASKED_APART and (LISTED or (upper is not None and lower is None))
+    STEP: tl.constexpr = 1 if LISTED else BLOCK_M
     bounds = (begin, whole, end) if SPLIT else (begin, end)
 
     k_head = rows_from(k, batch, kv_head, sequence.first_k, ALIGNED)
@@ -162,10 +165,12 @@ def dkdv_kernel(
         rows = (batch * heads + head).to(tl.int64) * seq_q + sequence.first_q
         bias_row = tl.zeros([BLOCK_N], tl.float32)
         span = bounds
-        if DENSE:
-            span = within(rules.bounds, batch, head, j, seq_k, begin, end, BLOCK_M)
+        if LISTED:
+            tile_list, partial, count = listed(shown_tiles, batch, head, sequence.index)
+            span = (0, partial, count) if SPLIT else (0, count)
         for part in tl.static_range(1 + SPLIT):
-            for at in tl.range(span[part], span[part + 1], BLOCK_M):
+            for step in tl.range(span[part], span[part + 1], STEP):
+                at = tl.load(tile_list + step) * BLOCK_M if LISTED else step
                 i = at + tl.arange(0, BLOCK_M)
                 inside = i < sequence.seq_q
                 q_tile = load_tile(q_head, at, sequence.seq_q, BLOCK_M, D, BLOCK_D)
@@ -186,10 +191,10 @@ def dkdv_kernel(
                     j[:, None],
                     scale,
                     NATURAL,
-                    MASKED,
+                    MASKED and not (LISTED and SPLIT and part == 1),
                 )
                 masked = part == 0 if SPLIT else at < whole
-                if lower is not None:
+                if lower is not None and not (LISTED and SPLIT):
                     masked = masked | (at >= full)
                 if upper is not None or lower is not None:  # noqa: SIM102
                     if masked:
@@ -291,12 +296,12 @@ def attention_backward(
     of_dkdv = total if sums.of_keys and not in_order else None
     of_dq = None if sums.of_keys or in_order else total
     if dk is not None or dv is not None or of_dkdv is not None:
-        of_keys = rules_of(launches, call, of_keys=True)
         found = dkdv_tiles(*about, walked)
         launches.tuned(
             _dkdv_tuner, tuning(call, arguments, found, products=4), dkdv_kernel, dkdv_grid,
-            *inputs, of_keys, *views[4:], scaled, norms, optional_view(dk), optional_view(dv),
-            broadcast_view(of_dkdv), heads_total=heads_k, zeroed=of_dkdv,
+            *views, scaled, norms, optional_view(dk), optional_view(dv), broadcast_view(of_dkdv),
+            heads_total=heads_k, zeroed=of_dkdv,
+            made={"shown_tiles": shown_of(call, rules, lengths, of_keys=True)},
             section=min(heads_k, heads_in_l2(device, q, out, 1)), **arguments,
             **({} if of_dkdv is None else {"ADDED": sums.added}),
         )  # fmt: skip
@@ -307,8 +312,9 @@ def attention_backward(
         launches.tuned(
             _dq_tuner, tuning(call, arguments, found, products=3), dq_kernel, dq_grid, *views,
             scaled, norms, optional_view(dq), broadcast_view(of_dq), slopes, heads_total=heads_q,
-            zeroed=of_dq, section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])),
-            **arguments, **({} if of_dq is None else summed),
+            zeroed=of_dq, made={"shown_tiles": shown_of(call, rules, lengths)},
+            section=min(heads_q, heads_in_l2(device, k, v, arguments["group"])), **arguments,
+            **({} if of_dq is None else summed),
         )  # fmt: skip
     if dalibi_slopes is not None:
         sum_slopes(launches, slopes, packed, sequences_of(call), dalibi_slopes)

@@ -248,7 +248,7 @@ def attention_decode(launches: Launches, call: AttentionCall, out: Tensor, lse: 
     rules = Rules(
         mask=broadcast_view(call.mask), prefix=None, documents_q=None, documents_k=None,
         blocks=None, block_size=None, bias=None, distance_bias=None,
-        softcap=config.softcap or None, alibi_slopes=broadcast_view(call.alibi_slopes), bounds=None,
+        softcap=config.softcap or None, alibi_slopes=broadcast_view(call.alibi_slopes), pack=None,
     )  # fmt: skip
     natural = call.alibi_slopes is not None or config.softcap > 0 or not config.scale > 1e-30
     widths = block_width(dim), block_width(dim_v)

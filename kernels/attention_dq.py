@@ -15,7 +15,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from .attention_bias_grad import add_or_store
 from .attention_ds_scale import less_delta, load_ds_scale, unscaled
-from .attention_mask import within
+from .attention_mask import listed
 from .attention_scores import (
     UNSPECIALISED,
     Packed,
@@ -72,6 +72,7 @@ def dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    shown_tiles=None,  # of `listed`
     TMA: tl.constexpr = False,
     SUM_ROWS: tl.constexpr = False,  # of dbias: `BiasSum`
     SUM_COLS: tl.constexpr = False,
@@ -93,8 +94,6 @@ def dq_kernel(
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
     begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
-    if rules.bounds is not None:
-        begin, end = within(rules.bounds, batch, head, i, sequence.seq_q, begin, end, BLOCK_N)
     if dropout is not None:
         dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat // group, dropout) if norms is not None else None
@@ -109,15 +108,22 @@ def dq_kernel(
     slopes_row = tl.zeros([BLOCK_M], tl.float32)
     bias_row = tl.zeros([BLOCK_M], tl.float32)
     # Two loops, on sm_90 never skipped, as in the forward.
-    SPLIT: tl.constexpr = not MASKED and rules.bias is None
-    UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
+    LISTED: tl.constexpr = shown_tiles is not None
+    SPLIT: tl.constexpr = rules.bias is None and (LISTED or not MASKED)
+    UNMASKED: tl.constexpr = 1 if LISTED or lower is not None else 0  # the loop over full tiles
+    PARTS: tl.constexpr = (2 if LISTED or lower is None else 3) if SPLIT else 1
+    STEP: tl.constexpr = 1 if LISTED else BLOCK_N
     bounds = (begin, end)
-    if SPLIT:
+    if LISTED:
+        tile_list, partial, count = listed(shown_tiles, batch, head, sequence.index)
+        bounds = (0, partial, count) if SPLIT else (0, count)
+    elif SPLIT:
         bounds = (begin, full, end) if lower is None else (begin, whole, full, end)
     WGMMA: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(10)
-    for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
+    for part in tl.static_range(PARTS):
         if not WGMMA or bounds[part] < bounds[part + 1]:
-            for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
+            for index in tl.range(bounds[part], bounds[part + 1], STEP):
+                start = tl.load(tile_list + index) * BLOCK_N if LISTED else index
                 j = start + tl.arange(0, BLOCK_N)
                 k_tile = load_tile(k_head, start, sequence.seq_k, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(v_head, start, sequence.seq_k, BLOCK_N, DV, BLOCK_DV)
@@ -132,7 +138,7 @@ def dq_kernel(
                     j[None, :],
                     scale,
                     NATURAL,
-                    MASKED,
+                    MASKED and not (SPLIT and part == UNMASKED),
                 )
                 masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
                 if masked:

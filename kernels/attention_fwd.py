@@ -33,11 +33,12 @@ from .attention_launch import (
     packed_of,
     pair_bytes,
     rules_of,
+    shown_of,
     special_tiles,
     tiles,
     tuning,
 )
-from .attention_mask import within
+from .attention_mask import listed
 from .attention_scores import (
     UNSPECIALISED,
     hide,
@@ -106,6 +107,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    shown_tiles=None,  # of `listed`
     AHEAD: tl.constexpr = False,
     TMA: tl.constexpr = False,
 ):
@@ -126,8 +128,6 @@ def forward_kernel(
     begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
     if dropout is not None:
         dropout = load_seed(dropout)
-    if rules.bounds is not None:
-        begin, end = within(rules.bounds, batch, head, i, rows, begin, end, BLOCK_N)
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
@@ -135,31 +135,48 @@ def forward_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Full tiles and masked ones have loops of their own: a branch between the products hides from
-    # Triton that they are a chain. A mask or a bias leaves no registers for a second loop.
-    SPLIT: tl.constexpr = not MASKED and rules.bias is None
-    UNMASKED: tl.constexpr = 0 if lower is None else 1  # the number of the loop over full tiles
+    # Triton that they are a chain. A bias leaves no registers for a second loop.
+    LISTED: tl.constexpr = shown_tiles is not None
+    SPLIT: tl.constexpr = rules.bias is None and (LISTED or not MASKED)
+    UNMASKED: tl.constexpr = 1 if LISTED or lower is not None else 0  # the loop over full tiles
+    PARTS: tl.constexpr = (2 if LISTED or lower is None else 3) if SPLIT else 1
+    STEP: tl.constexpr = 1 if LISTED else BLOCK_N
     bounds = (begin, end)
-    if SPLIT:
+    if LISTED:
+        tile_list, partial, count = listed(shown_tiles, batch, head, sequence.index)
+        bounds = (0, partial, count) if SPLIT else (0, count)
+    elif SPLIT:
         bounds = (begin, full, end) if lower is None else (begin, whole, full, end)
     # After a loop that may be skipped, sums under way join those from before it: for that ptxas has
     # each wgmma wait (its remark C7515).
     WGMMA: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(10)
     # AHEAD: qkᵀ of the next tile beside the exponentials of this one (Shah et al. 2024), for tiles
     # of which the registers suffice. The last one is of keys that do not exist or are not seen.
+    tl.static_assert(not (AHEAD and LISTED), "the next tile is not the one beside it")
     if AHEAD:
         at = tl.maximum(begin, 1 - keys)  # without keys past them
         k_tile = load_tile(k_head, at, keys, BLOCK_N, D, BLOCK_D)
         ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-    for part in tl.static_range(1 + SPLIT * (1 + UNMASKED)):
+    for part in tl.static_range(PARTS):
         if not WGMMA or bounds[part] < bounds[part + 1]:
-            for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
+            for at in tl.range(bounds[part], bounds[part + 1], STEP):
+                start = tl.load(tile_list + at) * BLOCK_N if LISTED else at
                 j = start + tl.arange(0, BLOCK_N)
                 k_start = start + BLOCK_N if AHEAD else start
                 k_tile = load_tile(k_head, k_start, keys, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
                 s = ahead if AHEAD else dot(q_tile, tl.trans(k_tile), None, PRECISION)
                 s = scores(
-                    s, rules, batch, head, sequence, i[:, None], j[None, :], scale, NATURAL, MASKED
+                    s,
+                    rules,
+                    batch,
+                    head,
+                    sequence,
+                    i[:, None],
+                    j[None, :],
+                    scale,
+                    NATURAL,
+                    MASKED and not (SPLIT and part == UNMASKED),
                 )
                 masked = part != UNMASKED if SPLIT else (start < whole) | (start >= full)
                 if masked:
@@ -233,4 +250,5 @@ def attention_forward(launches: Launches, call: AttentionCall, out: Tensor, lse:
     kind = (device, q.dtype, widths, pair_bytes(call), special_tiles(call))
     found = forward_tiles(*kind, describable(k, v))
     about = tuning(call, arguments, found, products=2)
-    launches.tuned(_tuner, about, forward_kernel, grid, *views, **arguments)
+    shown = {"shown_tiles": shown_of(call, rules, lengths)}
+    launches.tuned(_tuner, about, forward_kernel, grid, *views, made=shown, **arguments)

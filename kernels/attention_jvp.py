@@ -29,14 +29,16 @@ from .attention_launch import (
     packed_of,
     pair_bytes,
     rules_of,
+    shown_of,
     special_tiles,
     tiles,
     tuning,
 )
-from .attention_mask import within
+from .attention_mask import listed
 from .attention_scores import (
     UNSPECIALISED,
     chain,
+    columns_of,
     hide,
     kept_weights,
     key_range,
@@ -86,7 +88,8 @@ def moved_scores(
         t_s = dot(q_tile, tl.trans(t_k_tile), t_s, PRECISION)
     t_s = tl.zeros_like(raw) if t_s is None else chain(t_s * scale, raw, rules, scale)
     if t_bias is not None:
-        of_bias = load_pairs(matrix(t_bias, batch, head), i, j, sequence.seq_q, sequence.seq_k)
+        columns = columns_of(rules, sequence)
+        of_bias = load_pairs(matrix(t_bias, batch, head), i, j, sequence.seq_q, columns)
         t_s = t_s + of_bias.to(tl.float32)
     return t_s
 
@@ -129,6 +132,7 @@ def jvp_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    shown_tiles=None,  # of `listed`
 ):
     tiles = tiles_of(seq_q, sequences, BLOCK_M)
     index, flat = work_item(tl.program_id(0), tiles, heads_total, section, upper)
@@ -144,8 +148,10 @@ def jvp_kernel(
     begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
     if dropout is not None:
         dropout = load_seed(dropout)
-    if rules.bounds is not None:
-        begin, end = within(rules.bounds, batch, head, i, rows, begin, end, BLOCK_N)
+    LISTED: tl.constexpr = shown_tiles is not None
+    if LISTED:
+        tile_list, _, end = listed(shown_tiles, batch, head, sequence.index)
+        begin = 0
 
     q_head = rows_from(q, batch, head, sequence.first_q, ALIGNED)
     q_tile = load_tile(q_head, first, rows, BLOCK_M, D, BLOCK_D)
@@ -167,7 +173,8 @@ def jvp_kernel(
     d = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     t_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N):
+    for at in tl.range(begin, end, 1 if LISTED else BLOCK_N):
+        start = tl.load(tile_list + at) * BLOCK_N if LISTED else at
         j = start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k_head, start, keys, BLOCK_N, D, BLOCK_D)
         v_tile = load_tile(v_head, start, keys, BLOCK_N, DV, BLOCK_DV)
@@ -265,10 +272,10 @@ def attention_jvp(
     arguments["heads_total"] = heads_total
     arguments["section"] = min(heads_total, heads_in_l2(device, k, v, arguments["group"]))
     moved = (*map(optional_view, tangents[:3]), broadcast_view(call.t_bias))
+    rules, lengths = rules_of(launches, call), launches.vector(call.kv_lengths)
     views = (
-        view(q), view(k), view(v), *moved, rules_of(launches, call),
-        launches.vector(call.kv_lengths), packed_of(launches, call), broadcast_view(call.sinks),
-        view(out), lse, view(t_out), t_lse,
+        view(q), view(k), view(v), *moved, rules, lengths,
+        packed_of(launches, call), broadcast_view(call.sinks), view(out), lse, view(t_out), t_lse,
     )  # fmt: skip
 
     def grid(tile: dict[str, int]) -> tuple[int]:
@@ -280,4 +287,5 @@ def attention_jvp(
     about = tuning(call, arguments, found, products=6)
     key = about["key"]
     about["key"] = key._replace(kind=(*key.kind, *(x is None for x in tangents)))
-    launches.tuned(_tuner, about, jvp_kernel, grid, *views, **arguments)
+    shown = {"shown_tiles": shown_of(call, rules, lengths)}
+    launches.tuned(_tuner, about, jvp_kernel, grid, *views, made=shown, **arguments)

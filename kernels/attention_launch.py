@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import triton
 from torch import Tensor
 
-from .attention_mask import mask_bounds
+from .attention_mask import Sides, Tile, shown_tiles
 from .attention_scores import Dropped, Packed, Rules
 from .attention_tile_lists import TMA
 from .common import (
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
         AttentionCall,
         AttentionConfig,
     )
+
+
+_PACK = 16  # pairs of a mask that are loaded at once
 
 
 def _ids(x: Tensor | None) -> View | None:
@@ -58,12 +61,11 @@ def _map_shape(call: AttentionCall | AttentionBackwardCall) -> tuple[int, int, i
     return batch, heads, rows, columns
 
 
-def rules_of(
-    launches: Launches, call: AttentionCall | AttentionBackwardCall, *, of_keys: bool = False
-) -> Rules:
-    """The rules of a call, as the kernels take them, or `of_keys` as those take them whose
-    programs have keys of their own."""
-    rules = Rules(
+def rules_of(launches: Launches, call: AttentionCall | AttentionBackwardCall) -> Rules:
+    """The rules of a call, as the kernels take them."""
+    ends = call.kv_lengths, call.cu_seqlens_k
+    packs = call.k.shape[2] % _PACK == 0 and all(x is None for x in ends)
+    return Rules(
         broadcast_view(call.mask),
         launches.vector(call.prefix_lengths),
         _ids(call.documents_q),
@@ -74,13 +76,25 @@ def rules_of(
         broadcast_view(call.distance_bias),
         call.config.softcap or None,
         broadcast_view(call.alibi_slopes),
-        None,
+        _PACK if packs else None,
     )
+
+
+def shown_of(
+    call: AttentionCall | AttentionBackwardCall,
+    rules: Rules,
+    kv_lengths: Tensor | None,
+    *,
+    of_keys: bool = False,
+) -> Callable[[Launches, Tile], View] | None:
+    """`shown_tiles` of a call; None where all tiles are walked over that causal, window and
+    lengths show. kv_lengths: those of the call, contiguous."""
     if not is_masked(call) or call.cu_seqlens_q is not None:
-        return rules
+        return None
     lengths = call.q.shape[2], call.k.shape[2]
-    bounds = mask_bounds(launches, rules, _map_shape(call), lengths, of_keys=of_keys)
-    return rules._replace(bounds=bounds)
+    bounds = bounds_of(call.config, *lengths)
+    sides = Sides(*_map_shape(call), lengths, bounds, kv_lengths)
+    return shown_tiles(rules, sides, of_keys=of_keys)
 
 
 def is_masked(call: AttentionCall | AttentionBackwardCall) -> bool:
@@ -222,6 +236,8 @@ def special_tiles(call: AttentionCall | AttentionBackwardCall) -> tuple[str, ...
         "blocks": call.mask_blocks is not None,
         "distances": call.distance_bias is not None,
         "dropout": call.config.dropout_p > 0.0,
+        "masks" if call.bias is None else "masks, bias": is_masked(call)
+        and call.cu_seqlens_q is None,
         "pairs": pair_bytes(call) > 0,
     }
     found = tuple(name for name, has in kinds.items() if has)

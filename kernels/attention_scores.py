@@ -183,13 +183,21 @@ class Rules(NamedTuple):
     distance_bias: Any  # View (B, Hq, 1, Sq + Sk − 1) of fp32
     softcap: Any  # float
     alibi_slopes: Any  # View (B, Hq, 1, 1) of fp32
-    bounds: Any  # of what the masks show: attention_mask.py
+    pack: Any  # a number that Sk is a multiple of, so many pairs are loaded at once: `columns_of`
+
+
+@triton.jit
+def columns_of(rules, sequence):
+    """Of the matrices of mask and bias, known to end where a pack of pairs does if `rules.pack`."""
+    if rules.pack is not None:
+        return sequence.seq_k // rules.pack * rules.pack
+    return sequence.seq_k
 
 
 @triton.jit
 def shown(rules, batch, head, sequence, i, j):
     """Whether the masks let query i see key j; one of i and j is a column, the other a row."""
-    rows, keys = sequence.seq_q, sequence.seq_k
+    rows, keys = sequence.seq_q, columns_of(rules, sequence)
     if rules.mask is not None:
         seen = load_pairs(matrix(rules.mask, batch, head), i, j, rows, keys) != 0
     else:
@@ -252,7 +260,8 @@ def scores(
     if rules.softcap is not None:
         s = rules.softcap * tanh(s / rules.softcap)
     if rules.bias is not None:
-        bias = load_pairs(matrix(rules.bias, batch, head), i, j, sequence.seq_q, sequence.seq_k)
+        columns = columns_of(rules, sequence)
+        bias = load_pairs(matrix(rules.bias, batch, head), i, j, sequence.seq_q, columns)
         s = s + bias.to(tl.float32)
     if rules.alibi_slopes is not None:
         slope = tl.load(matrix(rules.alibi_slopes, sequence.number, head).data)

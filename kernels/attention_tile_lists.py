@@ -4,9 +4,10 @@
 the scalar units, since fp32 products are IEEE. "mma, 99 KB" has what differs on GPUs with as much
 shared memory: sm_86, sm_89 and sm_120. A mask or a bias takes registers of its own, so "+ pairs"
 has smaller tiles for head dims where that matters; so do "+ dropout", "+ distances" of a bias by
-distance and "+ blocks" of a mask by blocks, with others or without, and "+ padded", for head dims
-like 72, of which each copy asks whether it is inside. The first tile of a list is the best guess,
-taken where nothing may be timed.
+distance, "+ blocks" of a mask by blocks, "+ masks" of any that is not of packed sequences, with
+loops for tiles in part and in full, "+ masks, bias" with a bias beside it, and "+ padded", for head
+dims like 72, of which each copy asks whether it is inside. The first tile of a list is the best
+guess, taken where nothing may be timed.
 
 mma.sync: a tile has at least as many rows as its result has columns, BLOCK_M ≥ D in the forward and
 dQ, BLOCK_N ≥ D in dK/dV. Else Triton lays the warps along the columns, and what is between the
@@ -54,11 +55,13 @@ FORWARD: Tiles = {
         64: ((128, 64, 8, 3), (64, 64, 4, 3)),
         128: ((128, 64, 8, 3), (64, 64, 4, 2)),
     },
+    "wgmma + masks": {128: ((128, 32, 8, 3), (64, 32, 4, 3))},
+    "wgmma + masks, bias": {128: ((128, 32, 8, 3), (64, 32, 8, 3))},
     "wgmma + distances": {
         128: ((128, 64, 8, 3), (64, 64, 8, 2)),
     },
     "wgmma + blocks": {
-        128: ((128, 32, 8, 3), (64, 64, 8, 2)),
+        128: ((128, 32, 8, 3), (64, 32, 4, 3)),
     },
     "wgmma + padded": {
         64: ((128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3, TMA)),
@@ -78,6 +81,8 @@ FORWARD: Tiles = {
         64: ((128, 64, 8, 3), (64, 64, 4, 3)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2)),
     },
+    "tcgen05 + masks": {128: ((64, 32, 8, 2), (64, 64, 8, 2))},
+    "tcgen05 + masks, bias": {128: ((128, 32, 8, 2), (64, 32, 8, 2))},
     "tcgen05 + blocks": {
         128: ((64, 32, 8, 2),),
     },
@@ -98,6 +103,8 @@ FORWARD: Tiles = {
         64: ((128, 64, 8, 2), (64, 64, 4, 3)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2)),
     },
+    "mma + masks": {128: ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2))},
+    "mma + masks, bias": {128: ((128, 32, 8, 3), (64, 64, 8, 2))},
     "mma + distances": {
         128: ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
     },
@@ -127,6 +134,14 @@ DKDV: Tiles = {
         64: ((64, 128, 8, 2), (32, 128, 8, 2)),
         128: ((32, 128, 8, 1), (32, 64, 8, 2)),
     },
+    "wgmma + masks": {
+        64: ((64, 128, 8, 2, APART), (32, 128, 8, 2, APART)),
+        128: ((32, 128, 8, 1), (32, 64, 8, 2, APART)),
+    },
+    "wgmma + masks, bias": {
+        64: ((32, 128, 8, 2), (64, 64, 8, 2)),
+        128: ((32, 128, 8, 1), (32, 64, 8, 2)),
+    },
     "wgmma + distances": {
         64: ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 3)),
     },
@@ -147,6 +162,11 @@ DKDV: Tiles = {
         64: ((64, 128, 8, 2), (32, 64, 4, 2)),
         128: ((64, 128, 8, 1), (64, 64, 8, 1)),
     },
+    "tcgen05 + masks": {
+        64: ((32, 128, 8, 2), (64, 64, 8, 2)),
+        128: ((64, 64, 8, 1),),
+    },
+    "tcgen05 + masks, bias": {128: ((64, 64, 8, 1),)},
     "tcgen05 + distances": {
         64: ((32, 128, 8, 1), (32, 64, 8, 2)),
     },
@@ -167,6 +187,12 @@ DKDV: Tiles = {
         64: ((16, 128, 8, 2), (16, 64, 8, 2)),
         128: ((32, 64, 8, 2), (16, 64, 8, 2)),
     },
+    "mma + masks": {
+        64: ((16, 128, 8, 2, APART), (16, 64, 8, 2, APART)),
+        128: ((32, 64, 8, 2, APART), (16, 64, 8, 2, APART)),
+    },
+    "mma + masks, bias": {128: ((16, 64, 8, 3), (16, 64, 8, 2))},
+    "mma, 99 KB + masks": {128: ((16, 64, 8, 3, APART), (16, 64, 8, 2, APART))},
     "mma, 99 KB + pairs": {
         128: ((16, 64, 8, 3), (16, 64, 8, 2)),
     },
@@ -193,6 +219,11 @@ DQ: Tiles = {
         64: ((128, 64, 8, 2), (64, 64, 4, 2)),
         128: ((128, 64, 8, 3), (128, 64, 8, 2)),
     },
+    "wgmma + masks": {128: ((128, 32, 8, 3), (64, 32, 4, 2))},
+    "wgmma + masks, bias": {
+        64: ((128, 32, 8, 3), (64, 32, 4, 2)),
+        128: ((64, 32, 8, 3), (64, 32, 8, 2)),
+    },
     "wgmma + distances": {
         128: ((128, 64, 8, 2), (128, 32, 8, 3)),
     },
@@ -208,6 +239,14 @@ DQ: Tiles = {
         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3, TMA)),
         256: ((64, 32, 8, 2), (64, 32, 8, 1)),
         512: ((32, 32, 8, 1), (32, 16, 8, 1)),
+    },
+    "tcgen05 + masks": {
+        64: ((128, 64, 8, 2), (64, 64, 4, 3)),
+        128: ((64, 32, 8, 2), (64, 32, 8, 3)),
+    },
+    "tcgen05 + masks, bias": {
+        64: ((128, 32, 8, 3), (64, 32, 4, 2)),
+        128: ((64, 32, 8, 2), (64, 32, 4, 2)),
     },
     "tcgen05 + blocks": {
         128: ((128, 64, 8, 3), (128, 64, 8, 2)),

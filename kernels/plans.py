@@ -111,21 +111,28 @@ class Launches:
         grid: Callable[[dict[str, int]], tuple[int, ...]],
         *args: Any,
         zeroed: Tensor | None = None,
+        made: dict[str, Callable[[Launches, dict[str, int]], Any] | None] | None = None,
         **arguments: Any,
     ) -> None:
         """`launch` with what the tuner picks; about: what it asks, grid: from the tile.
 
         zeroed: an output that has to be zero before, which launches that are timed leave it not.
+        made: arguments that depend on the tile, which other launches may make; None stays None.
         """
 
+        def options(launches: Launches, config: triton.Config) -> dict[str, Any]:
+            more = {x: make and make(launches, config.kwargs) for x, make in (made or {}).items()}
+            return arguments | more | config.all_kwargs()
+
         def trial(config: triton.Config) -> None:
+            aside = Launches(self._tensors)  # what is not picked is not written down
             run = kernel[grid(config.kwargs)]
-            _with_scratch(run, *args, **FMA, **arguments, **config.all_kwargs())
+            _with_scratch(run, *args, **FMA, **options(aside, config))
 
         config = tuner.pick(launch=trial, **about)
         if zeroed is not None:
             self.apply(Tensor.zero_, zeroed)
-        self.launch(kernel, grid(config.kwargs), *args, **arguments, **config.all_kwargs())
+        self.launch(kernel, grid(config.kwargs), *args, **options(self, config))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for the steps that follow."""

@@ -13,7 +13,7 @@ dtype, whose own error says how exact a result in that dtype can be.
 6.  Finite wherever the reference is finite; the same NaN and the same infinities elsewhere.
 
 (Rules 5, 7 and 8 are for other kinds of test: `torch.equal`, gradcheck and opcheck,
-`--deterministic`.) Five things are ruled apart:
+`--deterministic`.) Six things are ruled apart:
 
 fp64          The oracle's rounding is of the same size, so no eager stands beside it: a cap alone.
 lse           A statistic in fp32 whatever the inputs are: held to eager in fp32, with a floor for
@@ -22,6 +22,8 @@ bias          Its gradient may have another dtype than q. Which eager, factor an
               is decided by the dtype of q. Where it is a sum, rule 3 holds if both are fp32; else
               rules 1 and 2, the cap growing with √M.
 eager fails   Where eager overflows, rule 1 says nothing, and the cap alone holds.
+out rounded   Gradients of half attention that come through Δ = Σ dout ∘ out get a floor for the
+              rounding of `out` (`cases.attention.rounding_of_out`).
 slack         A test may multiply what rule 1 allows, and says why.
 """
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import fusedattn
 import pytest
 import torch
 from cases.attention import AttentionCase, check_attention
 from compare import device_for
+from fusedattn import masks
 from torch import Tensor
 
 pytestmark = [
@@ -102,6 +105,32 @@ def test_tiles_without_a_visible_key_are_not_read(backend: str) -> None:
     grads = torch.autograd.grad(out[:, :, :half].sum(), (q, k, v))
     for x in (out, *grads):
         assert x[:, :, :half].isfinite().all()
+
+
+@pytest.mark.backends("cpu", "triton")
+@pytest.mark.parametrize("kind", ["dense", "blocks"])
+def test_holes_are_not_read(backend: str, kind: str) -> None:
+    """Between keys that are seen some that nobody sees, and queries that see none."""
+    device, third = device_for(backend), 768 if backend == "cpu" else 64
+    seen = torch.tensor([[True, False, True], [False] * 3, [True, False, True]])
+    dense = seen.repeat_interleave(third, 0).repeat_interleave(third, 1)
+    dense[3, 5] = False
+    inputs = [torch.randn(1, 1, 3 * third, 16, device=device) for _ in range(3)]
+    for x in inputs:
+        x[:, :, third : 2 * third] = float("nan")
+        x.requires_grad_()
+    mask = dense.to(device) if kind == "dense" else masks.blocks(seen.to(device), third)
+    shown = torch.cat([torch.arange(third), torch.arange(2 * third, 3 * third)]).to(device)
+
+    def found(backend: str, mask: Any, *inputs: Tensor) -> list[Tensor]:
+        out = fusedattn.attention(*inputs, mask=mask, causal=True, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    rest = dense.to(device)[shown][:, shown] if kind == "dense" else None
+    expected = found("reference", rest, *(x[:, :, shown] for x in inputs))
+    for x, y in zip(found(backend, mask, *inputs), expected, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x[:, :, shown], y)
 
 
 @pytest.mark.backends("cpu")

@@ -177,6 +177,22 @@ def eager_results(made: dict, case: AttentionCase) -> dict[str, Tensor]:
     return once(("eager", case), made, compute)
 
 
+def rounding_of_out(made: dict, ref: dict, case: AttentionCase) -> dict[str, float]:
+    """Of gradients in halves, what they owe to Δ = Σ dout ∘ out: `out` is in memory, rounded.
+
+    Where a query sees one key, ds = p (dp − Δ) is all but zero, and eager, which needs no Δ, has no
+    such error. Roundings differ from column to column: twice the norm of half units is 3.5 σ.
+    """
+    if case.dtype.itemsize != 2 or "out" not in case.grads or not ref["out"].numel():
+        return {}
+    products = made["dout"].double() * ref["out"]
+    delta = torch.finfo(case.dtype).eps * products.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1).max()
+    scale = abs(made["q"].shape[-1] ** -0.5 if case.scale is None else case.scale)
+    most = {name: scale * made[other].abs().max() for name, other in (("dq", "k"), ("dk", "q"))}
+    found = {name: float(delta * x) for name, x in (most | {"dbias": 1.0}).items()}
+    return {x: y / max(1.0, ref[x].abs().max().item()) for x, y in found.items() if x in ref}
+
+
 def check_results(
     actual: dict, made: dict, case: AttentionCase, *, label: str, slack: float = 1.0
 ) -> None:
@@ -184,8 +200,9 @@ def check_results(
     made = on("cpu", made)
     ref, eager = oracle(made, case), eager_results(made, case)
     rule = {"case": label, "slack": slack}
+    floors = {"lse": LSE_FLOORS.get(case.dtype, 0.0)} | rounding_of_out(made, ref, case)
     for name in ("out", "lse", "dq", "dk", "dv"):
-        floor = LSE_FLOORS.get(case.dtype, 0.0) if name == "lse" else 0.0
+        floor = floors.get(name, 0.0)
         x = (actual[name], ref[name], eager[name])
         check(*x, what=name, gradient=name.startswith("d"), floor=floor, **rule)
     for name in OF_HEADS:
@@ -209,4 +226,5 @@ def check_results(
     else:
         # In the dtype of q: a float32 bias of half queries gets its gradient through half results.
         rule |= {"gradient": True, "tested": case.dtype, "rows": rows}
+        rule["floor"] = floors.get("dbias", 0.0)
         check(*x, eager["dbias"], what="dbias", **rule)

@@ -33,6 +33,16 @@ MUTANTS = {
         ("(j - i + sequence.zero)", "(i - j + sequence.zero)",
          "attention_rules.py::test_triton[relative,_window,_prefix]"),
     ),
+    "kernels/attention_mask.py": (
+        ("(start >= whole) & (start < full)", "(start >= whole)",
+         "attention_masks.py::test_holes_are_not_read[triton-dense]"),
+        ("tl.min(tl.min((seen | missing[:, None])", "tl.max(tl.max((seen | missing[:, None])",
+         "attention_rules.py::test_triton[blocks,_dense]"),
+        ("tile < tl.cdiv(end, COLS)", "tile < end // COLS",
+         "attention_rules.py::test_triton[blocks,_dense]"),
+        ("some = tl.max(tl.max(seen.to(tl.int32), 1), 0)", "some = tl.cdiv(COLS, COLS)",
+         "attention_masks.py::test_holes_are_not_read[triton-dense]"),
+    ),
     "kernels/attention_distance_grad.py": (
         ("tl.arange(0, BLOCK)[:, None] + x - (BLOCK - 1)",
          "BLOCK - 1 - tl.arange(0, BLOCK)[:, None] + x - (BLOCK - 1)",

@@ -51,13 +51,6 @@ CASES = regimes(
                            "dropout_p": 0.8, "grads": BOTH}),
     ("all_dropped", {"seq_q": 40, "dropout_p": 1.0, "sinks": True, "grads": BOTH}),
     ("bias", {"batch": 2, "seq_q": 70, "seq_k": 90, "bias": (2, 2, 70, 90)}),
-    ("bias_of_all_batches", {"batch": 2, "seq_q": 70, "seq_k": 40, "bias": (1, 2, 70, 40),
-                             "causal": True}),
-    ("bias_of_all_heads", GQA | {"batch": 2, "seq_q": 40, "bias": (2, 1, 40, 40)}),
-    ("bias_of_keys", {"batch": 2, "seq_q": 70, "seq_k": 20, "bias": (2, 1, 1, 20),
-                      "kv_lengths": (20, 7)}),
-    ("bias_of_queries", {"seq_q": 40, "seq_k": 70, "bias": (1, 2, 40, 1)}),
-    ("bias_of_one", {"batch": 2, "seq_q": 40, "seq_k": 70, "bias": (1, 1, 1, 1)}),
     ("bias_f32", {"seq_q": 70, "bias": (1, 2, 70, 70), "bias_dtype": torch.float32,
                   "softcap": 2.0, "scale": -0.6}),
     ("bias_f16_large", {"seq_q": 40, "dtype": F16, "scale": 1e-3, "large": True,
@@ -221,7 +214,7 @@ def test_sums_have_an_order() -> None:
 
     def gradients(seed: int) -> dict[str, torch.Tensor]:
         emulated.seed(seed)
-        return fused(made, case, "cuda_emulated")
+        return fused(made, case, "cuda_emulated", deterministic=True)
 
     want = gradients(0)
     for seed in (1, 2):

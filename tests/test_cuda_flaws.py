@@ -170,6 +170,7 @@ def runs_with_options(head_dim: int) -> list[Run]:
     every = {"window": (70, 9), "alibi_slopes": (2,), "sinks": True, "dropout_p": 0.3}
     cases = [  # the cheapest first
         AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 2, 20, 1)),
+        AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 2, 20, 70)),
         AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 1, 1, 1)),
         AttentionCase(**common, seq_q=70, seq_k=40, bias=(1, 1, 1, 40), window=(5, 1)),
         AttentionCase(**common, seq_q=20, seq_k=192, causal=True, window=(3, 0), alibi_slopes=(2,)),

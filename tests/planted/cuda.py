@@ -32,12 +32,36 @@ MUTANTS = {
     "csrc/cuda/sm80/attention_backward.cuh": (
         ("-slope_sum * inverse", "slope_sum * inverse",
          "cuda_attention_options.py::test_option[cuda_emulated-slopes]"),
+        ("    clear<m>(key_sums);\n  }", "  }",
+         "cuda_attention_bias.py::test_in_one_pass[cuda_emulated-row_window_lengths_slopes]"),
+        ("      clear_rows(first, begin <", "      if (false) clear_rows(first, begin <",
+         "cuda_attention_bias.py::test_in_one_pass[cuda_emulated-pairs_window_lengths]"),
+        ("      clear_rows(first + end, p.longest_q());\n", "",
+         "cuda_attention_bias.py::test_in_one_pass[cuda_emulated-pairs_window_lengths]"),
     ),
     "csrc/cuda/sm80/attention_backward_bias.cuh": (
         ("size[0] == 1 ? int(p.batch())", "size[0] == 1 ? 1",
-         "cuda_attention_options.py::test_option[cuda_emulated-bias_of_all_batches]"),
+         "cuda_attention_bias.py::test_every_shape[cuda_emulated-heads-columns-rows-in order]"),
         ("one_column() || tiles.end <= tile_k", "tiles.end <= tile_k",
-         "cuda_attention_options.py::test_option[cuda_emulated-bias_of_queries]"),
+         "cuda_attention_bias.py::test_every_shape[cuda_emulated-both-column-rows-in order]"),
+    ),
+    "csrc/cuda/sm80/attention_backward_bias_sums.cuh": (
+        ("ds[e] += ds[e + 2];", "",
+         "cuda_attention_bias.py::test_every_shape[cuda_emulated-both-column-rows-one pass]"),
+        ("lane() % (column ? warp_size : 4) == 0", "lane() % 4 == 0",
+         "cuda_attention_bias.py::test_every_shape[cuda_emulated-both-column-row-one pass]"),
+    ),
+    "csrc/cuda/sm80/attention_backward.cu": (
+        ("shared = shared || n != scores[i]", "shared = shared || (i > 0 && n != scores[i])",
+         "cuda_attention_bias.py::test_every_shape[cuda_emulated-heads-columns-rows-one pass]"),
+        ("dense && p.dbias.dtype == DType::f32", "p.dbias.dtype == DType::f32",
+         "cuda_attention_bias.py::test_any_strides"),
+        ("if (p.options.deterministic) return BiasWay::in_order;", "",
+         "cuda_attention_bias.py::test_same_bits_whatever_the_threads_do"),
+    ),
+    "csrc/cuda/attention_bias.cu": (
+        ("store(dbias.at<bf16>(b, h, i, j)", "store(dbias.at<bf16>(b, h, 0, j)",
+         "cuda_attention_bias.py::test_any_strides"),
     ),
     "csrc/cuda/sm80/attention_common.cuh": (
         ("end_k = packed_row(cu_k, b + 1, rows_k);", "end_k = packed_row(cu_k, b + 1, rows_k) - 1;",

@@ -10,6 +10,52 @@ namespace {
 
 int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
+// How the gradient of the bias is made: by attention_backward_keys, stored where it lies, added
+// there or added elsewhere and rounded; or in order, by attention_backward_bias.
+enum class BiasWay { none, stored, added, rounded, in_order };
+
+BiasWay bias_way(const AttentionBackward& p) {
+  if (!p.dbias) return BiasWay::none;
+  const int64_t scores[] = {p.batch(), p.heads(), p.longest_q(), p.longest_k()};
+  bool shared = false, dense = true;
+  int64_t elements = 1;
+  for (int i = 3; i >= 0; --i) {
+    const int64_t n = p.dbias.shape[i];
+    shared = shared || n != scores[i];
+    dense = dense && (n == 1 || p.dbias.stride[i] == elements);
+    elements *= n;
+  }
+  if (!shared) return BiasWay::stored;
+  if (p.options.deterministic) return BiasWay::in_order;
+  return dense && p.dbias.dtype == DType::f32 ? BiasWay::added : BiasWay::rounded;
+}
+
+int64_t elements_of(const TensorView& x) {
+  return x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3];
+}
+
+// fp32 sums of the shape of x, side by side.
+TensorView sums_like(TensorView x, float* sums) {
+  x.data = sums;
+  x.dtype = DType::f32;
+  int64_t elements = 1;
+  for (int i = 3; i >= 0; --i) {
+    x.stride[i] = x.shape[i] == 1 ? 0 : elements;
+    elements *= x.shape[i];
+  }
+  return x;
+}
+
+template <class T, int head_dim>
+void launch_bias(const Backward& b, Launch launch) {
+  constexpr QueriesShape tile = bias_shape(head_dim);
+  using Kernel = BiasKernel<T, head_dim, tile>;
+  launch.block = tile.threads();
+  launch.grid = b.dbias.shape[0] * b.dbias.shape[1] * Kernel::down(b) * Kernel::across(b);
+  launch.shared_bytes = tile.shared_bytes;
+  cuda::launch("attention_backward_bias", attention_backward_bias<T, head_dim>, launch, b);
+}
+
 template <class T, int head_dim, Variant variant>
 void launch_keys(Backward b, Launch launch) {
   constexpr KeysShape shape = keys_shape(head_dim, variant);
@@ -23,18 +69,25 @@ void launch_keys(Backward b, Launch launch) {
   const int64_t slopes = b.dalibi_slopes ? heads * b.tiles * shape.warps : 0;
   const int64_t sums = b.options.deterministic ? 0 : heads * tiles * shape.queries * head_dim;
   const int64_t norms = scales_ds<T> ? norms_of_head * heads_kv : 0;
+  const BiasWay bias = ruled ? bias_way(b) : BiasWay::none;
+  const int64_t biases = bias == BiasWay::rounded ? elements_of(b.dbias) : 0;
   const int64_t scales = scales_ds<T> ? heads : 0;
+  const int64_t added = sums + norms + slopes + biases;
   constexpr int64_t bytes = sizeof(float);
-  const Workspace workspace((2 * terms + sums + norms + slopes + scales) * bytes, launch.stream,
-                            launch.device);
+  const Workspace workspace((2 * terms + added + scales) * bytes, launch.stream, launch.device);
   b.shift = workspace.as<float>();
   b.delta = b.shift + terms;
   float* const zeros = b.delta + terms;
   b.norms = zeros + sums;
   if (slopes != 0) b.slope_sums = b.norms + norms;
-  b.ds_scales = b.norms + norms + slopes;
-  if (sums + norms + slopes != 0)
-    set_zero(zeros, (sums + norms + slopes) * bytes, launch.stream, launch.device);
+  float* const bias_sums = b.norms + norms + slopes;
+  b.ds_scales = zeros + added;
+  if (added != 0) set_zero(zeros, added * bytes, launch.stream, launch.device);
+  if (bias == BiasWay::added)
+    set_zero(b.dbias.data, elements_of(b.dbias) * bytes, launch.stream, launch.device);
+  if (bias == BiasWay::stored || bias == BiasWay::added || bias == BiasWay::rounded)
+    b.bias_sums = {bias == BiasWay::rounded ? sums_like(b.dbias, bias_sums) : b.dbias,
+                   bias != BiasWay::stored};
   if constexpr (scales_ds<T>) {
     launch.block = norms_threads;
     launch.grid = norms_blocks(b);
@@ -45,14 +98,7 @@ void launch_keys(Backward b, Launch launch) {
   cuda::launch("attention_backward_rows", attention_backward_rows<T, ruled>, launch, b);
 
   if constexpr (ruled)
-    if (b.dbias) {
-      constexpr QueriesShape tile = bias_shape(head_dim);
-      using Kernel = BiasKernel<T, head_dim, tile>;
-      launch.block = tile.threads();
-      launch.grid = b.dbias.shape[0] * b.dbias.shape[1] * Kernel::down(b) * Kernel::across(b);
-      launch.shared_bytes = tile.shared_bytes;
-      cuda::launch("attention_backward_bias", attention_backward_bias<T, head_dim>, launch, b);
-    }
+    if (bias == BiasWay::in_order) launch_bias<T, head_dim>(b, launch);
 
   if (sums != 0) {
     b.dq_sum = zeros;
@@ -66,6 +112,7 @@ void launch_keys(Backward b, Launch launch) {
   cuda::launch("attention_backward_keys", attention_backward_keys<T, head_dim, variant>, launch, b);
   if (slopes != 0)
     launch_attention_slopes(b, {b.slope_sums, b.tiles, shape.keys, shape.warps}, launch);
+  if (biases != 0) launch_attention_bias(b.dbias, bias_sums, launch);
 
   if (sums != 0) {
     launch.grid = heads * tiles;

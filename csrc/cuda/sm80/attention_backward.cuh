@@ -13,7 +13,9 @@
 //   attention_backward_round     dQ from the workspace: scaled and rounded
 //   attention_backward_queries   dQ where it must be the same each time: attention_backward_dq.cuh
 //
-// and for the slopes of ALiBi attention_slopes.cu, from sums of attention_backward_keys.
+// and for the slopes of ALiBi attention_slopes.cu, from sums of attention_backward_keys. That adds
+// up the gradient of a bias as well, attention_backward_bias_sums.cuh, which attention_bias.cu
+// rounds; where the order of such a sum matters, attention_backward_bias.cuh.
 //
 // Scores are computed transposed, keys × queries: a warp's part of pᵀ and of dsᵀ comes out in the
 // layout that the next product takes it in, and stays in registers. Only ds · k sums over the keys
@@ -22,6 +24,7 @@
 // queries of the scores, and pᵀ goes through shared memory too.
 #pragma once
 
+#include "attention_backward_bias_sums.cuh"
 #include "attention_backward_scale.cuh"
 #include "attention_backward_scores.cuh"
 #include "attention_backward_sums.cuh"
@@ -49,6 +52,7 @@ struct Backward : AttentionBackward {
   float* norms;             // (B, Hkv, norms_of_head), where ds is scaled
   float* ds_scales;         // (B, Hq): e
   float* slope_sums;        // (B, Hq, tiles of keys, warps), or absent: attention_slopes.cu
+  BiasSums bias_sums;       // of attention_backward_keys
 
   // Where the tiles of queries of sequence b begin among those of its head.
   template <bool ruled>
@@ -164,6 +168,7 @@ class KeysKernel {
   FUSEDATTN_DEVICE void run() {
     clear(dk);
     clear(dv);
+    clear<m>(key_sums);
     const auto [b, h] = key_head();
     copy_tile<threads>(k_tile(), rows_of(p.k, b, h, sequence.first_k), first_key, sequence.seq_k,
                        width_of(p.k));
@@ -180,12 +185,17 @@ class KeysKernel {
         if (shape.stages == 1) begin(after(at), 0);
       });
       if constexpr (ruled)
-        if (p.slope_sums != nullptr && after(at).head != at.head) write_slope(at.head);
+        if (after(at).head != at.head) {
+          if (p.slope_sums != nullptr) write_slope(at.head);
+          if (p.bias_sums.one_row()) write_key_sums(at.head);
+        }
       if (shape.stages == 2) stage = 1 - stage;
     }
     wait_copies<0>();
     sync_block();
     write();
+    if constexpr (ruled)
+      if (present(p.bias_sums.to) && !p.bias_sums.adds) clear_bias();
   }
 
  private:
@@ -323,13 +333,14 @@ class KeysKernel {
       Scores::template differentiate<T>(
           s, dp, p.rules, scores, at.query() + query, first_key + row, tiles().masked(at.tile),
           ds_scale<T>(p, at.head), shift, delta,
-          [&](int, int, const Pack<float, 4>& taken, int i, int j) {
-            if (p.slope_sums == nullptr) return;
+          [&](int, int k, const Pack<float, 4>& taken, int i, int j) {
+            if (p.slope_sums != nullptr)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-              slope_sum =
-                  fma(taken[e], scores.distance(i + query_step<true>(e), j + key_step<true>(e)),
-                      slope_sum);
+              for (int e = 0; e < 4; ++e)
+                slope_sum =
+                    fma(taken[e], scores.distance(i + query_step<true>(e), j + key_step<true>(e)),
+                        slope_sum);
+            if (present(p.bias_sums.to)) add_to_bias(taken, k, at.head, i, j);
           });
     } else {
       Scores::exponentiate(s, p.rules.factor, shift);
@@ -369,6 +380,41 @@ class KeysKernel {
     slope_sum = 0.0f;
   }
 
+  // e · ds of fragments k of keys, from key j on, and queries from i on.
+  FUSEDATTN_DEVICE void add_to_bias(const Pack<float, 4>& ds, int k, uint32_t head, int i, int j) {
+    if (p.bias_sums.one_row()) {
+      key_sums[k][0] += ds[0] + ds[1];
+      key_sums[k][1] += ds[2] + ds[3];
+      return;
+    }
+    const auto [b, h] = Head(head, p.heads());
+    add_bias_gradient<T>(p, p.bias_sums, b, h, ds, inverse_ds_scale<T>(p, head), i, j);
+  }
+
+  // What the block adds to the one row of a bias, of a head of B · Hq.
+  FUSEDATTN_DEVICE void write_key_sums(uint32_t head) {
+    const auto [b, h] = Head(head, p.heads());
+    add_key_sums<m>(p, p.bias_sums, b, h, key_sums, inverse_ds_scale<T>(p, head), first_key + row);
+    clear<m>(key_sums);
+  }
+
+  // Zeros in dbias where no tile of queries was visited.
+  FUSEDATTN_DEVICE void clear_bias() const {
+    static_assert(threads % shape.keys == 0);
+    const int j = first_key + thread() % shape.keys, first = thread() / shape.keys;
+    if (!below(j, p.longest_k())) return;
+    const int begin = tiles().begin * shape.queries, end = tiles().end * shape.queries;
+    for (uint32_t head = heads_end - p.heads_together; head < heads_end; ++head) {
+      const auto [b, h] = Head(head, p.heads());
+      const auto clear_rows = [&](int i, int64_t past) {
+        for (; below(i, past); i += threads / shape.keys)
+          store_bias<T>(p.bias_sums.to, b, h, i, j, 0.0f);
+      };
+      clear_rows(first, begin < p.longest_q() ? begin : p.longest_q());
+      clear_rows(first + end, p.longest_q());
+    }
+  }
+
   // dK and dV, through the tiles of K and V.
   FUSEDATTN_DEVICE void write() {
     round_to<T>(k_tile(), row, part * columns / chunk_size, dk,
@@ -392,6 +438,7 @@ class KeysKernel {
   Sequence<int, ruled> sequence;
   int row, part;  // of the tile's keys; of the warps that share them
   float slope_sum = 0.0f;
+  KeySums<m> key_sums;
   Pack<float, 4> dk[m][columns / 8], dv[m][columns / 8];
 };
 

@@ -1,5 +1,7 @@
-// The gradient of attention's bias: ds, summed over the dimensions along which it was broadcast; no
-// more than its own size is in memory. The maths stands in attention_backward.cuh.
+// The gradient of attention's bias in order, for deterministic calls whose bias is broadcast: ds,
+// summed over the dimensions along which it was; all others have it from attention_backward_keys,
+// by attention_backward_bias_sums.cuh. No more than its own size is in memory. The maths stands in
+// attention_backward.cuh.
 //
 // A block has a tile of the bias and computes ds once more for all that it was added to, in their
 // order: the result is the same each time, and no two blocks write to one element. Of a bias that

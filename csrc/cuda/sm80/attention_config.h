@@ -144,7 +144,7 @@ constexpr QueriesRow queries_rows[] = {
     {256, {64, 32, 4, 32, 1, 1, 98304}, {64, 32, 4, 16, 1, 1, 98304}},
 };
 
-// --- backward: the bias --------------------------------------------------------------------------
+// --- backward: a broadcast bias where its gradient must be the same each time --------------------
 
 struct BiasRow {
   int head_dim;

@@ -34,6 +34,9 @@ struct SlopeSums {
 // p.dalibi_slopes from them.
 void launch_attention_slopes(const AttentionBackward& p, const SlopeSums& sums, Launch launch);
 
+// dbias from fp32 sums of its shape, side by side.
+void launch_attention_bias(const TensorView& dbias, const float* sums, Launch launch);
+
 // head_dim: a row of the tables. T is f16 or bf16, the dtype of q.
 template <class T, int head_dim>
 void launch_attention_forward(const AttentionForward& p, Stream stream);

@@ -46,7 +46,7 @@ class Run:
         self.kernels = {
             "forward": ("attention_forward", "attention_combine"),
             "atomics": ("attention_backward_norms", "attention_backward_rows",
-                        "attention_backward_keys", "attention_backward_round"),
+                        "attention_backward_keys", "attention_backward_round", "attention_bias"),
             "deterministic": ("attention_backward_keys", "attention_backward_queries",
                               "attention_backward_bias", "attention_slopes"),
         }[kind]  # fmt: skip
@@ -170,11 +170,13 @@ def runs_with_options(head_dim: int) -> list[Run]:
     every = {"window": (70, 9), "alibi_slopes": (2,), "sinks": True, "dropout_p": 0.3}
     cases = [  # the cheapest first
         AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 2, 20, 1)),
-        AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 2, 20, 70)),
         AttentionCase(**common, seq_q=20, seq_k=70, bias=(1, 1, 1, 1)),
-        AttentionCase(**common, seq_q=70, seq_k=40, bias=(1, 1, 1, 40), window=(5, 1)),
+        AttentionCase(**common, seq_q=70, seq_k=40, bias=(1, 1, 1, 40), window=(5, 30)),
         AttentionCase(**common, seq_q=20, seq_k=192, causal=True, window=(3, 0), alibi_slopes=(2,)),
         AttentionCase(**common, seq_q=150, seq_k=10, causal=True, window=(3, 0)),
+        AttentionCase(
+            **common, seq_q=140, seq_k=70, causal="top_left", window=(3, 0), bias=(1, 2, 140, 70)
+        ),
         AttentionCase(**common, **every, seq_q=70, seq_k=190, bias=(1, 1, 70, 190)),
     ]
     found = [Run(case, kind) for case in cases for kind in ("forward", "atomics", "deterministic")]

@@ -71,7 +71,7 @@ CASES = regimes(
     ("row_dim_256", {"seq_q": 35, "seq_k": 40, "dim": 256, "bias": (1, 2, 1, 40), "dtype": F16}),
     ("one_dim_256", {"seq_q": 35, "seq_k": 40, "dim": 256, "bias": (1, 1, 1, 1)}),
     # Summed over the queries of three tiles and all that share an element.
-    ("row_window_lengths_slopes", {"batch": 2, "seq_q": 150, "window": (40, 9),
+    ("row_window_lengths_slopes", {"batch": 2, "kv_heads": 1, "seq_q": 150, "window": (40, 9),
                                    "kv_lengths": (90, 33), "alibi_slopes": (2,),
                                    "bias": (1, 1, 1, 90)}),
     ("column_groups_dropout", {"heads": 4, "kv_heads": 2, "dropout_p": 0.3,

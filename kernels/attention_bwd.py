@@ -137,7 +137,9 @@ def dkdv_kernel(
     room = seq_k if packed is None else keys  # rows of dk and dv, whose keys exist or not
     # The tail of the keys is not masked here: a key is a row, what it gets stays in that row, and
     # the row is dropped.
-    begin, whole, full, end = query_range(start, sequence, lower, upper, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = query_range(
+        start, sequence, lower, upper, rules.prefix, BLOCK_M, BLOCK_N
+    )
     if dropout is not None:
         dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat, dropout) if norms is not None else None

@@ -93,7 +93,9 @@ def dq_kernel(
     i = first + tl.arange(0, BLOCK_M)
     inside = i < sequence.seq_q
     rows = flat.to(tl.int64) * seq_q + sequence.first_q
-    begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = key_range(
+        first, sequence, lower, upper, rules.prefix, BLOCK_M, BLOCK_N
+    )
     if dropout is not None:
         dropout = load_seed(dropout)
     ds_scale = load_ds_scale(norms, flat // group, dropout) if norms is not None else None

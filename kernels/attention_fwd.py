@@ -125,7 +125,9 @@ def forward_kernel(
         v_head = described(v_head, keys, BLOCK_N, DV, BLOCK_DV)
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = key_range(
+        first, sequence, lower, upper, rules.prefix, BLOCK_M, BLOCK_N
+    )
     if dropout is not None:
         dropout = load_seed(dropout)
 

@@ -145,7 +145,9 @@ def jvp_kernel(
     v_head = rows_from(v, batch, head // group, sequence.first_k, ALIGNED)
     first = sequence.index * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    begin, whole, full, end = key_range(first, sequence, lower, upper, BLOCK_M, BLOCK_N)
+    begin, whole, full, end = key_range(
+        first, sequence, lower, upper, rules.prefix, BLOCK_M, BLOCK_N
+    )
     if dropout is not None:
         dropout = load_seed(dropout)
     LISTED: tl.constexpr = shown_tiles is not None

@@ -45,8 +45,8 @@ def tile_range(
 ):
     """(begin, whole, full, end) of the columns, for so many rows."""
     if OF_KEYS:
-        return query_range(first, sequence, lower, upper, COLS, ROWS)
-    return key_range(first, sequence, lower, upper, ROWS, COLS)
+        return query_range(first, sequence, lower, upper, None, COLS, ROWS)
+    return key_range(first, sequence, lower, upper, None, ROWS, COLS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -130,11 +130,25 @@ def sequence_at(
 
 
 @triton.jit
-def key_range(first, sequence, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(begin, whole, full, end) for queries first … first + BLOCK_M: see attention_fwd.py."""
+def prefix_of(prefix, sequence):
+    """How many keys every query of a sequence sees; 0 where there are no pairs."""
+    pairs = (sequence.seq_q > 0) & (sequence.seq_k > 0)
+    length = tl.load(prefix + sequence.number, mask=pairs, other=0)
+    return tl.minimum(length, sequence.seq_k).to(tl.int32)
+
+
+@triton.jit
+def key_range(first, sequence, lower, upper, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, whole, full, end) for queries first … first + BLOCK_M: see attention_fwd.py.
+
+    prefix: where a mask of a prefix is one of `rules`, what narrows begin and end; or None.
+    """
     begin, whole = 0, 0
     full = sequence.seq_k
     end = sequence.seq_k
+    if prefix is not None:
+        past = tl.maximum(first + sequence.offset + BLOCK_M, prefix_of(prefix, sequence))
+        end = tl.maximum(tl.minimum(end, past), 0)
     if upper is not None:
         past = first + sequence.diagonal + upper
         full = tl.maximum(tl.minimum(full, past + 1), 0)
@@ -148,7 +162,9 @@ def key_range(first, sequence, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def query_range(start, sequence, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_range(
+    start, sequence, lower, upper, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """(begin, whole, full, end) for keys start … start + BLOCK_N: queries [begin, end) see any of
     them, [whole, full) all that exist."""
     begin, whole = 0, 0
@@ -164,6 +180,10 @@ def query_range(start, sequence, lower, upper, BLOCK_M: tl.constexpr, BLOCK_N: t
         begin = tl.maximum(low, 0) // BLOCK_M * BLOCK_M
         whole = tl.cdiv(tl.maximum(low + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
         whole = tl.minimum(whole, end)
+    if prefix is not None:
+        low = tl.where(start < prefix_of(prefix, sequence), 0, start - sequence.offset)
+        begin = tl.maximum(begin, tl.maximum(low, 0) // BLOCK_M * BLOCK_M)
+        whole = tl.maximum(whole, begin)
     return begin, whole, full, end
 
 

@@ -133,6 +133,28 @@ def test_holes_are_not_read(backend: str, kind: str) -> None:
         torch.testing.assert_close(x[:, :, shown], y)
 
 
+def test_pairs_past_a_packed_prefix_are_not_read(backend: str) -> None:
+    """By the queries that come before those keys."""
+    device, unit = device_for(backend), 768 if backend == "cpu" else 16
+    offsets = torch.tensor([0, 4 * unit], dtype=torch.int32, device=device)
+    mask = masks.prefix(torch.tensor([unit + 4], device=device))
+
+    def found(hidden: slice, rows: slice) -> list[Tensor]:
+        inputs = [torch.randn(4 * unit, 1, 16, device=device) for _ in range(3)]
+        for x in inputs[hidden]:
+            x[rows] = float("nan")
+        for x in inputs:
+            x.requires_grad_()
+        packed = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "mask": mask}
+        out = fusedattn.attention_varlen(*inputs, **packed, backend=backend)
+        return [out, *torch.autograd.grad(out.sum(), inputs)]
+
+    out, dq, *_ = found(slice(1, 3), slice(3 * unit, None))
+    *_, dk, dv = found(slice(1), slice(2 * unit))
+    for x in (out[: 2 * unit], dq[: 2 * unit], dk[3 * unit :], dv[3 * unit :]):
+        assert x.isfinite().all()
+
+
 @pytest.mark.backends("cpu")
 def test_of_a_cache_only_what_one_query_may_see_is_read(backend: str) -> None:
     """As in a static cache, padded on the left; a task has 256 keys here."""

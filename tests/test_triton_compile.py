@@ -51,6 +51,7 @@ CASES = {
     "bias of keys": ("bfloat16", (64, 128), 0, "bias of keys", False),
     "dropout": ("bfloat16", (64, 128), 2, "dropout", False),
     "packed, slopes": ("bfloat16", (64, 128), 2, "packed slopes", False),
+    "packed, prefix": ("bfloat16", (64,), 0, "packed prefix", False),
     "documents": ("bfloat16", (64, 128), 2, "documents", False),
     "prefix": ("bfloat16", (64, 128), 2, "prefix", False),
     "blocks": ("bfloat16", (64, 128), 2, "blocks", False),

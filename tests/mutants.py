@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from processes import ROOT, SHIPPED
 
 # Of attention in CUDA C++ the emulator gets one dtype and one head dim, "bf16" and "64".
 VARIANTS = (('("f16", "bf16")', '("bf16",)'), ('("64", "96", "128", "192", "256")', '("64",)'))
+FORK = multiprocessing.get_context("fork")  # of this process, which has imported what takes long
 PYTEST = ["-q", "-x", "--deterministic", "--durations=0", "-p", "no:cacheprovider"]
 # A compiler that knows no set after avx2: fewer sources to compile.
 OLD_COMPILER = '#!/bin/sh\ncase " $* " in *-mavx512f*) exit 1;; esac\nexec g++ "$@"\n'
@@ -75,10 +77,7 @@ def package(tree: Path, site: Path) -> Path:
 
 
 def run(tests: tuple[str, ...], site: Path) -> str:
-    """What comes of the tests: "passed", the first that failed, or why they could not run.
-
-    For a process of its own, forked from this one, which has imported what takes long.
-    """
+    """What comes of the tests: "passed", the first that failed, or why they could not run."""
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(site)
     sys.path.insert(0, str(site))
@@ -90,6 +89,17 @@ def run(tests: tuple[str, ...], site: Path) -> str:
     if status == 1 and failed:
         return failed[1]
     return "passed" if status == 0 else f"BROKEN: {text.getvalue()[-2000:]}"
+
+
+def run_aside(tests: tuple[str, ...], site: Path) -> str:
+    """`run` in a process of its own, which a wrong line of C++ may kill: then it is caught."""
+    found = site.with_name("found")
+    process = FORK.Process(target=lambda: found.write_text(run(tests, site)))
+    process.start()
+    process.join()
+    if process.exitcode < 0:
+        return f"{tests[0]} …: killed by signal {-process.exitcode}"
+    return found.read_text() if process.exitcode == 0 else f"BROKEN: exit {process.exitcode}"
 
 
 def build(tree: Path, emulator: bool) -> None:
@@ -132,7 +142,7 @@ def try_out(mutant: Mutant | None, tree: Path, tests: tuple[str, ...]) -> str:
             path.write_text(text.replace(mutant.old, mutant.new))
             if mutant.native or mutant.emulated:
                 build(changed, mutant.emulated)
-        return run(tests, package(changed, Path(name, "site")))
+        return run_aside(tests, package(changed, Path(name, "site")))
 
 
 def main(words: list[str]) -> int:
@@ -144,8 +154,7 @@ def main(words: list[str]) -> int:
     about = {x: f"{x.file} {' '.join(x.tests)}" for x in MUTANTS}
     chosen = [x for x in MUTANTS if not words or any(word in about[x] for word in words)]
     begun = time.time()
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as name, context.Pool(2, maxtasksperchild=1) as pool:
+    with tempfile.TemporaryDirectory() as name, ThreadPool(2) as pool:
         tree = make_tree(Path(name), any(x.native for x in chosen), any(x.emulated for x in chosen))
         tests = tuple(dict.fromkeys(test for x in chosen for test in x.tests))
         sound = pool.apply_async(try_out, (None, tree, tests))

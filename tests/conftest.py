@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +23,10 @@ if not HAS_GPU:
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import fusedattn  # noqa: E402
+import interpreter  # noqa: E402
 from fusedattn import _native  # noqa: E402
+
+interpreter.make_faster()
 
 # Two threads are the fewest that show a race or a wrong split of the work; the tests' shapes are
 # too small to gain from more.
@@ -62,6 +66,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    # Else each collection of garbage, of which a measurement makes some, goes through all of torch.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 # --- backends ------------------------------------------------------------------------------------

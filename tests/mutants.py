@@ -32,8 +32,8 @@ from processes import ROOT, SHIPPED
 VARIANTS = (('("f16", "bf16")', '("bf16",)'), ('("64", "96", "128", "192", "256")', '("64",)'))
 FORK = multiprocessing.get_context("fork")  # of this process, which has imported what takes long
 PYTEST = ["-q", "-x", "--deterministic", "--durations=0", "-p", "no:cacheprovider"]
-# A compiler that knows no set after avx2: fewer sources to compile.
-OLD_COMPILER = '#!/bin/sh\ncase " $* " in *-mavx512f*) exit 1;; esac\nexec g++ "$@"\n'
+# A compiler that knows no set after avx2, and optimises little: less to compile.
+OLD_COMPILER = '#!/bin/sh\ncase " $* " in *-mavx512f*) exit 1;; esac\nexec g++ "$@" -O1\n'
 
 
 class Mutant(NamedTuple):
@@ -104,7 +104,7 @@ def run_aside(tests: tuple[str, ...], site: Path) -> str:
 
 def build(tree: Path, emulator: bool) -> None:
     """The native CPU module of a tree, in place, or that of the emulator."""
-    environment = {**os.environ, "CXX": str(tree / "g++"), "FUSEDATTN_CUDA_ARCHS": "none"}
+    environment = {**os.environ, "FUSEDATTN_CUDA_ARCHS": "none"}
     what = ["build_emulator"] if emulator else ["build_ext", "--inplace"]
     command = [sys.executable, "setup.py", "-q", *what]
     subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=True)
@@ -116,8 +116,10 @@ def make_tree(folder: Path, native: bool, emulated: bool) -> Path:
         shutil.copy2(ROOT / name, folder)
     for name in ("csrc", *SHIPPED.values()):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results"))
-    (folder / "g++").write_text(OLD_COMPILER)
-    (folder / "g++").chmod(0o755)
+    compiler = folder / "g++"
+    compiler.write_text(OLD_COMPILER)
+    compiler.chmod(0o755)
+    os.environ["CXX"] = str(compiler)  # for copies, too: a command that differs is run again
     path = folder / "csrc/native_build.py"
     text = path.read_text()
     for old, new in VARIANTS:

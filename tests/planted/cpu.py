@@ -58,9 +58,9 @@ MUTANTS = {
     ),
     "csrc/cpu/attention_distance_sums.h": (
         ("sequence.seq_q - 1 - i;", "sequence.seq_q - i;",
-         "attention_rules.py::test_regime[cpu-t5,_tile_edges-fp32]"),
+         "attention_rules.py::test_regime[cpu-t5, tile edges-fp32]"),
         ("+ double(of(split, b, h, 1)[place])", "",
-         "attention_rules.py::test_regime[cpu-t5,_tile_edges-fp32]"),
+         "attention_rules.py::test_regime[cpu-t5, tile edges-fp32]"),
     ),
     "csrc/cpu/attention_softmax.h": (
         ("if (above <= 0) return {x.base, x.l + power_of_two(above)};",

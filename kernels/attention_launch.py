@@ -232,12 +232,15 @@ def pair_bytes(call: AttentionCall | AttentionBackwardCall) -> int:
 def special_tiles(call: AttentionCall | AttentionBackwardCall) -> tuple[str, ...]:
     """What a call has tiles of its own for, where a kernel does: attention_tile_lists.py."""
     head_dims = call.q.shape[3], call.v.shape[3]
+    listed, drops = is_masked(call) and call.cu_seqlens_q is None, call.config.dropout_p > 0.0
+    distances = call.distance_bias is not None
     kinds = {
+        "masks, dropout": listed and drops and call.bias is None and not distances,
+        "pairs, dropout": drops and pair_bytes(call) > 1,
         "blocks": call.mask_blocks is not None,
-        "distances": call.distance_bias is not None,
-        "dropout": call.config.dropout_p > 0.0,
-        "masks" if call.bias is None else "masks, bias": is_masked(call)
-        and call.cu_seqlens_q is None,
+        "distances": distances,
+        "dropout": drops,
+        "masks" if call.bias is None else "masks, bias": listed,
         "pairs": pair_bytes(call) > 0,
     }
     found = tuple(name for name, has in kinds.items() if has)

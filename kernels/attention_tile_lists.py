@@ -5,7 +5,8 @@ the scalar units, since fp32 products are IEEE. "mma, 99 KB" has what differs on
 shared memory: sm_86, sm_89 and sm_120. A mask or a bias takes registers of its own, so "+ pairs"
 has smaller tiles for head dims where that matters; so do "+ dropout", "+ distances" of a bias by
 distance, "+ blocks" of a mask by blocks, "+ masks" of any that is not of packed sequences, with
-loops for tiles in part and in full, "+ masks, bias" with a bias beside it, and "+ padded", for head
+loops for tiles in part and in full, "+ masks, bias" with a bias beside it, "+ masks, dropout" and
+"+ pairs, dropout", dropout beside masks alone and beside any of these, and "+ padded", for head
 dims like 72, of which each copy asks whether it is inside. The first tile of a list is the best
 guess, taken where nothing may be timed.
 
@@ -143,6 +144,8 @@ DKDV: Tiles = {
         64: ((32, 128, 8, 2), (64, 64, 8, 2)),
         128: ((32, 128, 8, 1), (32, 64, 8, 2)),
     },
+    "wgmma + masks, dropout": {128: ((16, 128, 8, 2), (16, 64, 8, 3))},
+    "wgmma + pairs, dropout": {128: ((16, 64, 8, 3), (16, 64, 8, 2))},
     "wgmma + distances": {
         64: ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 3)),
     },
@@ -168,6 +171,7 @@ DKDV: Tiles = {
         128: ((64, 64, 8, 1),),
     },
     "tcgen05 + masks, bias": {128: ((64, 64, 8, 1),)},
+    "tcgen05 + pairs, dropout": {128: ((32, 64, 8, 1), (64, 32, 8, 1))},
     "tcgen05 + distances": {
         64: ((32, 128, 8, 1), (32, 64, 8, 2)),
     },
@@ -193,6 +197,7 @@ DKDV: Tiles = {
         128: ((32, 64, 8, 2, APART), (16, 64, 8, 2, APART)),
     },
     "mma + masks, bias": {128: ((16, 64, 8, 3), (16, 64, 8, 2))},
+    "mma + pairs, dropout": {128: ((16, 64, 8, 3), (16, 64, 8, 2))},
     "mma, 99 KB + masks": {128: ((16, 64, 8, 3, APART), (16, 64, 8, 2, APART))},
     "mma, 99 KB + pairs": {
         128: ((16, 64, 8, 3), (16, 64, 8, 2)),
@@ -225,6 +230,7 @@ DQ: Tiles = {
         64: ((128, 32, 8, 3), (64, 32, 4, 2)),
         128: ((64, 32, 8, 3), (64, 32, 8, 2)),
     },
+    "wgmma + pairs, dropout": {128: ((128, 32, 8, 3), (64, 32, 4, 2))},
     "wgmma + distances": {
         128: ((128, 64, 8, 2), (128, 32, 8, 3)),
     },
@@ -266,6 +272,8 @@ DQ: Tiles = {
         128: ((64, 32, 8, 2), (64, 32, 8, 3)),
     },
     "mma, 99 KB + masks, bias": {64: ((64, 32, 8, 2), (64, 32, 8, 3))},
+    "mma, 99 KB + pairs, dropout": {64: ((64, 32, 8, 2), (64, 32, 8, 3))},
+    "mma + pairs, dropout": {128: ((64, 32, 8, 3), (64, 32, 8, 2))},
     "mma + dropout": {
         64: ((128, 32, 8, 3), (64, 64, 8, 3)),
         128: ((128, 32, 8, 3), (64, 32, 8, 3)),
@@ -328,6 +336,7 @@ BIAS_GRAD: Tiles = {
     "mma + distances": {
         128: ((32, 32, 8, 2),),
     },
+    "mma + pairs, dropout": {128: ((16, 32, 8, 2),)},
     "tcgen05 + distances": {
         128: ((64, 64, 8, 1),),
     },

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from processes import ROOT, SHIPPED
 # Of attention in CUDA C++ the emulator gets one dtype and one head dim, "bf16" and "64".
 VARIANTS = (('("f16", "bf16")', '("bf16",)'), ('("64", "96", "128", "192", "256")', '("64",)'))
 FORK = multiprocessing.get_context("fork")  # of this process, which has imported what takes long
+FAULTS = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 PYTEST = ["-q", "-x", "--deterministic", "--durations=0", "-p", "no:cacheprovider"]
 # A compiler that knows no set after avx2, and optimises little: less to compile.
 OLD_COMPILER = '#!/bin/sh\ncase " $* " in *-mavx512f*) exit 1;; esac\nexec g++ "$@" -O1\n'
@@ -97,8 +99,8 @@ def run_aside(tests: tuple[str, ...], site: Path) -> str:
     process = FORK.Process(target=lambda: found.write_text(run(tests, site)))
     process.start()
     process.join()
-    if process.exitcode < 0:
-        return f"{tests[0]} …: killed by signal {-process.exitcode}"
+    if -process.exitcode in FAULTS:
+        return f"{tests[0]} …: {signal.Signals(-process.exitcode).name}"
     return found.read_text() if process.exitcode == 0 else f"BROKEN: exit {process.exitcode}"
 
 
